@@ -35,7 +35,7 @@ def enable() -> None:
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.LongTensor, torch.cuda.IntTensor = torch.LongTensor, torch.IntTensor
     torch.cuda.ByteTensor, torch.cuda.FloatTensor = torch.ByteTensor, torch.FloatTensor
-    torch.cuda.manual_seed = torch.cuda.manual_seed_all = torch.manual_seed
+    torch.cuda.manual_seed = torch.default_generator.manual_seed
     torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
     _redirect_megatron_rng()

@@ -1,0 +1,43 @@
+"""NeMo 2.0.0 without Transformer Engine.
+
+Removal: with a NeMo whose GPT model can be built from megatron-core's local modules alone.
+"""
+
+import os
+
+from nemo.utils import logging
+
+
+def apply() -> None:
+    from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
+
+    if megatron_gpt_model.HAVE_TE:
+        return
+    _skip_bert_models()
+    _use_own_layer_spec(megatron_gpt_model)
+    # MegatronBaseModel matches a pattern against this variable, which only NVIDIA's containers set (TypeError on None).
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "")
+
+
+def _skip_bert_models() -> None:
+    """`NLPModel.__init__` lists BERT checkpoints, and that list imports a layer spec that needs Transformer Engine."""
+    from nemo.collections.nlp.models import nlp_model
+
+    nlp_model.get_megatron_pretrained_bert_models = lambda: []
+
+
+def _use_own_layer_spec(megatron_gpt_model) -> None:
+    """NeMo's `get_specs` builds every spec it knows, whichever is asked for, and some need Transformer Engine."""
+    from nemo_aligner.models.nlp.gpt.layer_spec import get_block_spec
+
+    def get_specs(spec_name, transformer_config=None, use_te=True, hyena_cfg=None):
+        if spec_name not in ("", "te_gpt"):
+            raise ValueError(
+                f"model.name: the layer spec {spec_name!r} needs Transformer Engine, which is not installed; "
+                "install it, or use a model with the default spec (model.name: '')"
+            )
+        if use_te:
+            logging.warning("transformer_engine is not installed: model.transformer_engine is ignored, torch is used")
+        return get_block_spec(transformer_config)
+
+    megatron_gpt_model.get_specs = get_specs

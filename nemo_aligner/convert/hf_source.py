@@ -1,0 +1,193 @@
+"""Read a Hugging Face model tensor by tensor: from a folder of safetensors or .bin files, or from a GGUF file."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+# Hugging Face name -> llama.cpp's name of the same tensor; {i} is the layer.
+GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+
+
+class HFFolder:
+    """A model folder as `save_pretrained` writes it. Weights stay on disk until they are asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = AutoConfig.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        self._file_of = _weight_index(path)
+        self._open_files = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of that Hugging Face name, in the dtype it is stored in.
+
+        Raises:
+            ValueError: if the folder has no such tensor.
+        """
+        if name not in self._file_of:
+            raise ValueError(f"{self.path}: the checkpoint has no tensor {name!r}")
+        file = self.path / self._file_of[name]
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as weights:
+                return weights.get_tensor(name)
+        if file not in self._open_files:
+            self._open_files[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return self._open_files[file][name]
+
+
+class GGUFFile:
+    """A Llama model in llama.cpp's format. Each tensor is dequantized to float32 when it is asked for."""
+
+    def __init__(self, path: Path):
+        from gguf import GGUFReader
+
+        self.path = path
+        self._reader = GGUFReader(path)
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            raise ValueError(f"{path}: GGUF architecture {architecture!r} is not supported; only 'llama' is")
+        self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        self.config.architectures = ["LlamaForCausalLM"]
+        self.config.tie_word_embeddings = "output.weight" not in self._tensors
+        self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        self._restore_special_tokens()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The float32 tensor of that Hugging Face name.
+
+        Raises:
+            ValueError: if the file has no such tensor.
+        """
+        from gguf import dequantize
+
+        gguf_name = _gguf_name(name)
+        if gguf_name not in self._tensors:
+            raise ValueError(f"{self.path}: the file has no tensor {gguf_name!r} (for {name!r})")
+        stored = self._tensors[gguf_name]
+        tensor = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        if name.endswith("q_proj.weight"):
+            return _unpermute_heads(tensor, self.config.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            return _unpermute_heads(tensor, self.config.num_key_value_heads)
+        return tensor
+
+    def _restore_special_tokens(self) -> None:
+        """transformers 4.49 takes special tokens from the vocabulary's order, not from the ids the file states."""
+        for role in ("bos", "eos"):
+            token_id = self._field(f"tokenizer.ggml.{role}_token_id")
+            setattr(self.tokenizer, f"{role}_token", self.tokenizer.convert_ids_to_tokens(token_id))
+            setattr(self.config, f"{role}_token_id", token_id)
+
+    def _field(self, key: str):
+        field = self._reader.get_field(key)
+        if field is None:
+            raise ValueError(f"{self.path}: the file has no metadata {key!r}")
+        return field.contents()
+
+
+def open_source(path: str | Path) -> HFFolder | GGUFFile:
+    """Open a model folder or a `.gguf` file for reading.
+
+    Raises:
+        ValueError: if the path is neither, naming it and what is missing.
+    """
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path}: not a GGUF file; give a GGUF file or a Hugging Face model folder")
+        return GGUFFile(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder; give a GGUF file or a Hugging Face model folder")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json in it; give the folder that save_pretrained wrote")
+    return HFFolder(path)
+
+
+def require_fast_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no tokenizer.json form; convert it to a fast one")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token, so no response could ever end")
+    return tokenizer
+
+
+def check_config(config: PretrainedConfig, path: str | Path) -> None:
+    """Refuse what megatron-core's GPTModel, or the layout this converter writes, cannot represent.
+
+    Raises:
+        ValueError: naming the setting of the model's config and its value.
+    """
+    architecture = (config.architectures or ["unknown"])[0]
+    scaling = getattr(config, "rope_scaling", None)
+    checks = (
+        (architecture == "LlamaForCausalLM", "architectures", architecture, "only LlamaForCausalLM is supported"),
+        (
+            not scaling or scaling.get("rope_type", scaling.get("type")) == "default",
+            "rope_scaling",
+            scaling,
+            "RoPE scaling is not supported",
+        ),
+        (config.hidden_act == "silu", "hidden_act", config.hidden_act, "only silu (SwiGLU) is supported"),
+        (not config.attention_bias, "attention_bias", config.attention_bias, "attention biases are not supported"),
+        (not config.mlp_bias, "mlp_bias", config.mlp_bias, "MLP biases are not supported"),
+        (
+            getattr(config, "quantization_config", None) is None,
+            "quantization_config",
+            "...",
+            "dequantize the model first",
+        ),
+    )
+    for holds, key, value, reason in checks:
+        if not holds:
+            raise ValueError(f"{path}: {key} is {value!r}: {reason}")
+
+
+def _weight_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, for one weight file or a sharded set."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path / index).is_file():
+            return json.loads((path / index).read_text())["weight_map"]
+    if (path / "model.safetensors").is_file():
+        from safetensors import safe_open
+
+        with safe_open(path / "model.safetensors", framework="pt") as weights:
+            return dict.fromkeys(weights.keys(), "model.safetensors")
+    if (path / "pytorch_model.bin").is_file():
+        weights = torch.load(path / "pytorch_model.bin", map_location="cpu", mmap=True, weights_only=True)
+        return dict.fromkeys(weights, "pytorch_model.bin")
+    raise ValueError(f"{path}: no weights in it (model.safetensors, pytorch_model.bin or an index of either)")
+
+
+def _gguf_name(hf_name: str) -> str:
+    if not hf_name.startswith("model.layers."):
+        return GGUF_NAMES[hf_name]
+    layer, rest = hf_name.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{GGUF_NAMES[rest]}"
+
+
+def _unpermute_heads(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Undo llama.cpp's reordering of a [heads * D, H] projection.
+
+    llama.cpp rotates neighbouring channels (0, 1), (2, 3), ...; Hugging Face rotates channel d with channel d + D/2. So
+    its converter interleaves the two halves of each head, and this puts them back.
+    """
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,128 @@
+"""Llama-family Hugging Face models to `.nemo` archives."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Trainer
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from nemo_aligner import compat
+from nemo_aligner.compat import cpu
+from nemo_aligner.convert.hf_source import check_config, open_source, require_fast_tokenizer
+from nemo_aligner.convert.name_map import hf_names, pack
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer, tokenizer_config
+
+compat.apply()
+
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ConvertedGPTModel(MegatronGPTModel):
+    """`MegatronGPTModel` with the tokenizer's files in its archive."""
+
+    def _build_tokenizer(self):
+        self.tokenizer = build_packed_tokenizer(self)
+
+
+def convert(source_path: str | Path, output_path: str | Path, precision: str = "32", dist_ckpt_format="torch_dist"):
+    """Write the model at `source_path` (a folder or a GGUF file) as the archive `output_path`.
+
+    Tensors are read one at a time into the Megatron model, so memory holds one copy of the weights. `precision` ("32"
+    or "bf16") is the dtype they are stored in.
+
+    Raises:
+        ValueError: if the source cannot be represented, naming the file and the setting.
+    """
+    source = open_source(source_path)
+    check_config(source.config, source_path)
+    require_fast_tokenizer(source.tokenizer)
+    cpu.enable()
+    output_path = Path(output_path)
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        source.tokenizer.save_pretrained(folder)
+        cfg = model_config(source.config, tokenizer_config(folder), precision, dist_ckpt_format)
+        trainer = Trainer(
+            devices=1, num_nodes=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False,
+            enable_checkpointing=False,
+        )  # fmt: skip
+        model = ConvertedGPTModel(cfg, trainer)
+        _copy_weights(source, model.get_model_module_list()[0])
+        model.save_to(str(output_path))
+
+
+def model_config(
+    hf: PretrainedConfig, tokenizer: dict, precision: str, dist_ckpt_format: str = "torch_dist"
+) -> DictConfig:
+    """The NeMo model config that describes the Hugging Face config `hf`."""
+    kv_channels = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return OmegaConf.create(
+        {
+            "mcore_gpt": True,
+            # Where Transformer Engine is missing, our own layers take its place under the same checkpoint keys.
+            "transformer_engine": True,
+            "megatron_amp_O2": precision == "bf16",
+            "precision": precision if precision == "bf16" else int(precision),
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "virtual_pipeline_model_parallel_size": None,
+            "use_cpu_initialization": True,
+            "perform_initialization": False,
+            "encoder_seq_length": hf.max_position_embeddings,
+            "max_position_embeddings": hf.max_position_embeddings,
+            "num_layers": hf.num_hidden_layers,
+            "hidden_size": hf.hidden_size,
+            "ffn_hidden_size": hf.intermediate_size,
+            "num_attention_heads": hf.num_attention_heads,
+            "num_query_groups": hf.num_key_value_heads,
+            "kv_channels": kv_channels,
+            "init_method_std": hf.initializer_range,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "ffn_dropout": 0.0,
+            "normalization": "rmsnorm",
+            "layernorm_epsilon": hf.rms_norm_eps,
+            "activation": "fast-swiglu",
+            "bias": False,
+            "bias_activation_fusion": False,
+            "bias_dropout_add_fusion": False,
+            "position_embedding_type": "rope",
+            "rotary_percentage": 1.0,
+            "rotary_base": hf.rope_theta,
+            "share_embeddings_and_output_weights": hf.tie_word_embeddings,
+            "override_vocab_size": hf.vocab_size,
+            "make_vocab_size_divisible_by": 128,
+            "apply_query_key_layer_scaling": False,
+            "apply_rope_fusion": False,
+            "gradient_accumulation_fusion": False,
+            "gradient_as_bucket_view": True,
+            "sequence_parallel": False,
+            "activations_checkpoint_granularity": None,
+            "activations_checkpoint_method": None,
+            "activations_checkpoint_num_layers": None,
+            "activations_checkpoint_layers_per_pipeline": None,
+            "seed": 1234,
+            "dist_ckpt_format": dist_ckpt_format,
+            "tokenizer": tokenizer,
+            "data": {"seq_length": hf.max_position_embeddings},
+            "optim": {"name": "adamw", "lr": 1e-6},
+        }
+    )
+
+
+@torch.no_grad()
+def _copy_weights(source, gpt_model: torch.nn.Module) -> None:
+    num_groups = source.config.num_key_value_heads
+    parameters = list(gpt_model.named_parameters())
+    for name, parameter in tqdm(parameters, desc="converting", unit="tensor"):
+        packed = pack([source.tensor(hf_name) for hf_name in hf_names(name)], num_groups)
+        if packed.shape != parameter.shape:
+            raise ValueError(f"{source.path}: {name} has shape {tuple(packed.shape)}, not {tuple(parameter.shape)}")
+        parameter.copy_(packed)

@@ -1,0 +1,139 @@
+"""Transformer layers out of plain torch, for machines without Transformer Engine.
+
+The parameters have the names, shapes and tensor-parallel sharding of megatron-core's own layers, and the checkpoint
+keys of its Transformer Engine spec, so that archives written with either restore here and the other way round.
+
+Shapes (Megatron puts the sequence first): hidden_SBH, query_SBND, key_TBGD, value_TBGD with S query positions, T key
+positions, B rows, H hidden size, N heads and G key/value groups of this tensor-parallel rank, D channels per head.
+"""
+
+import contextlib
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn import functional as F
+
+
+class Norm(torch.nn.Module):
+    """LayerNorm or RMSNorm, as `config.normalization` says, computed in float32 and returned in the input's dtype.
+
+    With `config.layernorm_zero_centered_gamma` (NeMo's `layernorm1p`) the stored weight is the scale minus one.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.shape = (hidden_size,)
+        self.eps = eps
+        self.is_rms = config.normalization == "RMSNorm"
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
+        self.bias = None if self.is_rms else torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            # Megatron sums gradients of parameters so marked over the tensor-parallel ranks.
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.float() + 1 if self.zero_centered else self.weight.float()
+        if self.is_rms:
+            return F.rms_norm(hidden.float(), self.shape, weight, self.eps).to(hidden.dtype)
+        return F.layer_norm(hidden.float(), self.shape, weight, self.bias.float(), self.eps).to(hidden.dtype)
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
+
+    Without an `attention_mask` attention is causal; a mask, [B or 1, 1, S, T] bool with True = blocked, is applied as it
+    stands and must then be causal itself.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+    ):
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None):
+        """Attend from query_SBND to key_TBGD and value_TBGD; returns [S, B, N * D].
+
+        With `attn_mask_type` `no_mask` (decoding from a key/value cache) every query sees every key.
+        """
+        if packed_seq_params is not None:
+            raise NotImplementedError("packed sequences need Transformer Engine's attention")
+        query_BNSD, key_BGTD, value_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        is_causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and attention_mask is None
+        with self._dropout_rng():
+            context_BNSD = F.scaled_dot_product_attention(
+                query_BNSD,
+                key_BGTD,
+                value_BGTD,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=is_causal,
+                enable_gqa=query.size(2) != key.size(2),
+            )
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_rng(self):
+        """Heads are split over tensor-parallel ranks, so each rank draws its dropout from its own stream."""
+        if self.training and self.dropout > 0:
+            return get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+
+def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's layers and of the norm behind the last one.
+
+    Covers RMSNorm or LayerNorm, grouped queries, RoPE or learned positions and gated or plain MLPs.
+
+    Raises:
+        ValueError: for a mixture of experts or context parallelism, which these modules do not have.
+    """
+    if config.num_moe_experts is not None:
+        raise ValueError("model.num_moe_experts: a mixture of experts needs Transformer Engine, which is not installed")
+    if parallel_state.get_context_parallel_world_size() > 1:
+        raise ValueError("model.context_parallel_size: must be 1 without Transformer Engine")
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ScaledDotProductAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine fuses a norm into the linear layer behind it: its names are the ones on disk.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)

@@ -1,0 +1,362 @@
+"""Rewards from a function that the user wrote.
+
+    rs.reward:
+      target: "package.module.function"     # or "path/to/file.py:function"
+      kwargs: {weight: 0.5}                 # optional, passed on as they are
+
+The function is called with a batch and returns one number per response:
+
+    def reward(prompts, responses, *, records, weight):
+        return [weight * (record["answer"] in response) for response, record in zip(responses, records)]
+
+The first two positional arguments are always the prompt and the response texts. Beyond them a function names what it
+wants, and gets only that (a function that ends in `**kwargs` gets everything):
+
+    response_tokens  list[list[int]]  ids of the response alone, including the token(s) that ended it
+    records          list[dict]       the prompt's line of the JSONL file; rollouts of one prompt share one dict
+    finished         list[bool]       False if the response was cut off at the length limit
+
+It returns a list or tuple of B numbers, or a 1-D tensor or array. `None` in a list says "cannot be judged": that rollout
+is counted, never selected and never trained on. NaN, infinity, a wrong count, something that is no number, and an
+exception stop the run with a `RewardError` that names the prompt.
+
+The function runs in one background thread on the source rank of each replica, on that replica's rollouts, while the
+next ones are generated; calls never overlap each other. Gradients are off.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import numbers
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.server_utils import FutureResult, RewardError, is_replica_source, one_line, share_from_source
+
+__all__ = ["PythonRewardModel", "RewardError", "load_reward_function", "score"]
+
+OPTIONAL_COLUMNS = ("response_tokens", "records", "finished")
+ROLLOUT_KEYS = ("response_tokens", "response_lengths", "prompt_lengths", "is_end", "records")
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def load_reward_function(target: str, kwargs: Mapping | None = None) -> Callable:
+    """Find the user's function and settle what it is called with. Needs no model and no process group.
+
+    Args:
+        target: `package.module.function` or `path/to/file.py:function`; a relative path starts at the working directory.
+        kwargs: constant keyword arguments of the function.
+
+    Returns:
+        A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on what the function takes.
+
+    Raises:
+        ValueError: one line with `rs.reward.target`, its value and the remedy, if the target is malformed, cannot be
+            found or imported, is no function, or cannot be called with these arguments.
+    """
+    function = _resolve(target)
+    constants = _plain_dict(target, kwargs)
+    columns = _accepted_columns(target, function, constants)
+
+    def reward_function(prompts, responses, **available):
+        return function(prompts, responses, **{name: available[name] for name in columns}, **constants)
+
+    return reward_function
+
+
+def _target_error(target, problem: str, remedy: str) -> ValueError:
+    return ValueError(one_line(f"rs.reward.target={target!r}: {problem}; {remedy}", limit=1000))
+
+
+def _resolve(target: str) -> Callable:
+    remedy = 'write "package.module.function" or "path/to/file.py:function"'
+    if not isinstance(target, str):
+        raise _target_error(target, "is not a string", remedy)
+    path, is_file, name = target.rpartition(":")
+    if not is_file:
+        path, _, name = target.rpartition(".")
+    well_formed = path.endswith(".py") if is_file else all(part.isidentifier() for part in path.split("."))
+    if not well_formed or not name.isidentifier() or target.endswith(".py"):
+        raise _target_error(target, "names no function", remedy)
+
+    module = _import_file(target, Path(path).expanduser()) if is_file else _import_module(target, path)
+    if not hasattr(module, name):
+        raise _target_error(target, f"{path} has no attribute {name!r}", "correct the function's name")
+    function = getattr(module, name)
+    if not callable(function) or inspect.isclass(function):
+        found = "class" if inspect.isclass(function) else type(function).__name__
+        raise _target_error(target, f"is a {found}, which cannot score responses", "name a function")
+    return function
+
+
+def _import_module(target: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            remedy = "install it, put its folder on PYTHONPATH, or name the file as path/to/file.py:function"
+            raise _target_error(target, f"there is no module {missing!r}", remedy) from error
+        raise _import_failure(target, name, error) from error
+
+
+def _import_file(target: str, file: Path) -> ModuleType:
+    if not file.is_file():
+        raise _target_error(target, f"there is no file {file.resolve()}", "correct the path")
+    spec = importlib.util.spec_from_file_location(f"rs_reward_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _import_failure(target, str(file), error) from error
+    return module
+
+
+def _import_failure(target: str, name: str, error: Exception) -> ValueError:
+    return _target_error(target, f"importing {name} raised {type(error).__name__}: {error}", "mend that module")
+
+
+def _plain_dict(target: str, kwargs: Mapping | None) -> dict:
+    if OmegaConf.is_config(kwargs):
+        kwargs = OmegaConf.to_container(kwargs, resolve=True)
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise _target_error(target, f"rs.reward.kwargs is {kwargs!r}", "give a mapping of argument names to values")
+    return dict(kwargs)
+
+
+def _accepted_columns(target: str, function: Callable, constants: dict) -> list[str]:
+    """Which of `OPTIONAL_COLUMNS` the function takes. Raises `ValueError` if it cannot be called at all."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:
+        raise _target_error(target, "its arguments cannot be inspected", "wrap it in a Python function") from error
+    parameters = signature.parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_keyword = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    by_keyword = [name for name in by_keyword if name not in positional[:2]]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    taken = [name for name in constants if name in OPTIONAL_COLUMNS]
+    if taken:
+        raise _target_error(
+            target, f"rs.reward.kwargs sets {taken}, which the trainer passes itself", "remove them from kwargs"
+        )
+    unknown = [name for name in constants if name not in by_keyword]
+    if unknown and not takes_any:
+        free = [name for name in by_keyword if name not in OPTIONAL_COLUMNS]
+        raise _target_error(
+            target, f"rs.reward.kwargs sets {unknown}, which the function does not take", f"it takes {free}"
+        )
+    columns = [name for name in OPTIONAL_COLUMNS if takes_any or name in by_keyword]
+    try:
+        signature.bind([], [], **dict.fromkeys(columns), **constants)
+    except TypeError as error:
+        raise _target_error(
+            target,
+            f"it cannot be called with (prompts, responses) and the keywords {[*columns, *constants]}: {error}",
+            f"its first two arguments are filled by position; set others in rs.reward.kwargs or name {OPTIONAL_COLUMNS}",
+        ) from error
+    return columns
+
+
+def score(
+    function: Callable,
+    prompts: list[str],
+    responses: list[str],
+    *,
+    response_tokens: list[list[int]],
+    records: list[dict],
+    finished: list[bool],
+) -> torch.Tensor:
+    """Call a loaded reward function and check what it returns.
+
+    All arguments have B entries. `function` takes them as `load_reward_function` describes.
+
+    Returns:
+        [B] float32 on the CPU; NaN stands for, and only for, a response that the function could not judge (`None`).
+        An empty batch is answered without a call.
+
+    Raises:
+        RewardError: one line naming the prompt, chained to the exception if the function raised one. For an exception
+            the rows are tried again one by one, to name the first that fails.
+    """
+    if not prompts:
+        return torch.empty(0)
+    columns = {"response_tokens": response_tokens, "records": records, "finished": finished}
+    try:
+        with torch.no_grad():
+            values = function(prompts, responses, **columns)
+    except Exception as error:
+        row = _first_failing_row(function, prompts, responses, columns)
+        where = _name_batch(prompts, records) if row is None else _name_row(row, prompts, records)
+        raise RewardError(one_line(f"the reward function raised {type(error).__name__}: {error}") + where) from error
+
+    if isinstance(values, (torch.Tensor, np.ndarray)) and values.ndim == 1:
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        what = f"shape {tuple(values.shape)}" if hasattr(values, "shape") else f"a {type(values).__name__}"
+        wanted = f"a list, or a 1-D tensor or array, of {len(prompts)} numbers"
+        raise RewardError(f"the reward function returned {what} instead of {wanted}" + _name_batch(prompts, records))
+    if len(values) != len(prompts):
+        count = f"the reward function returned {len(values)} rewards for {len(prompts)} responses"
+        raise RewardError(count + _name_batch(prompts, records))
+
+    rewards = torch.empty(len(values))
+    for row, value in enumerate(values):
+        try:
+            rewards[row] = _as_float(value)
+        except ValueError as error:
+            raise RewardError(f"the reward function returned {error}" + _name_row(row, prompts, records)) from None
+    return rewards
+
+
+def _as_float(value) -> float:
+    """One returned reward as a number that float32 can hold, NaN for None; anything else is a ValueError that says what."""
+    if value is None:
+        return float("nan")
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise ValueError(one_line(f"{value!r}, which is not a number,"))
+    if not abs(value) <= FLOAT32_MAX:  # also true of NaN
+        raise ValueError(one_line(f"{value!r}, which is not a finite float32,"))
+    return float(value)
+
+
+def _first_failing_row(function: Callable, prompts: list, responses: list, columns: dict[str, list]) -> int | None:
+    for row in range(len(prompts)):
+        one = slice(row, row + 1)
+        try:
+            with torch.no_grad():
+                function(prompts[one], responses[one], **{name: column[one] for name, column in columns.items()})
+        except Exception:
+            return row
+    return None
+
+
+def _name_row(row: int, prompts: list[str], records: list[dict]) -> str:
+    fields = {name: value for name, value in records[row].items() if name != "text"}
+    record = f", record {one_line(repr(fields), limit=120)}" if fields else ""
+    return f" for row {row} of {len(prompts)}, prompt {one_line(prompts[row], limit=80)!r}{record}"
+
+
+def _name_batch(prompts: list[str], records: list[dict]) -> str:
+    return " in the batch that starts with its answer" + _name_row(0, prompts, records)
+
+
+def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str] = ()) -> dict[str, list]:
+    """Cut rollouts into what a reward function sees.
+
+    Args:
+        rollout_batch: CPU tensors `response_tokens` [B, S] int64 (prompt, response, padding), `response_lengths` [B] and
+            `prompt_lengths` [B] (both count from the first prompt token), optionally `is_end` [B] bool; without it, a
+            row is finished if its last token is the end-of-document id.
+        tokenizer: has `eos_id` and `ids_to_text`.
+        end_strings: a finished response that ends in one of them loses it in its text.
+
+    Returns:
+        `prompts`, `responses` (texts; a finished response is without its ending), `response_tokens` (ids, with the
+        ending) and `finished`; lists of B entries.
+    """
+    rows = rollout_batch["response_tokens"].tolist()
+    prompt_lengths, ends = rollout_batch["prompt_lengths"].tolist(), rollout_batch["response_lengths"].tolist()
+    prompt_ids = [row[:start] for row, start in zip(rows, prompt_lengths, strict=True)]
+    response_ids = [row[start:end] for row, start, end in zip(rows, prompt_lengths, ends, strict=True)]
+    if "is_end" in rollout_batch:
+        finished = [bool(flag) for flag in rollout_batch["is_end"].tolist()]
+    else:
+        finished = [ids[-1:] == [tokenizer.eos_id] for ids in response_ids]
+
+    prompt_texts = {ids: tokenizer.ids_to_text(list(ids)) for ids in {tuple(ids) for ids in prompt_ids}}
+    return {
+        "prompts": [prompt_texts[tuple(ids)] for ids in prompt_ids],
+        "responses": [
+            _response_text(ids, is_finished, tokenizer, end_strings)
+            for ids, is_finished in zip(response_ids, finished, strict=True)
+        ],
+        "response_tokens": response_ids,
+        "finished": finished,
+    }
+
+
+def _response_text(ids: list[int], is_finished: bool, tokenizer, end_strings: Sequence[str]) -> str:
+    if is_finished and ids[-1:] == [tokenizer.eos_id]:
+        return tokenizer.ids_to_text(ids[:-1])
+    text = tokenizer.ids_to_text(ids)
+    if is_finished:
+        endings = [string for string in end_strings if string and text.endswith(string)]
+        text = text.removesuffix(max(endings, key=len, default=""))
+    return text
+
+
+class PythonRewardModel:
+    """Scores rollouts with a Python function; takes the place of `RemoteGPTRMClient` as `rm` of `RSTrainer`."""
+
+    def __init__(self, function: Callable, tokenizer, end_strings: Sequence[str] = ()):
+        """
+        Args:
+            function: from `load_reward_function`.
+            tokenizer: the policy's; see `decode_rollouts`, also for `end_strings`.
+        """
+        self._function = function
+        self._tokenizer = tokenizer
+        self._end_strings = tuple(end_strings)
+        # The current GPU is a property of the thread: without this, all processes of a node would score on GPU 0.
+        self._executor = ThreadPoolExecutor(
+            1, "reward", initializer=torch.cuda.set_device, initargs=(current_device(),)
+        )
+
+    def infer_rm(self, rollout_batch: Mapping) -> "PythonRewardFuture":
+        """Start scoring and return at once. Local; every rank of a replica calls it with the same rollouts.
+
+        `rollout_batch` is as for `decode_rollouts`, on any device, plus `records`, a list of B dicts. Nothing wrong with
+        it is raised here: that would stop the source rank alone.
+        """
+        if not is_replica_source():
+            return PythonRewardFuture(None)
+        batch = {key: _host_copy(rollout_batch[key]) for key in ROLLOUT_KEYS if key in rollout_batch}
+        return PythonRewardFuture(self._executor.submit(self._score_rollouts, batch))
+
+    def close(self) -> None:
+        """Stop the background thread after the call it is in; calls not yet begun are dropped."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _score_rollouts(self, batch: dict) -> torch.Tensor:
+        return score(
+            self._function, records=batch["records"], **decode_rollouts(batch, self._tokenizer, self._end_strings)
+        )
+
+
+def _host_copy(value):
+    """A copy that the background thread can read while the trainer goes on changing its own tensors."""
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+class PythonRewardFuture(FutureResult):
+    """Rewards under way."""
+
+    def __init__(self, future: Future | None):
+        """`future` gives float32 [B]; None on every rank but the replica's source rank."""
+        self._future = future
+
+    def result(self) -> torch.Tensor:
+        """Wait for the rewards. Collective over the replica, in the order of the `infer_rm` calls.
+
+        Returns:
+            float32 [B, 1] on this process's device, the same on every rank of the replica; NaN: could not be judged.
+
+        Raises:
+            RewardError: on every rank of the replica, with the same message.
+        """
+        return share_from_source(lambda: self._future.result()).unsqueeze(-1).to(current_device())

@@ -1,0 +1,86 @@
+"""Named connections to Triton inference servers."""
+
+from concurrent.futures import Future
+
+import numpy as np
+from nemo.utils import logging
+from pytriton.client import FuturesModelClient, ModelClient
+from pytriton.client.exceptions import PyTritonClientTimeoutError
+
+# A reward server may hold a request back while it works on those of other replicas; an hour-long queue is no fault.
+INFERENCE_TIMEOUT_S = 600_000
+
+
+class HTTPCommunicator:
+    """Sends batches to servers that speak the KServe v2 protocol over HTTP with binary tensors.
+
+    Its clients hold threads and connections: `close()` it.
+    """
+
+    def __init__(self, init_timeout_s: float = 6000):
+        """`init_timeout_s`: how long `add_server_by_name` waits for a server to come up, in seconds."""
+        self.init_timeout_s = init_timeout_s
+        self.connections: dict[str, tuple[str, int, FuturesModelClient]] = {}
+
+    @classmethod
+    def create_http_communicator_from_dict(cls, servers: dict[str, tuple[str, int]]) -> "HTTPCommunicator":
+        """Connect to every server of `servers`, {name: (ip, port)}."""
+        communicator = cls()
+        for name, (ip, port) in servers.items():
+            communicator.add_server_by_name(name, ip=ip, port=port)
+        communicator.print_server_dict()
+        return communicator
+
+    def add_server_by_name(self, server_name: str, ip: str = "localhost", port: int = 5555) -> None:
+        """Wait until the server has loaded the model `server_name`, and keep a client for it.
+
+        Raises:
+            TimeoutError: it did not come up in `init_timeout_s` seconds.
+        """
+        if not self.is_ready(server_name, ip, port, self.init_timeout_s):
+            raise TimeoutError(no_answer(server_name, ip, port, self.init_timeout_s))
+        client = FuturesModelClient(
+            _url(ip, port), server_name, init_timeout_s=self.init_timeout_s, inference_timeout_s=INFERENCE_TIMEOUT_S
+        )
+        self.connections[server_name] = (ip, port, client)
+
+    @staticmethod
+    def is_ready(server_name: str, ip: str, port: int, wait_s: float) -> bool:
+        """Whether the server answers and has the model, asked again and again for up to about `wait_s` seconds."""
+        with ModelClient(_url(ip, port), server_name, lazy_init=True, init_timeout_s=max(wait_s, 1.0)) as client:
+            try:
+                client.wait_for_model(wait_s)
+            except (PyTritonClientTimeoutError, OSError):  # OSError: it went away between two questions
+                return False
+        return True
+
+    def print_server_dict(self) -> None:
+        """Log the name and address of every connection."""
+        for name, (ip, port, _) in self.connections.items():
+            logging.info(f"inference server {name!r} at {_url(ip, port)}")
+
+    def send_data_to_server(self, server_name: str, data: dict[str, np.ndarray], batching: bool = True) -> Future:
+        """Send arrays and return at once; the future's `result()` is a dict of arrays.
+
+        `batching=False` sends a single sample, without a batch dimension, and its answer has none either.
+        """
+        _, _, client = self.connections[server_name]
+        return client.infer_batch(**data) if batching else client.infer_sample(**data)
+
+    def close(self) -> None:
+        """Close every client, after the requests that are under way."""
+        for _, _, client in self.connections.values():
+            client.close()
+        self.connections.clear()
+
+
+def no_answer(server_name: str, ip: str, port: int, waited_s: float) -> str:
+    """One line for a server that did not come up."""
+    return (
+        f"no model {server_name!r} at {_url(ip, port)} after {waited_s:.0f} s; start the server, or correct "
+        "remote_rm.reward_model.name, .ip and .port"
+    )
+
+
+def _url(ip: str, port: int) -> str:
+    return f"http://{ip}:{port}"
