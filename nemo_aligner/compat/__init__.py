@@ -1,15 +1,17 @@
 """The one place where NeMo 2.0.0, megatron-core 0.9.0 and torch are adapted to each other and to this machine.
 
 `apply()` closes the gaps that a missing Apex or Transformer Engine and a newer torch leave, each only if it is there:
-on an NVIDIA container, where nothing is missing, NeMo runs untouched. `cpu.enable()` (not called here) redirects CUDA
-names to the CPU for a run that asks for the CPU.
+on an NVIDIA container, where nothing is missing, NeMo runs untouched. `cpu.enable()` redirects CUDA names to the CPU
+for a run that asks for the CPU, whether it is called before NeMo is imported or after.
 """
 
 
 def apply() -> None:
     """Adapt the libraries to what is installed. Called by the modules that import NeMo's models; idempotent."""
-    from nemo_aligner.compat import no_apex, no_transformer_engine, torch_version
+    from nemo_aligner.compat import cpu, device, no_apex, no_transformer_engine, torch_version
 
     no_apex.apply()
     no_transformer_engine.apply()
     torch_version.apply()
+    if device.on_cpu():
+        cpu.redirect_nemo()

@@ -9,77 +9,38 @@ misled. Removal: when megatron-core takes its device from the process group inst
 """
 
 import contextlib
-import functools
+import sys
 
 import torch
 
 from nemo_aligner.compat import device
-
-# Every factory of torch that megatron-core 0.9 or NeMo 2.0 calls with a literal device="cuda".
-_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like")
 
 
 def enable() -> None:
     """Let megatron-core and NeMo compute on the CPU in this process. Calling it again changes nothing."""
     if device.on_cpu():
         return
+    # First, because megatron-core compiles functions when imported, and torch.compile then looks torch over.
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import random
+
     device.set_on_cpu()
-    for name in _FACTORIES:
-        setattr(torch, name, _ignoring_cuda_device(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.set_device = torch.cuda.synchronize = torch.cuda.empty_cache = _do_nothing
-    torch.cuda.Stream = torch.cuda.current_stream = torch.cuda.Event = _NoStream
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.LongTensor, torch.cuda.IntTensor = torch.LongTensor, torch.IntTensor
-    torch.cuda.ByteTensor, torch.cuda.FloatTensor = torch.ByteTensor, torch.FloatTensor
-    torch.cuda.manual_seed = torch.default_generator.manual_seed
-    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
-    _redirect_megatron_rng()
-    _redirect_nemo()
+    _redirect_torch()
+    schedules.torch = _TorchWithoutCudaDevice()
+    # Random states of the tracker are those of the CPU's generator.
+    random._set_cuda_rng_state = lambda state, device=-1: torch.set_rng_state(state)
+    if "nemo.core.classes.modelPT" in sys.modules:
+        redirect_nemo()
 
 
-def _ignoring_cuda_device(factory):
-    @functools.wraps(factory)
-    def on_cpu(*args, **kwargs):
-        wanted = kwargs.get("device")
-        if wanted is not None and torch.device(wanted).type == "cuda":
-            kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
-
-    return on_cpu
-
-
-def _do_nothing(*args, **kwargs) -> None:
-    pass
-
-
-class _NoStream:
-    """Stands in for CUDA streams and events, which order work that on a CPU is in order already."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    record = wait = wait_stream = wait_event = synchronize = record_event = _do_nothing
-
-
-def _redirect_megatron_rng() -> None:
-    """Let megatron-core's random-state tracker keep states of the CPU's generator."""
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    megatron_random._set_cuda_rng_state = lambda state, device=-1: torch.set_rng_state(state)
-
-
-def _redirect_nemo() -> None:
-    """Two places of NeMo: models move themselves with `.cuda()`, and the tracker is seeded only where a GPU is seen."""
+def redirect_nemo() -> None:
+    """NeMo's models move themselves with `.cuda()`, and Megatron's random states are seeded only where a GPU is seen."""
     from megatron.core import tensor_parallel
     from nemo.collections.nlp.modules.common.megatron import megatron_init
     from nemo.core.classes import modelPT
 
+    if megatron_init._set_random_seed.__module__ == __name__:
+        return
     modelPT.ModelPT.cuda = lambda self, *args, **kwargs: self
     set_random_seed = megatron_init._set_random_seed
 
@@ -88,3 +49,42 @@ def _redirect_nemo() -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
     megatron_init._set_random_seed = set_random_seed_and_tracker
+
+
+def _redirect_torch() -> None:
+    for moving in (torch.Tensor, torch.nn.Module):
+        moving.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.Stream = torch.cuda.current_stream = torch.cuda.Event = _NoStream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.LongTensor, torch.cuda.IntTensor = torch.LongTensor, torch.IntTensor
+    torch.cuda.ByteTensor, torch.cuda.FloatTensor = torch.ByteTensor, torch.FloatTensor
+    torch.cuda.manual_seed = torch.default_generator.manual_seed
+    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+
+
+class _TorchWithoutCudaDevice:
+    """torch, for a module that writes `device="cuda"` into a call: `schedules` does so once, in `torch.zeros`."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*args, device=None, **kwargs):
+        return torch.zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+
+class _NoStream:
+    """Stands in for CUDA streams and events, which order work that on a CPU is in order already."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def synchronize(self, *args) -> None:
+        pass
+
+    record = wait = wait_stream = wait_event = record_event = synchronize

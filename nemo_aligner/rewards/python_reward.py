@@ -16,9 +16,9 @@ wants, and gets only that (a function that ends in `**kwargs` gets everything):
     records          list[dict]       the prompt's line of the JSONL file; rollouts of one prompt share one dict
     finished         list[bool]       False if the response was cut off at the length limit
 
-It returns a list or tuple of B numbers, or a 1-D tensor or array. `None` in a list says "cannot be judged": that rollout
-is counted, never selected and never trained on. NaN, infinity, a wrong count, something that is no number, and an
-exception stop the run with a `RewardError` that names the prompt.
+It returns a list or tuple of B numbers, or a 1-D tensor or array. `None` in a list says "cannot be judged": that
+rollout is counted, never selected and never trained on. NaN, infinity, a wrong count, something that is no number, and
+an exception stop the run with a `RewardError` that names the prompt.
 
 The function runs in one background thread on the source rank of each replica, on that replica's rollouts, while the
 next ones are generated; calls never overlap each other. Gradients are off.
@@ -52,7 +52,8 @@ def load_reward_function(target: str, kwargs: Mapping | None = None) -> Callable
     """Find the user's function and settle what it is called with. Needs no model and no process group.
 
     Args:
-        target: `package.module.function` or `path/to/file.py:function`; a relative path starts at the working directory.
+        target: `package.module.function` or `path/to/file.py:function`; a relative path starts at the working
+            directory.
         kwargs: constant keyword arguments of the function.
 
     Returns:
@@ -165,7 +166,7 @@ def _accepted_columns(target: str, function: Callable, constants: dict) -> list[
         raise _target_error(
             target,
             f"it cannot be called with (prompts, responses) and the keywords {[*columns, *constants]}: {error}",
-            f"its first two arguments are filled by position; set others in rs.reward.kwargs or name {OPTIONAL_COLUMNS}",
+            f"two arguments are filled by position; set others in rs.reward.kwargs or name {OPTIONAL_COLUMNS}",
         ) from error
     return columns
 
@@ -222,15 +223,15 @@ def score(
 
 
 def _as_float(value) -> float:
-    """One returned reward as a number that float32 can hold, NaN for None; anything else is a ValueError that says what."""
+    """One returned reward as a number that float32 can hold, NaN for None; else a ValueError that says what it is."""
     if value is None:
         return float("nan")
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, numbers.Real):
-        raise ValueError(one_line(f"{value!r}, which is not a number,"))
+        raise ValueError(f"{one_line(repr(value), limit=80)}, which is not a number,")
     if not abs(value) <= FLOAT32_MAX:  # also true of NaN
-        raise ValueError(one_line(f"{value!r}, which is not a finite float32,"))
+        raise ValueError(f"{one_line(repr(value), limit=80)}, which is not a finite float32,")
     return float(value)
 
 
@@ -259,7 +260,7 @@ def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str
     """Cut rollouts into what a reward function sees.
 
     Args:
-        rollout_batch: CPU tensors `response_tokens` [B, S] int64 (prompt, response, padding), `response_lengths` [B] and
+        rollout_batch: CPU tensors `response_tokens` [B, S] int64 (prompt, response, padding), `response_lengths` and
             `prompt_lengths` [B] (both count from the first prompt token), optionally `is_end` [B] bool; without it, a
             row is finished if its last token is the end-of-document id.
         tokenizer: has `eos_id` and `ids_to_text`.
@@ -320,8 +321,8 @@ class PythonRewardModel:
     def infer_rm(self, rollout_batch: Mapping) -> "PythonRewardFuture":
         """Start scoring and return at once. Local; every rank of a replica calls it with the same rollouts.
 
-        `rollout_batch` is as for `decode_rollouts`, on any device, plus `records`, a list of B dicts. Nothing wrong with
-        it is raised here: that would stop the source rank alone.
+        `rollout_batch` is as for `decode_rollouts`, on any device, plus `records`, a list of B dicts. What is wrong in
+        it is raised by `result()`: raised here, it would stop the source rank alone.
         """
         if not is_replica_source():
             return PythonRewardFuture(None)
@@ -333,9 +334,8 @@ class PythonRewardModel:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _score_rollouts(self, batch: dict) -> torch.Tensor:
-        return score(
-            self._function, records=batch["records"], **decode_rollouts(batch, self._tokenizer, self._end_strings)
-        )
+        rollouts = decode_rollouts(batch, self._tokenizer, self._end_strings)
+        return score(self._function, records=batch["records"], **rollouts)
 
 
 def _host_copy(value):

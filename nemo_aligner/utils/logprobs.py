@@ -7,8 +7,9 @@ Shapes: B rows, S token positions, V padded vocabulary entries over all TP ranks
 from collections.abc import Iterator
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 
+from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.ppo_utils import calculate_entropy
 
 # Bounds the float32 copy of the logits that is alive at a time: 64 Mi entries are 256 MiB.
@@ -41,7 +42,7 @@ def from_parallel_logits_to_logprobs(
     """
     if not ignore_last:
         return DistributedLogprob.apply(vocab_parallel_logits, target, inference_only, higher_stability)
-    # The surplus position is cut from the small result: cutting it from the logits would cost a copy of them.
+    # The last position is cut from the small result: cutting it from the logits would cost a copy of their gradient.
     successors = target.roll(-1, dims=-1)
     return DistributedLogprob.apply(vocab_parallel_logits, successors, inference_only, higher_stability)[:, :-1]
 
@@ -49,53 +50,112 @@ def from_parallel_logits_to_logprobs(
 class DistributedLogprob(torch.autograd.Function):
     """`from_parallel_logits_to_logprobs` without the shift: entry t is the log-probability of `target[t]`.
 
-    Forward: z_y - m - log sum_v exp(z_v - m), with m the largest logit of the whole vocabulary.
-    Backward: g * (1{v = y} - softmax(z)_v), formed again from the saved logits, so that no softmax is stored.
+    Forward: (z_y - m) - log sum_v exp(z_v - m), with m the largest logit of the whole vocabulary.
+    Backward: g * (1{v = y} - softmax(z)_v), with the softmax formed again from the logits, so that none is stored.
     """
 
     @staticmethod
     def forward(ctx, vocab_parallel_logits, target, inference_only=False, higher_stability=False):
-        if target.shape != vocab_parallel_logits.shape[:-1]:
+        logits = vocab_parallel_logits
+        if target.shape != logits.shape[:-1]:
             raise ValueError(
-                f"target {list(target.shape)} must have the shape of the logits "
-                f"{list(vocab_parallel_logits.shape)} without their last dimension"
+                f"target {list(target.shape)} must have the shape of the logits {list(logits.shape)} "
+                "without their last dimension"
             )
         group = parallel_state.get_tensor_model_parallel_group()
-        shard_target = target - parallel_state.get_tensor_model_parallel_rank() * vocab_parallel_logits.size(-1)
+        shard_target = target - parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
 
-        maxima = vocab_parallel_logits.amax(-1).to(_compute_dtype(vocab_parallel_logits))
+        maxima = logits.amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
         torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=group)
-        exp_sums, target_logits = sums = shard_sums(vocab_parallel_logits, shard_target, maxima)
+        sums = torch.stack((shard_exp_sums(logits, maxima), shard_target_logits(logits, shard_target, maxima)))
         torch.distributed.all_reduce(sums, group=group)
+        exp_sums, target_logits = sums.unbind()
 
-        if inference_only:
-            ctx.set_materialize_grads(False)
-        else:
-            ctx.save_for_backward(vocab_parallel_logits, shard_target, maxima, exp_sums)
-        log_probs = (target_logits - exp_sums.log()).to(vocab_parallel_logits.dtype)
+        log_probs = (target_logits - exp_sums.log()).to(logits.dtype)
         if inference_only:
             ctx.mark_non_differentiable(log_probs)
+        else:
+            ctx.save_for_backward(logits, shard_target, maxima, exp_sums)
         return log_probs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs):
-        logits, shard_target, maxima, exp_sums = ctx.saved_tensors
-        return shard_gradient(logits, shard_target, maxima, exp_sums, grad_log_probs), None, None, None
+        return shard_gradient(*ctx.saved_tensors, grad_log_probs), None, None, None
 
 
-def shard_sums(
-    logits: torch.Tensor, shard_target: torch.Tensor, maxima: torch.Tensor
-) -> torch.Tensor:
-    """What one shard adds to the two sums of the log-probability.
+def shard_exp_sums(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """Sum of exp(logit - maximum) over one shard.
 
     Args:
         logits: [B, S, V/TP].
-        shard_target: [B, S] int64, the target's position in this shard; outside [0, V/TP) it lies in another shard.
-        maxima: [B, S], the largest logit over all shards.
+        maxima: [B, S] float32, the largest logit of all shards.
 
     Returns:
-        [2, B, S] in the dtype of `maxima`: sum of exp(logit - maximum); target logit - maximum, 0 if it is not here.
+        [B, S] float32.
     """
-    sums = torch.empty(2, *maxima.shape, dtype=maxima.dtype, device=maxima.device)
-    ...
+    chunks = _split_positions(logits, maxima.unsqueeze(-1))
+    return torch.cat([torch.sub(logit, maximum).exp_().sum(-1) for logit, maximum in chunks], dim=-1)
+
+
+def shard_target_logits(logits: torch.Tensor, shard_target: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """Target logit - maximum where this shard holds the target, else 0; float32 [B, S].
+
+    `shard_target` [B, S] int64 is the target's place in this shard; outside [0, V/TP) it lies in another one.
+    """
+    here, place = _locate(shard_target, logits.size(-1))
+    return torch.where(here, logits.gather(-1, place.unsqueeze(-1)).squeeze(-1) - maxima, 0)
+
+
+def shard_gradient(
+    logits: torch.Tensor,
+    shard_target: torch.Tensor,
+    maxima: torch.Tensor,
+    exp_sums: torch.Tensor,
+    grad_log_probs: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of the log-probabilities for one shard, [B, S, V/TP] in the logits' dtype.
+
+    Args:
+        logits, shard_target, maxima: as above.
+        exp_sums: [B, S] float32, sum of exp(logit - maximum) over all shards.
+        grad_log_probs: [B, S], gradient of the loss for each log-probability.
+    """
+    grad_log_probs = grad_log_probs.to(maxima.dtype)
+    here, place = _locate(shard_target, logits.size(-1))
+    per_position = (maxima, -grad_log_probs / exp_sums, place, grad_log_probs * here)
+    gradient = torch.empty_like(logits)
+    chunks = _split_positions(gradient, logits, *(tensor.unsqueeze(-1) for tensor in per_position))
+    for out, logit, maximum, softmax_weight, column, target_weight in chunks:
+        softmax_term = torch.sub(logit, maximum).exp_().mul_(softmax_weight)
+        out.copy_(softmax_term.scatter_add_(-1, column, target_weight))
+    return gradient
+
+
+def _locate(shard_target: torch.Tensor, shard_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets lie in this shard, and a place inside it for every target."""
+    return (shard_target >= 0) & (shard_target < shard_size), shard_target.clamp(0, shard_size - 1)
+
+
+def _split_positions(wide: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut tensors [B, S, ...] along S, so that a piece of `wide` has at most `MAX_CHUNK_ENTRIES` entries."""
+    entries_per_position = max(1, wide.size(0) * wide.size(2))
+    num_positions = max(1, MAX_CHUNK_ENTRIES // entries_per_position)
+    return zip(*(tensor.split(num_positions, dim=1) for tensor in (wide, *others)), strict=True)
+
+
+def calculate_distributed_entropy(
+    vocab_parallel_logits: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean entropy of the next-token distributions; all ranks of the tensor-parallel group must call it.
+
+    Args:
+        vocab_parallel_logits: [B, S, V/TP], this rank's shard. The last position, which has no successor, is dropped.
+        mask: [B, S-1]; if given, the mean is over the positions where it is not zero.
+
+    Returns:
+        A scalar in the logits' dtype, equal on all TP ranks; each rank's gradient is that of its own shard.
+    """
+    logits = tensor_parallel.gather_from_tensor_model_parallel_region(vocab_parallel_logits)[:, :-1]
+    log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return calculate_entropy(log_probs, mask).to(logits.dtype)

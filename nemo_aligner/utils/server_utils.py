@@ -101,7 +101,7 @@ def process_inputs(inputs: dict, tokenize_func: Callable) -> tuple[torch.Tensor,
         tokens [B, S] and lengths [B, 1], int64, on this process's device.
 
     Raises:
-        ValueError: an input is missing, empty, of a wrong shape or dtype, a length lies outside 1..S, or an id is below 0.
+        ValueError: an input is missing, empty or of a wrong shape or dtype, a length is not in 1..S, or an id is below 0.
     """
     if inputs.get("sentences") is not None:
         tokens, lengths = tokenize_func(decode_bytes_ndarray(inputs["sentences"]).tolist())
@@ -136,7 +136,7 @@ def _check_request(tokens: torch.Tensor, lengths: torch.Tensor) -> None:
 
 
 def calculate_inference_batch_padding_multiple(current_size: int, model_forward_micro_batch_size: int) -> int:
-    """The number of rows a batch of `current_size` is padded to a multiple of, so that every replica gets equal work."""
+    """What a batch of `current_size` rows is padded to a multiple of, so that every replica gets equal work."""
     num_replicas = parallel_state.get_data_parallel_world_size()
     rows_per_forward = model_forward_micro_batch_size * num_replicas
     return num_replicas if current_size <= rows_per_forward else rows_per_forward

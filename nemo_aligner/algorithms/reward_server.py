@@ -1,0 +1,156 @@
+"""Serves a reward model over HTTP from a distributed job.
+
+Global rank 0 answers requests; all other ranks wait for its signal and join it in each forward pass. Between the signal
+and the end of that pass nothing may fail on rank 0 alone, so a request is checked before the signal is given.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from nemo.utils import logging
+from pytriton.decorators import batch, group_by_keys
+from pytriton.exceptions import PyTritonUnrecoverableError
+from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.triton import Triton, TritonConfig
+
+from nemo_aligner.servers.constants import ServerSignal
+from nemo_aligner.utils import parallel_state
+from nemo_aligner.utils.distributed import run_distributed_inference
+from nemo_aligner.utils.server_utils import (
+    calculate_inference_batch_padding_multiple,
+    lock_method,
+    pad_batch_and_strip_sequence,
+    process_inputs,
+)
+
+ENDPOINT_BIND_ADDRESS = "0.0.0.0"
+MAX_BATCH = 9999999
+
+# Between two rollouts lies a whole training phase, in which the other ranks wait for the next signal.
+IDLE_TIMEOUT = timedelta(days=365)
+
+
+@dataclass
+class RewardModelServer:
+    """One reward model behind one HTTP endpoint. Every rank of the job constructs it (collective) and runs it.
+
+    Attributes:
+        infer_fn: `infer_fn(inputs=(tokens [B, S], lengths [B]))` → rewards float32 [B, 1] on every rank of a replica.
+        tokenize_func: list of B strings → (ids [B, S], lengths [B]).
+        model_name, port: the endpoint.
+        inference_micro_batch_size: request rows per replica that the batcher tries to collect; a number or several.
+        model_forward_micro_batch_size: rows per forward pass and replica.
+        strip_sequence_length_to_multiple: cut the width of a batch to its longest length rounded up to a multiple of
+            this; None leaves the width alone.
+        max_queue_delay_microseconds: how long a request may wait to be merged with others.
+        vocab_size: ids at or above are refused; None checks nothing. On a GPU such an id would end the whole server.
+    """
+
+    infer_fn: Callable
+    tokenize_func: Callable
+    model_name: str
+    port: int
+    inference_micro_batch_size: int | list[int]
+    model_forward_micro_batch_size: int
+    strip_sequence_length_to_multiple: int | None
+    max_queue_delay_microseconds: int = 2000
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        self.lock = threading.Lock()
+        # A group of its own: the default one gives up on idle ranks after some minutes.
+        self._signal_group = torch.distributed.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+
+    @lock_method("self.lock")
+    def infer(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Score one batch. Runs on global rank 0, while the others are in `run_subscriber_loop`.
+
+        Args:
+            inputs: `sentences` bytes [B, 1], or `tokens` int64 [B, S] and `sequence_lengths` int64 [B, 1].
+
+        Returns:
+            `{"rewards": float32 [B, 1]}`.
+
+        Raises:
+            ValueError: the request is malformed; it is answered with an error and the server goes on.
+            PyTritonUnrecoverableError: the forward pass failed while other ranks take part; the server ends.
+        """
+        tokens, lengths = process_inputs(inputs, self.tokenize_func)
+        if self.vocab_size is not None and tokens.max() >= self.vocab_size:
+            raise ValueError(f"tokens holds the id {tokens.max()}; the vocabulary has {self.vocab_size} entries")
+        num_rows = len(tokens)
+        multiple = calculate_inference_batch_padding_multiple(num_rows, self.model_forward_micro_batch_size)
+        model_inputs, _, _ = pad_batch_and_strip_sequence(
+            tokens, lengths, multiple, self.strip_sequence_length_to_multiple
+        )
+        rewards = self._forward_on_all_ranks(model_inputs)
+        return {"rewards": np.asarray(rewards[:num_rows], dtype=np.float32)}
+
+    def _forward_on_all_ranks(self, model_inputs: dict[str, torch.Tensor]) -> np.ndarray:
+        torch.distributed.broadcast(torch.tensor([ServerSignal.FORWARD]), src=0, group=self._signal_group)
+        try:
+            return run_distributed_inference(inputs=model_inputs, infer_fn=self.infer_fn)
+        except Exception as error:
+            if torch.distributed.get_world_size() == 1:
+                raise
+            # The other ranks may be anywhere in the forward pass; the next signal would be misread.
+            raise PyTritonUnrecoverableError(f"the forward pass failed: {type(error).__name__}: {error}") from error
+
+    def run_server(self) -> None:
+        """Serve until interrupted on global rank 0, follow its signals on all others. Collective over the job.
+
+        Raises:
+            RuntimeError: on rank 0 if the endpoint went down by itself, on the others if the signals stop.
+        """
+        if torch.distributed.get_rank() == 0:
+            self._serve()
+        else:
+            self.run_subscriber_loop()
+
+    def run_subscriber_loop(self) -> None:
+        """Take part in one forward pass per signal, forever.
+
+        Raises:
+            RuntimeError: a signal other than `FORWARD`, or the connection to rank 0 broke.
+        """
+        signal = torch.zeros(1, dtype=torch.int64)
+        while True:
+            torch.distributed.broadcast(signal, src=0, group=self._signal_group)
+            if signal.item() != ServerSignal.FORWARD:
+                raise RuntimeError(f"expected the signal {ServerSignal.FORWARD!r} from rank 0, got {signal.item()}")
+            run_distributed_inference(infer_fn=self.infer_fn)
+
+    def _serve(self) -> None:
+        sizes = self.inference_micro_batch_size
+        sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+        num_replicas = parallel_state.get_data_parallel_world_size()
+        batcher = DynamicBatcher(
+            max_queue_delay_microseconds=self.max_queue_delay_microseconds,
+            preferred_batch_size=[size * num_replicas for size in sizes],
+        )
+        endpoint = TritonConfig(
+            allow_http=True,
+            allow_grpc=False,
+            allow_metrics=False,
+            http_address=ENDPOINT_BIND_ADDRESS,
+            http_port=self.port,
+        )
+        with Triton(config=endpoint) as triton:
+            triton.bind(
+                model_name=self.model_name,
+                infer_func=group_by_keys(batch(self.infer)),
+                inputs=[
+                    Tensor(name="sentences", shape=(-1,), dtype=bytes, optional=True),
+                    Tensor(name="tokens", shape=(-1,), dtype=np.int64, optional=True),
+                    Tensor(name="sequence_lengths", shape=(-1,), dtype=np.int64, optional=True),
+                ],
+                outputs=[Tensor(name="rewards", shape=(1,), dtype=np.float32)],
+                config=ModelConfig(max_batch_size=MAX_BATCH, batcher=batcher),
+            )
+            logging.info(f"serving reward model {self.model_name!r} on port {self.port}")
+            triton.serve()
+        logging.info("the reward server has stopped")

@@ -1,0 +1,128 @@
+"""Generate responses token by token with megatron-core's key/value cache, through Megatron's pipeline schedule.
+
+Legend: B rows, P longest prompt, W = P + max_length columns, t the position that is being decided, V vocabulary.
+Rows are right-padded. The loop starts behind the shortest prompt: at position t a row whose prompt is longer copies
+its prompt token, the others draw one (as NeMo's `generate` does, whose tokens these are, in greedy decoding exactly).
+"""
+
+import torch
+from megatron.core import InferenceParams, parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from nemo_aligner.generation.sampling import SamplingParams, sample
+from nemo_aligner.utils.masks import attention_mask_and_position_ids
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts_BP: torch.Tensor,
+    prompt_lengths_B: torch.Tensor,
+    strategy,
+    *,
+    max_length: int,
+    min_length: int,
+    end_strings: list[str],
+    sampling_params: SamplingParams,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """Prompts with their responses, int64 [B, W] on every rank of the replica; a row's tail holds the end-of-text id.
+
+    All ranks of a replica call it together with the same arguments and generators in the same state. The strategy is
+    told of every position and knows afterwards where each row ended.
+
+    Args:
+        model: a `MegatronGPTModel` without virtual pipeline stages, prepared for inference.
+        prompts_BP: int64 [B, at least P] on the device; not modified.
+        prompt_lengths_B: int64 [B] on the device.
+        min_length: tokens that a row generates before it may end.
+    """
+    eod_id = model.tokenizer.eos_id
+    width = int(prompt_lengths_B.max()) + max_length
+    tokens_BW = _widened(prompts_BP, width, eod_id)
+    stepper = _CachedForward(model, tokens_BW, eod_id)
+    is_last_stage = parallel_state.is_pipeline_last_stage()
+    end_ids = strategy.end_token_ids(eod_id, end_strings)
+    is_done_B = torch.zeros_like(prompt_lengths_B, dtype=torch.bool)
+    for t in range(int(prompt_lengths_B.min()), width):
+        logits_BV = stepper.next_logits(tokens_BW, t)
+        generated_B = t - prompt_lengths_B
+        if is_last_stage:
+            logits_BV[:, model.tokenizer.vocab_size :] = -torch.inf
+            too_short_B = generated_B < min_length
+            logits_BV[:, end_ids] = logits_BV[:, end_ids].masked_fill(too_short_B[:, None], -torch.inf)
+            drawn_B = sample(logits_BV, tokens_BW[:, :t], sampling_params, generator)
+            drawn_B = torch.where(is_done_B, eod_id, drawn_B)
+            tokens_BW[:, t] = torch.where(generated_B >= 0, drawn_B, tokens_BW[:, t])
+        _broadcast_from_last_stage(tokens_BW, t)
+        if is_last_stage:
+            is_end_B = strategy.end_of_generation_condition(tokens_BW[:, : t + 1], tokens_BW[:, t], eod_id, end_strings)
+            is_end_B = is_end_B & (generated_B >= min_length)
+            is_done_B |= (generated_B >= 0) & (is_end_B | (generated_B + 1 >= max_length))
+        if _all_done(is_done_B):
+            break
+    return tokens_BW
+
+
+def _widened(prompts_BP: torch.Tensor, width: int, eod_id: int) -> torch.Tensor:
+    tokens_BW = prompts_BP.new_full((prompts_BP.size(0), width), eod_id)
+    shared = min(width, prompts_BP.size(1))
+    tokens_BW[:, :shared] = prompts_BP[:, :shared]
+    return tokens_BW
+
+
+class _CachedForward:
+    """Runs the model over the positions it has not seen yet and keeps their keys and values."""
+
+    def __init__(self, model, tokens_BW: torch.Tensor, eod_id: int):
+        self.model = model
+        self.eod_id = eod_id
+        self.cache = InferenceParams(max_batch_size=tokens_BW.size(0), max_sequence_length=tokens_BW.size(1))
+
+    def next_logits(self, tokens_BW: torch.Tensor, t: int) -> torch.Tensor | None:
+        """Logits of the token at position t, float32 [B, V] on the last pipeline stage, None on the others."""
+        seen = self.cache.sequence_len_offset
+        mask, position_ids = attention_mask_and_position_ids(tokens_BW[:, :t], self.eod_id, **self.model.resets)
+        mask = None if mask is None else mask[:, :, seen:]
+
+        def forward_step(data_iterator, gpt_model):
+            output = gpt_model(tokens_BW[:, seen:t], position_ids[:, seen:], mask, inference_params=self.cache)
+            return output, lambda logits: (logits[:, -1], {"logits": logits[:, -1]})
+
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[self.model.model[0] if isinstance(self.model.model, list) else self.model.model],
+            num_microbatches=1,
+            forward_only=True,
+            seq_length=t - seen,
+            micro_batch_size=tokens_BW.size(0),
+        )
+        self.cache.sequence_len_offset = t
+        if not outputs:
+            return None
+        return gather_from_tensor_model_parallel_region(outputs[0]["logits"]).float()
+
+
+def _broadcast_from_last_stage(tokens_BW: torch.Tensor, t: int) -> None:
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return
+    column = tokens_BW[:, t].contiguous()
+    torch.distributed.broadcast(
+        column,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    tokens_BW[:, t] = column
+
+
+def _all_done(is_done_B: torch.Tensor) -> bool:
+    done = is_done_B.all()
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            done,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return bool(done)

@@ -1,0 +1,79 @@
+"""Draw the next token from logits, on the device and without waiting for it.
+
+Shapes: logits_BV float32 over the vocabulary, B rows, V ids; a filtered id has logit -inf.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Field names and meanings are those of `model.rs.sampling_params`.
+
+    Attributes:
+        use_greedy: take the most probable token; everything but `repetition_penalty` is then without effect.
+        temperature: divides the logits.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens that reaches this probability; 0.0 and 1.0 keep all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that occurred before
+            (CTRL, arXiv:1909.05858, with the sign rule of common implementations); 1.0 is off.
+    """
+
+    use_greedy: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+def sample(
+    logits_BV: torch.Tensor, previous_BT: torch.Tensor, params: SamplingParams, generator: torch.Generator | None
+) -> torch.Tensor:
+    """The next token of each row, int64 [B].
+
+    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far), top-k, top-p, draw.
+    """
+    if not params.use_greedy and params.temperature != 1.0:
+        logits_BV = logits_BV / params.temperature
+    if params.repetition_penalty != 1.0:
+        logits_BV = penalize_repetition(logits_BV, previous_BT, params.repetition_penalty)
+    if params.use_greedy:
+        return logits_BV.argmax(dim=-1)
+    if params.top_k > 0:
+        logits_BV = keep_top_k(logits_BV, params.top_k)
+    if 0.0 < params.top_p < 1.0:
+        logits_BV = keep_top_p(logits_BV, params.top_p)
+    return draw(logits_BV, generator)
+
+
+def penalize_repetition(logits_BV: torch.Tensor, previous_BT: torch.Tensor, penalty: float) -> torch.Tensor:
+    seen = logits_BV.gather(1, previous_BT)
+    return logits_BV.scatter(1, previous_BT, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+def keep_top_k(logits_BV: torch.Tensor, k: int) -> torch.Tensor:
+    """Filter all but the k largest logits of each row; ties with the k-th are kept."""
+    smallest_kept = logits_BV.topk(min(k, logits_BV.size(1)), dim=-1).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < smallest_kept, -torch.inf)
+
+
+def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
+    """Filter all but the smallest set of most probable tokens whose probabilities reach p (arXiv:1904.09751)."""
+    ordered, order = logits_BV.sort(dim=-1, descending=True)
+    probability = ordered.softmax(dim=-1)
+    reached_before = probability.cumsum(dim=-1) - probability >= p
+    reached_before[:, 0] = False
+    return logits_BV.masked_fill(reached_before.scatter(1, order, reached_before), -torch.inf)
+
+
+def draw(logits_BV: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """One draw per row from softmax(logits), int64 [B].
+
+    The first of independent exponential clocks with rates p_v rings at v with probability p_v, so the arg max of
+    p_v / Exp(1) is the draw. Unlike `torch.multinomial` this does not stop the host until the device is done.
+    """
+    probability = logits_BV.softmax(dim=-1)
+    clock = torch.empty_like(probability).exponential_(generator=generator)
+    return (probability / clock).argmax(dim=-1)

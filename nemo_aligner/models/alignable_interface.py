@@ -1,0 +1,63 @@
+"""What a trainer may call on a model, and when.
+
+Training and inference alternate; each phase opens with its `prepare_*` call and closes with its `finish_*` call.
+"""
+
+from abc import ABC, abstractmethod
+
+
+class SupervisedInterface(ABC):
+    """A model that can be trained on a batch."""
+
+    @abstractmethod
+    def get_loss_and_metrics(self, batch: dict, forward_only: bool) -> tuple[float, dict]:
+        """Run forward, and backward unless `forward_only`, over this replica's rows of a global batch.
+
+        Gradients are left accumulated. Loss and metrics are numbers on the host and the same on every rank.
+        """
+
+    @abstractmethod
+    def prepare_for_training_step(self) -> None:
+        """Called before the `get_loss_and_metrics` of each optimizer step."""
+
+    @abstractmethod
+    def finish_training_step(self) -> None:
+        """Called after `get_loss_and_metrics`, before gradients are clipped: reduces them over the ranks."""
+
+    def prepare_for_validation_step(self) -> None:
+        raise NotImplementedError
+
+    def finish_validation_step(self) -> None:
+        raise NotImplementedError
+
+
+class Inferrable(ABC):
+    """A model that can be run for inference."""
+
+    @abstractmethod
+    def prepare_for_inference(self) -> None:
+        """Called before a phase of `infer` calls."""
+
+    @abstractmethod
+    def infer(self, *args, **kwargs):
+        """Run inference. All ranks of a replica call it together with the same input."""
+
+    @abstractmethod
+    def finish_inference(self) -> None:
+        """Called after a phase of `infer` calls."""
+
+
+class AlignableGenerativeInterface(SupervisedInterface, Inferrable):
+    """A policy: it generates responses and is trained on them."""
+
+    @abstractmethod
+    def prepare_for_training(self) -> None:
+        """Called before a phase of training steps."""
+
+    @abstractmethod
+    def finish_training(self) -> None:
+        """Called after a phase of training steps."""
+
+    def get_init_policy_logprobs(self, rollout_batches: list[dict]):
+        """Log-probabilities under the policy that training started from. Rejection sampling does not need them."""
+        raise NotImplementedError

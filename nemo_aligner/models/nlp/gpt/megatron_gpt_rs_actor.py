@@ -1,0 +1,323 @@
+"""The policy of rejection sampling: a Megatron GPT model that generates rollouts and is trained on chosen ones.
+
+Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabulary, TP/PP/DP parallel sizes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.trainer.trainer import Trainer
+
+from nemo_aligner import compat
+from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation.decode import generate
+from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
+from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
+from nemo_aligner.utils.masks import attention_mask_and_position_ids
+from nemo_aligner.utils.optimizer_offload import offload_optimizer_states
+from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
+from nemo_aligner.utils.train_utils import (
+    grad_reductions,
+    prepare_for_training_step,
+    set_eval,
+    set_sync_funcs,
+    set_train,
+)
+from nemo_aligner.utils.utils import configure_batch_sizes
+
+compat.apply()
+
+# Keys of NeMo's model config that MegatronGPTModel reads without a default when it switches to inference.
+_SWITCHED_FOR_INFERENCE = {
+    "activations_checkpoint_granularity": None,
+    "activations_checkpoint_method": None,
+    "activations_checkpoint_num_layers": None,
+    "activations_checkpoint_layers_per_pipeline": None,
+    "sequence_parallel": False,
+}
+
+
+class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenerativeInterface):
+    """A Megatron GPT model for rejection sampling. `cfg` is the `model` section of the run's configuration."""
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer):
+        with open_dict(cfg):
+            for key, value in _SWITCHED_FOR_INFERENCE.items():
+                cfg.setdefault(key, value)
+        super().__init__(cfg, trainer=trainer)
+        self.automatic_optimization = False
+        self.resets = {
+            key: cfg.get("data", {}).get(key, False) for key in ("reset_position_ids", "reset_attention_mask")
+        }
+        self._length_params = OmegaConf.to_container(cfg.rs.length_params, resolve=True)
+        self._sampling_params = OmegaConf.to_container(cfg.rs.sampling_params, resolve=True)
+        self.to_offload_adam_states = cfg.rs.offload_adam_states
+        self.forward_micro_batch_size = cfg.rs.forward_micro_batch_size
+        self.distributed_adam_offload_manager: AbstractContextManager | None = None
+        self._is_prepared_for_inference = False
+        self._sampling_generator: torch.Generator | None = None
+
+    def _build_tokenizer(self):
+        if self.cfg.tokenizer.get("files") is None:
+            super()._build_tokenizer()
+        else:
+            self.tokenizer = build_packed_tokenizer(self)
+
+    # Training
+
+    def get_loss_and_metrics(self, batch: dict, forward_only: bool) -> tuple[float, dict]:
+        """Forward, and backward unless `forward_only`, over this replica's rows of one global batch.
+
+        Args:
+            batch: `response_tokens` int64 [rows, S] and `mask` float [rows, S - 1], on the CPU; other keys are ignored.
+                The rows are split in order into `get_num_microbatches()` micro-batches of `cfg.micro_batch_size`.
+
+        Returns:
+            The loss over the global batch and {"loss": the same}, equal on all ranks. Gradients stay accumulated.
+
+        Raises:
+            ValueError: if the rows do not make up that many micro-batches.
+        """
+        rows, width = batch["response_tokens"].shape
+        num_microbatches = get_num_microbatches()
+        if rows != num_microbatches * self.cfg.micro_batch_size:
+            raise ValueError(
+                f"a batch of {rows} rows cannot be split into {num_microbatches} micro-batches of "
+                f"model.micro_batch_size={self.cfg.micro_batch_size}"
+            )
+        set_sync_funcs(self, forward_only)
+        microbatches = [
+            dict(zip(("response_tokens", "mask"), parts, strict=True))
+            for parts in zip(
+                batch["response_tokens"].chunk(num_microbatches), batch["mask"].chunk(num_microbatches), strict=True
+            )
+        ]
+        losses = get_forward_backward_func()(
+            forward_step_func=self.get_actor_forward_output_and_loss_func(
+                _global_token_count(batch["mask"]), num_microbatches
+            ),
+            data_iterator=self._iterator_per_chunk(microbatches),
+            model=self.model,
+            num_microbatches=num_microbatches,
+            forward_only=forward_only,
+            seq_length=width,
+            micro_batch_size=self.cfg.micro_batch_size,
+        )
+        loss = torch.zeros((), dtype=torch.float32, device=current_device())
+        if losses:
+            loss = torch.stack([part["loss"].reshape(()) for part in losses]).mean()
+        torch.distributed.broadcast(loss, torch.distributed.get_world_size() - 1)
+        return loss.item(), {"loss": loss.item()}
+
+    def get_actor_forward_output_and_loss_func(
+        self, num_loss_tokens: torch.Tensor | None = None, num_microbatches: int = 1
+    ) -> Callable:
+        """The pipeline step `f(data_iterator, model) -> (output, loss_func)` over one micro-batch.
+
+        The output is vocab-parallel logits [mbs, S, V/TP] on the last stage, hidden states on the others.
+
+        Args:
+            num_loss_tokens: response tokens in the whole global batch; None stands for those of the micro-batch itself,
+                summed over the data-parallel group.
+            num_microbatches: the micro-batches of this replica, by which the schedule divides.
+        """
+
+        def forward_output_and_loss_func(data_iterator: Iterator[dict], model):
+            batch = self._stage_inputs(next(data_iterator))
+            output = model(batch["response_tokens"], batch["position_ids"], batch["attention_mask"], labels=None)
+            if not parallel_state.is_pipeline_last_stage():
+                output = output.to(self.model_parallel_config.pipeline_dtype)
+
+            def loss_func(logits: torch.Tensor):
+                loss = self._loss(logits, batch, num_loss_tokens, num_microbatches)
+                reported = loss.detach().clone()
+                torch.distributed.all_reduce(
+                    reported, op=torch.distributed.ReduceOp.SUM, group=parallel_state.get_data_parallel_group()
+                )
+                return loss, {"loss": reported / parallel_state.get_data_parallel_world_size()}
+
+            return output, loss_func
+
+        return forward_output_and_loss_func
+
+    def _loss(self, logits, batch, num_loss_tokens, num_microbatches) -> torch.Tensor:
+        """Negative masked mean of the response tokens' log-probabilities, as an fp32 scalar.
+
+        Megatron divides it by the number of micro-batches, and gradients are averaged over the data-parallel ranks; the
+        factors here undo both, so that what remains is one mean over the tokens of the global batch.
+        """
+        logprobs = from_parallel_logits_to_logprobs(logits, batch["response_tokens"], higher_stability=True).float()
+        mask = batch["mask"].float()
+        # where, not a product: a log-probability that is not trained on must not matter even if it is infinite
+        total = torch.where(mask > 0, logprobs * mask, 0.0).sum()
+        if self.cfg.rs.get("loss_normalization", "global_batch") == "micro_batch":
+            return -total / mask.sum().clamp(min=1)
+        if num_loss_tokens is None:
+            num_loss_tokens = _global_token_count(mask)
+        scale = num_microbatches * parallel_state.get_data_parallel_world_size()
+        return -total * scale / num_loss_tokens.clamp(min=1)
+
+    def _stage_inputs(self, microbatch: dict) -> dict:
+        """What this pipeline stage needs of a micro-batch, on its device; the rest is None."""
+        tokens = microbatch["response_tokens"].to(current_device(), non_blocking=True)
+        attention_mask, position_ids = attention_mask_and_position_ids(tokens, self.tokenizer.eos_id, **self.resets)
+        is_first, is_last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        return {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids if is_first else None,
+            "response_tokens": tokens if is_first or is_last else None,
+            "mask": microbatch["mask"].to(current_device(), non_blocking=True) if is_last else None,
+        }
+
+    def _iterator_per_chunk(self, microbatches: list[dict]) -> Iterator | list[Iterator]:
+        if isinstance(self.model, list) and len(self.model) > 1:
+            return [iter(microbatches) for _ in self.model]
+        return iter(microbatches)
+
+    def prepare_for_training(self) -> None:
+        configure_batch_sizes(
+            mbs=self.cfg.micro_batch_size,
+            gbs=self.cfg.global_batch_size,
+            dp=parallel_state.get_data_parallel_world_size(),
+        )
+        self.onload_adam_states()
+
+    def prepare_for_training_step(self) -> None:
+        prepare_for_training_step(self, zero_grad=False)
+
+    def finish_training_step(self) -> None:
+        grad_reductions(self)
+
+    def finish_training(self) -> None:
+        """Nothing to do: optimizer states stay on the GPU until inference needs its memory."""
+
+    # Inference
+
+    def prepare_for_inference(self) -> None:
+        """Switch off what only training needs. A second call before `finish_inference` changes nothing."""
+        if not self._is_prepared_for_inference:
+            self._reset_activation_checkpointing_args()
+            self._reset_sequence_parallelism_args()
+            self._is_prepared_for_inference = True
+        set_eval(self)
+        self.offload_adam_states()
+
+    def finish_inference(self) -> None:
+        """Restore what `prepare_for_inference` switched off. Optimizer states come back in `prepare_for_training`."""
+        if self._is_prepared_for_inference:
+            self._restore_activation_checkpointing_args()
+            self._restore_sequence_parallelism_args()
+            self._is_prepared_for_inference = False
+        set_train(self)
+
+    def seed_sampling(self, *key: int) -> None:
+        """Start the random stream of `infer` anew as a function of the model's seed, `key` and this replica.
+
+        The ranks of a replica share a stream, different replicas have different ones. Called with the step, it lets a
+        resumed run draw what an uninterrupted one would have drawn.
+        """
+        seed = (self.cfg.get("seed", 1234), *key, parallel_state.get_data_parallel_rank())
+        mixed = torch.Generator().manual_seed(0)
+        value = 0
+        for part in seed:
+            mixed.manual_seed((value ^ part) & (2**63 - 1))
+            value = int(torch.randint(2**62, (), generator=mixed))
+        self._sampling_generator = torch.Generator(current_device()).manual_seed(value)
+
+    @torch.no_grad()
+    def infer(self, inference_batch: dict) -> dict[str, torch.Tensor]:
+        """Generate one response for each row. All ranks of a replica call it together with the same batch.
+
+        Args:
+            inference_batch: `text` int64 [B, at least P], prompts right-padded with the end-of-document id, and
+                `length` int64 [B], on either device and left unmodified; other keys are ignored.
+
+        Returns:
+            On the device of every rank of the replica: `response_tokens` int64 [B, S], each row its prompt, response,
+            ending token and padding, S the longest row; `response_lengths` int64 [B], counting all but the padding;
+            `prompt_lengths` int64 [B]; `is_end` bool [B], whether the row ended within its own budget of tokens.
+
+        Raises:
+            ValueError: if a prompt and `max_length` more tokens exceed a learned position table.
+        """
+        prompts = inference_batch["text"].to(current_device())
+        prompt_lengths = inference_batch["length"].to(current_device())
+        max_length = self._length_params["max_length"]
+        self._check_context(int(prompt_lengths.max()), max_length)
+        if self._sampling_generator is None:
+            self.seed_sampling()
+        strategy = TrackLengthGPTModelTextGenerationStrategy(self, prompt_lengths, max_length)
+        tokens = generate(
+            self,
+            prompts,
+            prompt_lengths,
+            strategy,
+            max_length=max_length,
+            min_length=self._length_params["min_length"],
+            end_strings=self._sampling_params["end_strings"],
+            sampling_params=_sampling_params(self._sampling_params),
+            generator=self._sampling_generator,
+        )
+        response_lengths = strategy.get_lengths()
+        tokens = tokens[:, : int(response_lengths.max())]
+        padding = torch.arange(tokens.size(1), device=tokens.device) >= response_lengths[:, None]
+        return {
+            "response_tokens": tokens.masked_fill(padding, self.tokenizer.eos_id),
+            "response_lengths": response_lengths,
+            "prompt_lengths": prompt_lengths,
+            "is_end": strategy.get_is_end(),
+        }
+
+    def _check_context(self, longest_prompt: int, max_length: int) -> None:
+        context = self.cfg.encoder_seq_length
+        if self.cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute" and (
+            longest_prompt + max_length > context
+        ):
+            raise ValueError(
+                f"a prompt of {longest_prompt} tokens and rs.length_params.max_length={max_length} exceed the model's "
+                f"{context} positions; lower max_length or model.data.seq_length"
+            )
+
+    def get_ltor_masks_and_position_ids(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mask of blocked positions bool [B, 1, S, S], loss mask of ones [B, S] and position ids int64 [B, S]."""
+        mask, position_ids = attention_mask_and_position_ids(tokens, self.tokenizer.eos_id, **self.resets)
+        if mask is None:
+            width = tokens.size(1)
+            causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).triu(diagonal=1)
+            mask = causal.expand(tokens.size(0), 1, width, width)
+        return mask, torch.ones_like(tokens, dtype=torch.float32), position_ids
+
+    # Optimizer states
+
+    def offload_adam_states(self) -> None:
+        """Move a distributed optimizer's states to the host. Without one, or if they are there already, do nothing."""
+        if self.distributed_adam_offload_manager is None:
+            self.distributed_adam_offload_manager = offload_optimizer_states(self)
+            self.distributed_adam_offload_manager.__enter__()
+
+    def onload_adam_states(self) -> None:
+        """Bring the optimizer states back to the device if they were moved."""
+        if self.distributed_adam_offload_manager is not None:
+            self.distributed_adam_offload_manager.__exit__(None, None, None)
+            self.distributed_adam_offload_manager = None
+
+
+def _global_token_count(mask: torch.Tensor) -> torch.Tensor:
+    """Masked tokens over all replicas, fp32 scalar on the device."""
+    count = mask.sum(dtype=torch.float64).to(current_device())
+    torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    return count.float()
+
+
+def _sampling_params(configured: dict) -> SamplingParams:
+    """The sampling options that decide which token is drawn; the others are `generate`'s or have no effect here."""
+    return SamplingParams(**{key: configured[key] for key in SamplingParams.__dataclass_fields__ if key in configured})

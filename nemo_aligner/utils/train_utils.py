@@ -1,0 +1,140 @@
+"""The parts of a training step around Megatron's forward-backward schedule.
+
+Every function takes the Lightning model first. Which collective runs depends on the optimizer: Apex's
+`distributed_fused_adam` and megatron-core's `mcore_distributed_optim` reduce gradients themselves, a plain optimizer
+(inside NeMo's `MainParamsOptimizerWrapper` with `megatron_amp_O2`) leaves that to us.
+"""
+
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from nemo.utils.model_utils import param_is_not_shared
+
+
+def set_sync_funcs(ptl_model, forward_only: bool) -> None:
+    """Tell the pipeline schedule how to delay, start and finish the optimizer's own communication."""
+    no_sync_func = grad_sync_func = param_sync_func = None
+    if ptl_model.with_distributed_adam and not forward_only:
+        if ptl_model.use_mcore_dist_optim:
+            no_sync_func, grad_sync_func, param_sync_func = _mcore_sync_funcs(ptl_model)
+        else:
+            no_sync_func = partial(ptl_model._optimizer.no_sync, greedy_grad_copy=ptl_model.megatron_amp_O2)
+            grad_sync_func = ptl_model.reduce_overlap_gradients
+            param_sync_func = ptl_model.sync_overlap_parameters
+    for module in ptl_model.get_model_module_list():
+        module.config.no_sync_func = no_sync_func
+        module.config.grad_sync_func = grad_sync_func
+        module.config.param_sync_func = param_sync_func
+        if ptl_model.use_mcore_dist_optim:
+            module.config.finalize_model_grads_func = finalize_model_grads
+
+
+def _mcore_sync_funcs(ptl_model):
+    optim_cfg = ptl_model.cfg.optim
+    no_sync_func = grad_sync_func = param_sync_func = None
+    if optim_cfg.get("overlap_grad_sync", False):
+        no_sync_func = [chunk.no_sync for chunk in ptl_model.model]
+        if optim_cfg.get("align_grad_reduce", True):
+            grad_sync_func = [chunk.start_grad_sync for chunk in ptl_model.model]
+    if optim_cfg.get("overlap_param_sync", False) and optim_cfg.get("align_param_gather", False):
+        param_sync_func = [chunk.start_param_sync for chunk in ptl_model.model]
+    if len(ptl_model.model) == 1:
+        return tuple(f[0] if f else None for f in (no_sync_func, grad_sync_func, param_sync_func))
+    return no_sync_func, grad_sync_func, param_sync_func
+
+
+def prepare_for_training_step(ptl_model, zero_grad: bool = True) -> None:
+    """Put the model and its buffers into the state in which a forward-backward pass may start."""
+    set_train(ptl_model)
+    if ptl_model.initialize_ub:
+        ptl_model.initialize_ub_func()
+    if zero_grad:
+        ptl_model._optimizer.zero_grad()
+    if ptl_model.use_mcore_dist_optim:
+        for chunk in ptl_model.model:
+            chunk.zero_grad_buffer()
+    elif ptl_model.with_distributed_adam:
+        _wait_for_embedding_parameters(ptl_model)
+
+
+def _wait_for_embedding_parameters(ptl_model) -> None:
+    """Apex gathers a parameter when Python first touches it; torch hands embeddings to C++ without touching them."""
+    for module in ptl_model.get_model_module_list():
+        if hasattr(module, "embedding"):
+            for parameter in module.embedding.parameters():
+                parameter.data_ptr()
+
+
+def grad_reductions(ptl_model) -> None:
+    """Bring the gradients that the schedule left on each rank to their final values, each reduced exactly once."""
+    cfg = ptl_model.cfg
+    if ptl_model.use_mcore_dist_optim:
+        return  # the schedule called finalize_model_grads, which reduces everything
+    if cfg.get("tensor_model_parallel_size", 1) > 1 and cfg.get("sequence_parallel", False):
+        ptl_model.allreduce_sequence_parallel_gradients()
+    if ptl_model.with_distributed_adam:
+        ptl_model._optimizer._finish_bucket_grad_sync()
+    elif parallel_state.get_data_parallel_world_size() > 1:
+        if not ptl_model.megatron_amp_O2:
+            ptl_model.allreduce_gradients()
+        elif not ptl_model._optimizer.async_master_grads_allreudce:  # spelt so in NeMo
+            ptl_model._optimizer.allreduce_main_grads()
+    if cfg.get("pipeline_model_parallel_size", 1) > 1 and cfg.get("share_embeddings_and_output_weights", True):
+        ptl_model.allreduce_first_last_embeddings()
+
+
+@torch.no_grad()
+def clip_gradients(ptl_model, clip_val: float | None) -> float | None:
+    """Scale the gradients so that their 2-norm over all model-parallel shards is at most `clip_val`.
+
+    Returns:
+        The norm before clipping, or None if `clip_val` is None or not positive.
+    """
+    if clip_val is None or clip_val <= 0:
+        return None
+    if ptl_model.with_distributed_adam:
+        from nemo.collections.nlp.modules.common.megatron.clip_grads import clip_grad_norm_distributed_optimizer
+
+        return float(clip_grad_norm_distributed_optimizer(ptl_model._optimizer, clip_val))
+    if ptl_model.megatron_amp_O2:
+        parameters = ptl_model._optimizer.get_parameters_with_grad()
+    else:
+        parameters = ptl_model.get_parameters_with_grad()
+    norm = _model_parallel_grad_norm(parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+    return norm.item()
+
+
+def _model_parallel_grad_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """2-norm (fp32 scalar) over the replica, each parameter counted on one of the ranks that hold a copy of it."""
+    counted_here = [p.grad for p in parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
+    squared = torch.nn.utils.get_total_norm(counted_here).float().square().to(torch.cuda.current_device())
+    torch.distributed.all_reduce(squared, group=parallel_state.get_model_parallel_group())
+    return squared.sqrt()
+
+
+def set_train(ptl_model) -> None:
+    for module in _chunks(ptl_model):
+        module.train()
+
+
+def set_eval(ptl_model) -> None:
+    for module in _chunks(ptl_model):
+        module.eval()
+
+
+def prepare_for_validation_step(ptl_model) -> None:
+    if ptl_model.initialize_ub:
+        ptl_model.initialize_ub_func()
+    set_eval(ptl_model)
+
+
+def finish_validation_step(ptl_model) -> None:
+    set_train(ptl_model)
+
+
+def _chunks(ptl_model) -> list[torch.nn.Module]:
+    return ptl_model.model if isinstance(ptl_model.model, list) else [ptl_model.model]

@@ -1,0 +1,62 @@
+"""Step arithmetic of a training run: how many steps an epoch has, and what is due after a step."""
+
+
+def compute_limit_batches(number_of_batches: int, limit_batches: int | float | None) -> int:
+    """Batches to use out of `number_of_batches`: a fraction (float, truncated), at most so many (int), or all (None).
+
+    Raises TypeError for any other type.
+    """
+    if limit_batches is None:
+        limit_batches = 1.0
+    if isinstance(limit_batches, float):
+        return int(number_of_batches * limit_batches)
+    if isinstance(limit_batches, int):
+        return min(number_of_batches, limit_batches)
+    raise TypeError(f"a limit of batches is an int, a float or None, not {limit_batches!r}")
+
+
+def compute_num_steps_per_epoch(sampler, limit_train_batches: int | float | None = 1.0) -> int:
+    """Full steps of `sampler.global_batch_size` rows in one pass over `sampler.total_samples` rows, then limited.
+
+    A limit of None or a float above 1.0 counts as 1.0; a negative limit is none. Raises NotImplementedError if the
+    sampler keeps an incomplete last step.
+    """
+    if not sampler.drop_last:
+        raise NotImplementedError("training with drop_last=False is not supported; build the dataloader with True")
+    num_steps = sampler.total_samples // sampler.global_batch_size
+    if limit_train_batches is None or (isinstance(limit_train_batches, float) and limit_train_batches > 1.0):
+        limit_train_batches = 1.0
+    if isinstance(limit_train_batches, int | float) and limit_train_batches < 0:
+        return num_steps
+    return compute_limit_batches(num_steps, limit_train_batches)
+
+
+def check_progress(
+    step: int,
+    max_steps: int,
+    val_check_interval: int,
+    save_interval: int,
+    limit_val_batches: int | float | None,
+    run_time_exceeded: bool = False,
+) -> tuple[bool, bool, bool]:
+    """What is due after `step` steps: (run validation, save, training is over).
+
+    Validation is enabled by a positive interval and `limit_val_batches` other than 0, saving by a positive interval.
+    Each fires on its interval, at the end of training and when the run time is up. Raises AssertionError if validation
+    is enabled and `save_interval` is not a multiple of `val_check_interval`: a save would lack its validation metrics.
+    """
+    validation_enabled = limit_val_batches != 0 and val_check_interval > 0
+    saving_enabled = save_interval > 0
+    assert not validation_enabled or save_interval % val_check_interval == 0, (
+        f"save_interval={save_interval} must be a multiple of val_check_interval={val_check_interval}"
+    )
+    is_train_end = step == max_steps
+    last_chance = is_train_end or run_time_exceeded
+    run_validation = validation_enabled and (last_chance or step % val_check_interval == 0)
+    save_model = saving_enabled and (last_chance or step % save_interval == 0)
+    return run_validation, save_model, is_train_end
+
+
+def safe_is_divisible(a: int, b: int) -> bool:
+    """Whether `b` divides `a`; nothing is divisible by 0."""
+    return b != 0 and a % b == 0
