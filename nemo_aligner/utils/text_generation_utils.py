@@ -137,3 +137,24 @@ def verify_is_valid_and_clamp_range_(
         ended = response_tokens[row, : int(response_lengths[row])]
         is_end[row] = any(ends_with_text(ended, text, tokenizer) for text in texts)
     return is_end & in_range & (response_lengths > 0)
+
+
+def has_content(
+    response_tokens: torch.Tensor,
+    prompt_lengths: torch.Tensor,
+    response_lengths: torch.Tensor,
+    tokenizer,
+    end_strings: list[str],
+) -> torch.Tensor:
+    """Which ended rows hold more than the token or string that ended them, bool [B].
+
+    Args:
+        response_tokens: prompt, response with its ending, padding; int64 [B, S].
+        prompt_lengths, response_lengths: int64 [B], both from the first prompt token.
+    """
+    longer_than_end_token = response_lengths - prompt_lengths > 1
+    for row in longer_than_end_token.nonzero().flatten().tolist() if end_strings else []:
+        ids = response_tokens[row, int(prompt_lengths[row]) : int(response_lengths[row])].tolist()
+        if len(ids) <= max(len(text.encode()) for text in end_strings):
+            longer_than_end_token[row] = tokenizer.ids_to_text(ids) not in end_strings
+    return longer_than_end_token

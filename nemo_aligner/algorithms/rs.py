@@ -1,0 +1,528 @@
+"""Rejection sampling: roll out several responses per prompt, score them, train on the best, repeat.
+
+Legend: B prompts of a rollout micro-batch, N rollouts per prompt, K of them kept, G prompts per RS step over all
+replicas, R = G * K / DP rows that a replica trains on per RS step, S padded token width, P padded prompt width.
+"""
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import pandas as pd
+import torch
+from megatron.core import parallel_state
+from nemo.utils import logging
+from tqdm import tqdm
+
+from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.distributed import ScopedTimer, pad_list, pad_tensors_to_max_global_seq_len
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.ppo_utils import create_mask, select_topk
+from nemo_aligner.utils.rollout_log import RolloutLog
+from nemo_aligner.utils.text_generation_utils import has_content
+from nemo_aligner.utils.timers import max_over_ranks
+from nemo_aligner.utils.train_utils import clip_gradients
+from nemo_aligner.utils.trainer_utils import check_progress, compute_num_steps_per_epoch
+from nemo_aligner.utils.utils import clear_memory, cpu_dict
+
+MAX_TABLE_ROWS = 100
+# First number of the key from which the random stream of a phase is derived.
+TRAINING_STREAM, VALIDATION_STREAM = 0, 1
+
+
+class RSTrainer:
+    """Runs the rejection-sampling loop over a policy; see `fit`. `cfg` is the section `trainer.rs`.
+
+    Attributes:
+        step: RS steps done.
+        rs_optimization_step: optimizer steps done.
+        consumed_samples: prompts consumed by the whole job.
+    """
+
+    def __init__(
+        self,
+        cfg,
+        model,
+        optimizer,
+        scheduler,
+        train_dataloader,
+        val_dataloader,
+        logger,
+        ckpt_callback,
+        run_timer,
+        num_rollouts_per_prompt: int,
+        top_n_rollouts: int,
+        rm,
+        rollout_log: RolloutLog | None = None,
+    ):
+        """
+        Args:
+            rm: scores rollouts: `rm.infer_rm(rollout_batch).result()` gives float32 [rows, 1].
+            rollout_log: where every rollout is written, if anywhere.
+
+        Raises:
+            ConfigError: if the sizes do not fit each other.
+        """
+        self.cfg = cfg
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.train_dataloader = train_dataloader
+        self.val_dataloader = val_dataloader
+        self.logger = logger
+        self.ckpt_callback = ckpt_callback
+        self.run_timer = run_timer
+        self.num_rollouts_per_prompt = num_rollouts_per_prompt
+        self.top_n_rollouts = top_n_rollouts
+        self.rm = rm
+        self.rollout_log = rollout_log
+        self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)
+        self.timer = ScopedTimer(reduction="mean", sync_cuda=True, buffer_size=1)
+        self.step = self.rs_optimization_step = self.consumed_samples = 0
+        columns = ["step", "prompt", "response", "reward"]
+        self.train_df, self.val_df = pd.DataFrame(columns=columns), pd.DataFrame(columns=columns)
+        self.num_prompts_per_step = train_dataloader.batch_sampler.global_batch_size
+        self._check_sizes()
+        self.num_steps_per_epoch = compute_num_steps_per_epoch(
+            train_dataloader.batch_sampler, cfg.get("limit_train_batches", 1.0)
+        )
+        self.set_max_steps()
+
+    def _check_sizes(self) -> None:
+        check_sizes(
+            num_rollouts_per_prompt=self.num_rollouts_per_prompt,
+            top_n_rollouts=self.top_n_rollouts,
+            num_rollout_samples=self.num_prompts_per_step,
+            rollout_micro_batch_size=self.train_dataloader.batch_sampler.micro_batch_size,
+            global_batch_size=self.cfg.model_gbs,
+            micro_batch_size=self.cfg.get("model_mbs", 1),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+        num_prompts = self.train_dataloader.batch_sampler.total_samples
+        if num_prompts < self.num_prompts_per_step:
+            raise ConfigError(
+                f"model.data.data_prefix.train: {num_prompts} prompts are fewer than one step of "
+                f"model.rs.num_rollout_samples={self.num_prompts_per_step}; lower it or add prompts"
+            )
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.num_steps_per_epoch
+
+    def set_max_steps(self) -> None:
+        self.max_steps = self.num_steps_per_epoch * self.cfg.max_epochs
+        limit = self.cfg.get("max_steps", -1)
+        if limit >= 0:
+            self.max_steps = min(self.max_steps, limit)
+
+    # The loop
+
+    def fit(self) -> None:
+        """Roll out, score, select, train, validate, save, until the steps, the epochs or the time are used up."""
+        try:
+            self.run_timer.start_time()
+            if self.step == 0 and self.cfg.get("val_at_start", False):
+                self.log_rollouts(self.run_validation(), "val")
+            while self.step < self.max_steps and self.epoch < self.cfg.max_epochs:
+                if self._run_epoch():
+                    return
+        finally:
+            self.logger.finalize()
+
+    def _run_epoch(self) -> bool:
+        """The remaining RS steps of the current epoch; True if the run's time is up."""
+        num_steps = min(self.max_steps - self.step, self.num_steps_per_epoch - self.step % self.num_steps_per_epoch)
+        dataloader_iter = iter(self.train_dataloader)
+        num_microbatches = compute_num_rollout_microbatches(self.train_dataloader)
+        for _ in range(num_steps):
+            if self._run_step(dataloader_iter, num_microbatches):
+                return True
+        return False
+
+    def _run_step(self, dataloader_iter: Iterator, num_microbatches: int) -> bool:
+        """One RS step; True if the run's time is up. Every rank takes the same branches: each holds a collective."""
+        with self.timer("rollout_time"):
+            rollout_data, train_metrics = self.generate_rollouts(dataloader_iter, num_microbatches)
+        self.log_rollouts(train_metrics, "train")
+        clear_memory()
+        with self.timer("train_time"):
+            self.run_training(self._optimizer_batches(rollout_data))
+        self.step += 1
+
+        run_time_exceeded = self.run_timer.is_finished()
+        run_val, save_model, is_train_end = check_progress(
+            self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0, run_time_exceeded
+        )
+        val_metrics = {}
+        if run_val:
+            with self.timer("validation_time"):
+                val_metrics = self.run_validation()
+            self.log_rollouts(val_metrics, "val")
+        timings = max_over_ranks(self.timer.consume_durations())
+        self.logger.log_metrics(timings, step=self.step, prefix="timers/")
+        self._print_progress(train_metrics, val_metrics, timings)
+        if save_model:
+            candidates = {
+                **{f"val_{key}": value for key, value in val_metrics.items() if key != "table"},
+                **{f"train_{key}": value for key, value in train_metrics.items() if key != "table"},
+                **timings,
+            }
+            self.save({key: torch.tensor(value) for key, value in candidates.items()}, is_train_end)
+        return run_time_exceeded
+
+    def log_rollouts(self, metrics: dict, split: str) -> None:
+        """Log the metrics of a rollout phase and one example of it, under `train_rollouts/` or `val_rollouts/`."""
+        scalars = {key: value for key, value in metrics.items() if key != "table"}
+        self.logger.log_metrics(scalars, step=self.step, prefix=f"{split}_rollouts/")
+        example = pd.DataFrame([{"step": self.step, **metrics["table"]}])
+        frame = pd.concat([getattr(self, f"{split}_df"), example], ignore_index=True).tail(MAX_TABLE_ROWS)
+        setattr(self, f"{split}_df", frame)
+        self.logger.log_table(key=f"table/{split}_rollouts", dataframe=frame, step=self.step)
+
+    def _print_progress(self, train_metrics: dict, val_metrics: dict, timings: dict) -> None:
+        validated = f", held-out {val_metrics['global_rewards']:.3f}" if val_metrics else ""
+        seconds = sum(timings.values())
+        logging.info(
+            f"RS step {self.step}/{self.max_steps}: mean reward {train_metrics['global_rewards']:.3f}, "
+            f"kept {train_metrics['selected_rewards_mean']:.3f}{validated}; {seconds:.0f} s"
+        )
+
+    # Rollouts
+
+    @torch.no_grad()
+    def generate_rollouts(self, dataloader_iter: Iterator, num_microbatches: int) -> tuple[dict, dict]:
+        """Roll out one step's prompts and keep the best; returns this replica's training rows (CPU) and metrics."""
+        self.model.prepare_for_inference()
+        self.model.seed_sampling(TRAINING_STREAM, self.step)
+        rollout_batches, metrics = self._run_inference(dataloader_iter, num_microbatches, is_validation=False)
+        rollout_data, data_metrics = self.generate_rs_data(rollout_batches)
+        self.model.finish_inference()
+        self.consumed_samples += self.num_prompts_per_step
+        return cpu_dict(rollout_data), {**metrics, **data_metrics, "consumed_samples": self.consumed_samples}
+
+    @torch.no_grad()
+    def run_validation(self) -> dict:
+        """Mean reward and lengths over the validation prompts, one response each; the same on all ranks."""
+        self.model.prepare_for_inference()
+        self.model.seed_sampling(VALIDATION_STREAM, self.step)
+        sampler = self.val_dataloader.batch_sampler
+        num_microbatches = min(len(sampler), compute_num_rollout_microbatches(self.val_dataloader))
+        _, metrics = self._run_inference(iter(self.val_dataloader), num_microbatches, is_validation=True)
+        self.model.finish_inference()
+        return metrics
+
+    def _run_inference(
+        self, dataloader_iter: Iterator, num_microbatches: int, is_validation: bool
+    ) -> tuple[list[dict], dict]:
+        """Generate, score and, in training, select.
+
+        Returns:
+            Rollout batches (training: the kept rows; validation: all) and the metrics of all rows.
+        """
+        split = "val" if is_validation else "train"
+        dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
+        under_way = []
+        try:
+            microbatches = islice(dataloader_iter, num_microbatches)
+            for batch in self._with_progress_bar(microbatches, num_microbatches, split):
+                rollouts = self._generate(batch, 1 if is_validation else self.num_rollouts_per_prompt)
+                records = _records(dataset, batch, len(rollouts["prompt_index"]))
+                under_way.append((rollouts, self.rm.infer_rm({**rollouts, "records": records})))
+            scored, kept = [], []
+            while under_way:
+                rollouts, future = under_way[0]
+                rollouts["rewards"] = future.result().flatten().to(rollouts["response_tokens"].device)
+                rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
+                under_way.pop(0)
+                scored.append(rollouts)
+                kept.append(rollouts if is_validation else self._select(rollouts))
+                kept_rows = () if is_validation else kept[-1].pop("row").tolist()
+                self._write_to_log(split, rollouts, kept_rows)
+        except BaseException:
+            for rollouts, _ in under_way:
+                self._write_to_log(split, rollouts)
+            raise
+        metrics = self.compute_global_rollout_metrics(scored)
+        if not is_validation:
+            metrics.update(self._selection_metrics(kept))
+            metrics["table"] = _example(kept[0], self.model.tokenizer)
+        return kept, metrics
+
+    def _generate(self, batch: dict, num_rollouts: int) -> dict:
+        """Rollouts of the B prompts of `batch` in one `infer` call: `num_rollouts` neighbouring rows for each prompt."""
+        repeated = {
+            key: value.repeat_interleave(num_rollouts, dim=0)
+            for key, value in batch.items()
+            if isinstance(value, torch.Tensor) and value.size(0) == batch["length"].size(0)
+        }
+        output = self.model.infer(repeated)
+        device = output["response_tokens"].device
+        num_rows = repeated["length"].size(0)
+        rows = {
+            **output,
+            "prompt_tokens": repeated["text"].to(device),
+            "prompt_index": repeated.get("prompt_index", _group_numbers(num_rows, num_rollouts)).to(device),
+            "is_padding": repeated.get("is_padding", torch.zeros(num_rows, dtype=torch.bool)).to(device),
+        }
+        may_train = repeated.get("loss_multiplier", torch.ones(num_rows, dtype=torch.bool)).to(device)
+        ended_with_content = output["is_end"] & has_content(
+            output["response_tokens"],
+            output["prompt_lengths"],
+            output["response_lengths"],
+            self.model.tokenizer,
+            self.model._sampling_params["end_strings"],
+        )
+        rows["is_fit"] = ended_with_content & may_train
+        return rows
+
+    def _select(self, rollouts: dict) -> dict:
+        rows = torch.arange(rollouts["rewards"].size(0), device=rollouts["rewards"].device)
+        return select_topk({**rollouts, "row": rows}, self.top_n_rollouts)
+
+    def _write_to_log(self, split: str, rollouts: dict, kept_rows=()) -> None:
+        if self.rollout_log is not None:
+            self.rollout_log.write(split, self.step, cpu_dict(rollouts), kept_rows)
+
+    def _with_progress_bar(self, microbatches, total: int, phase: str) -> tqdm:
+        return tqdm(
+            microbatches,
+            total=total,
+            desc=f"step {min(self.step + 1, self.max_steps)}/{self.max_steps} {phase}",
+            leave=False,
+            disable=None if torch.distributed.get_rank() == 0 else True,
+        )
+
+    # Metrics
+
+    def compute_global_rollout_metrics(self, rollout_batches: list[dict]) -> dict:
+        """Means over the rows of all replicas, and one row of this rank under `table`.
+
+        Raises:
+            ValueError: for an empty list.
+        """
+        if not rollout_batches:
+            raise ValueError("there are no rollouts to report on: the dataset gave no micro-batch")
+        sums = sum(_sums_over_rows(batch) for batch in rollout_batches).to(current_device())
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        num_rows, lengths, prompt_lengths, num_judged, rewards, ended, fit = sums.tolist()
+        return {
+            "table": _example(rollout_batches[0], self.model.tokenizer),
+            "global_response_lengths_mean": lengths / num_rows,
+            "global_prompt_lengths": prompt_lengths / num_rows,
+            "global_rewards": rewards / num_judged if num_judged else float("nan"),
+            "fraction_finished": ended / num_rows,
+            "fraction_fit": fit / num_rows,
+            "fraction_unjudged": 1 - num_judged / num_rows,
+        }
+
+    def _selection_metrics(self, kept: list[dict]) -> dict:
+        sums = sum(_sums_over_rows(batch) for batch in kept).to(current_device())
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        num_rows, lengths, _, num_judged, rewards, _, fit = sums.tolist()
+        return {
+            "selected_rewards_mean": rewards / num_judged if num_judged else float("nan"),
+            "selected_response_lengths_mean": lengths / num_rows,
+            "selected_fraction_fit": fit / num_rows,
+        }
+
+    # Training
+
+    def generate_rs_data(self, rollout_batches: list[dict]) -> tuple[dict, dict]:
+        """Stack the kept rows of all micro-batches for training.
+
+        Returns:
+            CPU tensors `response_tokens` int64 [R, S], padded with the end-of-document id; `mask` float32 [R, S - 1],
+            1 where the prediction of a response token is trained on, all 0 in rows unfit for training; `prompt_tokens`
+            int64 [R, P]. S is the same on all replicas. And no metrics of its own.
+        """
+        eos_id = self.model.tokenizer.eos_id
+        columns = {key: [batch[key] for batch in rollout_batches] for key in rollout_batches[0]}
+        rows = [row.to(current_device()) for tokens in columns["response_tokens"] for row in tokens]
+        tokens = pad_tensors_to_max_global_seq_len(
+            rows, eos_id, parallel_state.get_data_parallel_group(), self.rollout_batch_seq_length
+        )
+        if self.model.trains_with_sequence_parallel:
+            tokens = _round_up_width(tokens, parallel_state.get_tensor_model_parallel_world_size(), eos_id)
+        lengths = {key: torch.cat(columns[key]).to(tokens.device) for key in ("prompt_lengths", "response_lengths")}
+        mask = create_mask(torch.zeros(tokens.size(0), tokens.size(1) - 1, device=tokens.device), **lengths)
+        if "is_fit" in columns:
+            mask *= torch.cat(columns["is_fit"]).to(tokens.device)[:, None]
+        prompts = torch.cat(pad_list(columns["prompt_tokens"], eos_id))
+        return cpu_dict({"response_tokens": tokens, "mask": mask, "prompt_tokens": prompts}), {}
+
+    def _optimizer_batches(self, rollout_data: dict) -> Iterator[dict]:
+        """This replica's rows, in order, in batches of gbs / DP rows."""
+        rows_per_batch = self.cfg.model_gbs // parallel_state.get_data_parallel_world_size()
+        parts = {key: value.split(rows_per_batch) for key, value in rollout_data.items()}
+        num_batches = len(parts["mask"])
+        batches = ({key: value[i] for key, value in parts.items()} for i in range(num_batches))
+        return iter(self._with_progress_bar(batches, num_batches, "training"))
+
+    def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
+        """One optimizer step per batch; returns the last loss and its metrics.
+
+        Raises:
+            ValueError: if there is no batch.
+        """
+        self.model.prepare_for_training()
+        loss_mean = None
+        for batch in dataloader_iter:
+            start = time.monotonic()
+            self.optimizer.zero_grad()
+            self.model.prepare_for_training_step()
+            loss_mean, metrics = self.model.get_loss_and_metrics(batch=batch, forward_only=False)
+            self.model.finish_training_step()
+            grad_norm = clip_gradients(self.model, self.cfg.gradient_clip_val)
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.step()
+            self.scheduler.step()
+            metrics = {**metrics, "lr": lr, "optim_step": self.rs_optimization_step}
+            if grad_norm is not None:
+                metrics["grad_norm"] = grad_norm
+            metrics["train_step_time"] = max_over_ranks({"train_step_time": time.monotonic() - start})[
+                "train_step_time"
+            ]
+            self.logger.log_metrics(metrics, step=self.rs_optimization_step, prefix="train_optim/")
+            self.rs_optimization_step += 1
+        if loss_mean is None:
+            raise ValueError("run_training got no batch: there are no rollouts to train on")
+        self.model.finish_training()
+        self.optimizer.zero_grad()
+        return loss_mean, metrics
+
+    # State
+
+    def save(self, extra_candidates: dict | None = None, is_train_end: bool = False) -> None:
+        """Write a checkpoint; its name and the choice of the best come from the counters and `extra_candidates`."""
+        self.model.prepare_for_training()  # optimizer states belong to the checkpoint
+        torch.cuda.synchronize()
+        torch.distributed.barrier()
+        counters = {key: torch.tensor(value, dtype=torch.int64) for key, value in self.state_dict().items()}
+        self.ckpt_callback.custom_save({**(extra_candidates or {}), **counters}, is_train_end=is_train_end)
+        self.model.finish_training()
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "epoch": self.epoch,
+            "rs_optimization_step": self.rs_optimization_step,
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from saved counters, which must be the same on all ranks.
+
+        Raises:
+            ValueError: if ranks disagree.
+        """
+        keys = ("step", "consumed_samples", "rs_optimization_step")
+        own = torch.tensor([int(state_dict[key]) for key in keys], dtype=torch.int64, device=current_device())
+        first = own.clone()
+        torch.distributed.broadcast(first, 0)
+        if not torch.equal(own, first):
+            raise ValueError(f"the counters {keys} of this rank, {own.tolist()}, differ from rank 0's {first.tolist()}")
+        self.step, _, self.rs_optimization_step = own.tolist()
+        # Checkpoints of the original counted selected responses here; prompts are what the data position goes by.
+        self.consumed_samples = self.step * self.num_prompts_per_step
+        self.train_dataloader.batch_sampler.consumed_samples = self.consumed_samples
+        self.set_max_steps()
+
+
+def compute_num_rollout_microbatches(dataloader) -> int:
+    """Rollout micro-batches per replica and pass: global batch / (micro-batch * data-parallel size), exactly.
+
+    Raises:
+        AssertionError: if that is not a whole number.
+    """
+    sampler = dataloader.batch_sampler
+    per_microbatch = sampler.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    assert sampler.global_batch_size % per_microbatch == 0, (
+        f"{sampler.global_batch_size} prompts cannot be split into micro-batches of {sampler.micro_batch_size} on "
+        f"{parallel_state.get_data_parallel_world_size()} replicas"
+    )
+    return sampler.global_batch_size // per_microbatch
+
+
+def check_sizes(
+    *,
+    num_rollouts_per_prompt: int,
+    top_n_rollouts: int,
+    num_rollout_samples: int,
+    rollout_micro_batch_size: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+) -> None:
+    """Refuse sizes that do not fit each other.
+
+    Raises:
+        ConfigError: naming the keys, their values and what must hold.
+    """
+    n, k, dp = num_rollouts_per_prompt, top_n_rollouts, data_parallel_size
+    if not 1 <= k <= n:
+        raise ConfigError(
+            f"model.rs.top_n_rollouts={k} must be between 1 and model.rs.num_rollouts_per_prompt={n}, from which the "
+            "best are chosen"
+        )
+    if num_rollout_samples * k % global_batch_size:
+        raise ConfigError(
+            f"model.rs.num_rollout_samples={num_rollout_samples} * model.rs.top_n_rollouts={k} must be a multiple of "
+            f"model.global_batch_size={global_batch_size}, the rows of an optimizer step"
+        )
+    if global_batch_size % (micro_batch_size * dp):
+        raise ConfigError(
+            f"model.global_batch_size={global_batch_size} must be a multiple of model.micro_batch_size="
+            f"{micro_batch_size} * {dp} data-parallel replicas"
+        )
+    if num_rollout_samples % (rollout_micro_batch_size * dp):
+        raise ConfigError(
+            f"model.rs.num_rollout_samples={num_rollout_samples} must be a multiple of "
+            f"model.rs.rollout_micro_batch_size={rollout_micro_batch_size} * {dp} data-parallel replicas"
+        )
+
+
+def _group_numbers(num_rows: int, rows_per_group: int) -> torch.Tensor:
+    return torch.arange(num_rows) // rows_per_group
+
+
+def _records(dataset, batch: dict, num_rows: int) -> list[dict]:
+    """Each row's line of the prompt file; rollouts of a prompt share one. Foreign datasets have none: empty dicts."""
+    if "prompt_index" not in batch or not hasattr(dataset, "record"):
+        return [{}] * num_rows
+    records = [dataset.record(index) for index in batch["prompt_index"].tolist()]
+    return [record for record in records for _ in range(num_rows // len(records))]
+
+
+def _sums_over_rows(batch: dict) -> torch.Tensor:
+    """fp64 [7]: rows, response lengths, prompt lengths, judged rows, their rewards, ended and fit rows; no padding."""
+    rewards = batch["rewards"].flatten().double()
+    counts = ~batch["is_padding"] if "is_padding" in batch else torch.ones_like(rewards, dtype=torch.bool)
+    is_judged = ~rewards.isnan()
+    none = torch.zeros_like(rewards)
+    per_row = torch.stack(
+        [
+            torch.ones_like(rewards),
+            (batch["response_lengths"] - batch["prompt_lengths"]).double(),
+            batch["prompt_lengths"].double(),
+            is_judged.double(),
+            torch.where(is_judged, rewards, 0.0),
+            batch.get("is_end", none).double(),
+            batch.get("is_fit", none).double(),
+        ]
+    )
+    return per_row[:, counts].sum(dim=1)
+
+
+def _example(batch: dict, tokenizer) -> dict:
+    """Texts and reward of the first row."""
+    prompt_length, response_length = int(batch["prompt_lengths"][0]), int(batch["response_lengths"][0])
+    tokens = batch["response_tokens"][0].tolist()
+    return {
+        "reward": batch["rewards"].flatten()[0].item(),
+        "prompt": tokenizer.ids_to_text(tokens[:prompt_length]),
+        "response": tokenizer.ids_to_text(tokens[prompt_length:response_length]),
+    }
+
+
+def _round_up_width(tokens: torch.Tensor, multiple: int, pad_value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tokens, (0, -tokens.size(1) % multiple), value=pad_value)
