@@ -1,26 +1,36 @@
 """Named connections to Triton inference servers."""
 
-from concurrent.futures import Future
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from nemo.utils import logging
-from pytriton.client import FuturesModelClient, ModelClient
+from pytriton.client import ModelClient
 from pytriton.client.exceptions import PyTritonClientTimeoutError
+from pytriton.client.warnings import NotSupportedTimeoutWarning
+from tritonclient.utils import InferenceServerException
 
-# A reward server may hold a request back while it works on those of other replicas; an hour-long queue is no fault.
+# A request may queue at the server behind those of all other replicas.
 INFERENCE_TIMEOUT_S = 600_000
+# A server that has answered before gets this long to answer again before a request to it fails.
+RETURN_TIMEOUT_S = 300
+NUM_THREADS = 32
+
+# PyTriton finds it strange that an answer may take longer than the server's start.
+warnings.filterwarnings("ignore", category=NotSupportedTimeoutWarning)
 
 
 class HTTPCommunicator:
     """Sends batches to servers that speak the KServe v2 protocol over HTTP with binary tensors.
 
-    Its clients hold threads and connections: `close()` it.
+    Its clients hold threads: `close()` it.
     """
 
     def __init__(self, init_timeout_s: float = 6000):
         """`init_timeout_s`: how long `add_server_by_name` waits for a server to come up, in seconds."""
         self.init_timeout_s = init_timeout_s
-        self.connections: dict[str, tuple[str, int, FuturesModelClient]] = {}
+        self.connections: dict[str, tuple[str, int, BackgroundClient]] = {}
 
     @classmethod
     def create_http_communicator_from_dict(cls, servers: dict[str, tuple[str, int]]) -> "HTTPCommunicator":
@@ -39,18 +49,18 @@ class HTTPCommunicator:
         """
         if not self.is_ready(server_name, ip, port, self.init_timeout_s):
             raise TimeoutError(no_answer(server_name, ip, port, self.init_timeout_s))
-        client = FuturesModelClient(
-            _url(ip, port), server_name, init_timeout_s=self.init_timeout_s, inference_timeout_s=INFERENCE_TIMEOUT_S
-        )
-        self.connections[server_name] = (ip, port, client)
+        self.connections[server_name] = (ip, port, BackgroundClient(_url(ip, port), server_name))
 
     @staticmethod
     def is_ready(server_name: str, ip: str, port: int, wait_s: float) -> bool:
         """Whether the server answers and has the model, asked again and again for up to about `wait_s` seconds."""
-        with ModelClient(_url(ip, port), server_name, lazy_init=True, init_timeout_s=max(wait_s, 1.0)) as client:
+        with ModelClient(_url(ip, port), server_name, init_timeout_s=wait_s, inference_timeout_s=wait_s) as client:
             try:
                 client.wait_for_model(wait_s)
-            except (PyTritonClientTimeoutError, OSError):  # OSError: it went away between two questions
+            except PyTritonClientTimeoutError:
+                return False
+            except (InferenceServerException, OSError):  # it went away between two questions
+                time.sleep(min(wait_s, 1.0))
                 return False
         return True
 
@@ -65,13 +75,39 @@ class HTTPCommunicator:
         `batching=False` sends a single sample, without a batch dimension, and its answer has none either.
         """
         _, _, client = self.connections[server_name]
-        return client.infer_batch(**data) if batching else client.infer_sample(**data)
+        return client.send(data, batching)
 
     def close(self) -> None:
-        """Close every client, after the requests that are under way."""
+        """Close every client. Requests under way are finished, those not yet begun are dropped."""
         for _, _, client in self.connections.values():
             client.close()
         self.connections.clear()
+
+
+class BackgroundClient:
+    """Requests to one model, each in a thread and over a connection of its own.
+
+    PyTriton's `FuturesModelClient` does the same, but a process that fails without closing it never ends: its threads
+    wait for more work. A connection per request costs a millisecond and cannot go stale during a training phase.
+    """
+
+    def __init__(self, url: str, model_name: str):
+        self.url = url
+        self.model_name = model_name
+        self._executor = ThreadPoolExecutor(NUM_THREADS)
+
+    def send(self, data: dict[str, np.ndarray], batching: bool) -> Future:
+        """Start a request; see `HTTPCommunicator.send_data_to_server`."""
+        return self._executor.submit(self._request, data, batching)
+
+    def _request(self, data: dict[str, np.ndarray], batching: bool) -> dict[str, np.ndarray]:
+        with ModelClient(
+            self.url, self.model_name, init_timeout_s=RETURN_TIMEOUT_S, inference_timeout_s=INFERENCE_TIMEOUT_S
+        ) as client:
+            return client.infer_batch(**data) if batching else client.infer_sample(**data)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 def no_answer(server_name: str, ip: str, port: int, waited_s: float) -> str:

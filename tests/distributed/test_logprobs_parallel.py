@@ -16,10 +16,7 @@ from nemo_aligner.utils.distributed import (
     calculate_distributed_entropy,
     from_parallel_logits_to_logprobs,
 )
-from nemo_aligner.utils.parallel_state import (
-    get_data_parallel_rank,
-    get_tensor_model_parallel_rank,
-)
+from nemo_aligner.utils.parallel_state import get_data_parallel_rank, get_tensor_model_parallel_rank
 from nemo_aligner.utils.ppo_utils import calculate_entropy
 from tests.distributed.launch import run_ranks
 
@@ -35,10 +32,6 @@ class Case:
     ignore_last: bool = True
     higher_stability: bool = False
     max_chunk_entries: int = logprobs.MAX_CHUNK_ENTRIES
-
-    @property
-    def kept(self) -> slice:
-        return slice(0, S - 1) if self.ignore_last else slice(0, S)
 
 
 def make_cases() -> dict[str, Case]:
@@ -80,7 +73,7 @@ CASES = make_cases()
 
 
 def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [B, kept] and gradient [B, S, V] in float64."""
+    """Values [B, S or S-1] and gradient [B, S, V] in float64."""
     logits = case.logits.double().requires_grad_()
     target = case.target[:, 1:] if case.ignore_last else case.target
     log_probs = logits.log_softmax(-1)[:, : target.size(1)].gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -97,9 +90,18 @@ def portable(tensor: torch.Tensor):
     return tensor.detach().double().numpy(), tensor.dtype
 
 
-def log_probs_of_all_cases(rank: int, tp: int) -> dict:
-    """Every rank's values and gradient shard of every case."""
-    Utils.initialize_model_parallel(tp)
+def rank_main(rank: int, world_size: int) -> dict:
+    """All that is computed on ranks, in one launch, since starting the ranks is what takes the time."""
+    Utils.initialize_model_parallel(world_size)
+    results = {"cases": log_probs_of_all_cases(world_size), "entropy": entropy_and_gradient(world_size)}
+    check_what_is_refused_and_saved(world_size)
+    Utils.initialize_model_parallel(world_size // 2)
+    results["replicas"] = log_probs_in_replicas(world_size // 2)
+    return results
+
+
+def log_probs_of_all_cases(tp: int) -> dict:
+    """Values and this rank's gradient shard, case by case."""
     results = {}
     for name, case in CASES.items():
         logprobs.MAX_CHUNK_ENTRIES = case.max_chunk_entries
@@ -110,11 +112,7 @@ def log_probs_of_all_cases(rank: int, tp: int) -> dict:
         )
         (log_probs * case.weight[:, : log_probs.size(1)].to(log_probs.dtype)).sum().backward()
         inferred = from_parallel_logits_to_logprobs(
-            shard,
-            case.target,
-            inference_only=True,
-            higher_stability=case.higher_stability,
-            ignore_last=case.ignore_last,
+            shard, case.target, True, higher_stability=case.higher_stability, ignore_last=case.ignore_last
         )
         assert torch.equal(inferred, log_probs) and not inferred.requires_grad
         assert torch.equal(shard.detach(), before), "the caller's logits were modified"
@@ -122,9 +120,42 @@ def log_probs_of_all_cases(rank: int, tp: int) -> dict:
     return results
 
 
+def check_what_is_refused_and_saved(tp: int) -> None:
+    case = CASES["float32"]
+    shard = own_shard(case.logits, tp).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        DistributedLogprob.apply(shard, case.target, False, False)
+    wide = [tensor for tensor in saved if tensor.numel() >= shard.numel()]
+    assert [tensor.data_ptr() for tensor in wide] == [shard.data_ptr()], "more than the logits is kept for backward"
+    with pytest.raises(ValueError, match=rf"target \[2, 4\] must have the shape of the logits \[2, 5, {V // tp}\]"):
+        from_parallel_logits_to_logprobs(shard, case.target[:, 1:])
+
+
+def log_probs_in_replicas(tp: int) -> tuple:
+    """Two replicas with different data."""
+    case = CASES["float32"]
+    shard = own_shard(case.logits * (1 + get_data_parallel_rank()), tp)
+    return portable(DistributedLogprob.apply(shard, case.target, False, False))
+
+
+MASK = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]])
+
+
+def entropy_and_gradient(tp: int) -> list:
+    """Without and with a mask."""
+    results = []
+    for mask in (None, MASK):
+        shard = own_shard(CASES["float32"].logits, tp).requires_grad_()
+        entropy = calculate_distributed_entropy(shard, mask)
+        entropy.backward()
+        results.append((portable(entropy), portable(shard.grad)))
+    return results
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=["TP2", "TP4"])
 def ranks(request):
-    return run_ranks(log_probs_of_all_cases, request.param, request.param)
+    return run_ranks(rank_main, request.param, request.param)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -133,58 +164,29 @@ def test_values_and_gradients_equal_those_of_one_process(ranks, name):
     log_probs, gradient = reference(case)
     dtype = case.logits.dtype
     for rank, results in enumerate(ranks):
-        (values, values_dtype), (shard_gradient, gradient_dtype) = results[name]
+        (values, values_dtype), (shard_gradient, gradient_dtype) = results["cases"][name]
         assert values_dtype == gradient_dtype == dtype
         assert torch.from_numpy(values).isfinite().all()
         torch.testing.assert_close(torch.from_numpy(values), log_probs, **TOLERANCE[dtype])
         expected = gradient.chunk(len(ranks), dim=-1)[rank]
         torch.testing.assert_close(torch.from_numpy(shard_gradient), expected, **TOLERANCE[dtype])
-        assert (values == ranks[0][name][0][0]).all(), "ranks disagree"
+        assert (values == ranks[0]["cases"][name][0][0]).all(), "ranks disagree"
 
 
-def log_probs_in_replicas(rank: int) -> tuple:
-    """TP 2 x DP 2: the replicas have different data, which must not mix."""
-    Utils.initialize_model_parallel(2)
+def test_replicas_do_not_mix(ranks):
     case = CASES["float32"]
-    shard = own_shard(case.logits * (1 + get_data_parallel_rank()), 2)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        log_probs = DistributedLogprob.apply(shard.requires_grad_(), case.target, False, False)
-    wide = [tensor for tensor in saved if tensor.numel() >= shard.numel()]
-    assert [tensor.data_ptr() for tensor in wide] == [shard.data_ptr()], "more than the logits is kept for backward"
-    with pytest.raises(ValueError, match=r"target \[2, 4\] must have the shape of the logits \[2, 5, 8\]"):
-        from_parallel_logits_to_logprobs(shard, case.target[:, 1:])
-    return portable(log_probs)
+    for rank, results in enumerate(ranks):
+        replica = rank // (len(ranks) // 2)
+        expected, _ = reference(dataclasses.replace(case, logits=case.logits * (1 + replica), ignore_last=False))
+        torch.testing.assert_close(torch.from_numpy(results["replicas"][0]), expected, **TOLERANCE[torch.float32])
 
 
-def test_replicas_do_not_mix():
-    case = CASES["float32"]
-    for rank, (values, _) in enumerate(run_ranks(log_probs_in_replicas, 4)):
-        scaled = dataclasses.replace(case, logits=case.logits * (1 + rank // 2), ignore_last=False)
-        torch.testing.assert_close(torch.from_numpy(values), reference(scaled)[0], **TOLERANCE[torch.float32])
-
-
-MASK = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]])
-
-
-def entropy_of_all_shards(rank: int) -> list:
-    Utils.initialize_model_parallel(2)
-    results = []
-    for mask in (None, MASK):
-        shard = own_shard(CASES["float32"].logits, 2).requires_grad_()
-        entropy = calculate_distributed_entropy(shard, mask)
-        entropy.backward()
-        results.append((portable(entropy), portable(shard.grad)))
-    return results
-
-
-def test_entropy_and_its_gradient_equal_those_of_one_process():
-    for rank, results in enumerate(run_ranks(entropy_of_all_shards, 2)):
-        for mask, ((entropy, _), (shard_gradient, _)) in zip((None, MASK), results, strict=True):
+def test_entropy_and_its_gradient_equal_those_of_one_process(ranks):
+    for rank, results in enumerate(ranks):
+        for mask, ((entropy, _), (shard_gradient, _)) in zip((None, MASK), results["entropy"], strict=True):
             logits = CASES["float32"].logits.double().requires_grad_()
             expected = calculate_entropy(logits[:, :-1].log_softmax(-1), mask)
             expected.backward()
             assert entropy == pytest.approx(expected.item(), rel=1e-5)
-            torch.testing.assert_close(
-                torch.from_numpy(shard_gradient), logits.grad.chunk(2, dim=-1)[rank], atol=1e-7, rtol=1e-5
-            )
+            expected_gradient = logits.grad.chunk(len(ranks), dim=-1)[rank]
+            torch.testing.assert_close(torch.from_numpy(shard_gradient), expected_gradient, atol=1e-7, rtol=1e-5)

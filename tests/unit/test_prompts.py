@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from nemo_aligner.data.nlp.prompts import PromptFile, check_prompt_file
+from nemo_aligner.data.nlp.prompts import PromptFile
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_records_by_row_with_all_their_keys(write):
     prompts = PromptFile(path)
     assert list(prompts) == [{"text": "grüße", "answer": 4}, {"text": ""}, {"text": "last, no line break"}]
     assert prompts[2]["text"] == "last, no line break"
-    assert check_prompt_file(path) == 3
+    assert len(prompts) == 3
 
 
 def test_blank_lines_are_no_rows(write):
@@ -57,7 +57,7 @@ BROKEN = [
 def test_errors_name_file_and_line_in_one_line(write, content, message):
     path = write(content)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        check_prompt_file(path)
+        PromptFile(path)
     assert path in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -65,4 +65,4 @@ def test_errors_name_file_and_line_in_one_line(write, content, message):
 @pytest.mark.parametrize("name", ["missing.jsonl", ""])  # "" is the folder itself
 def test_missing_file(tmp_path, name):
     with pytest.raises(ValueError, match=r"no such prompt file.*model\.data\.data_prefix"):
-        check_prompt_file(str(tmp_path / name))
+        PromptFile(str(tmp_path / name))

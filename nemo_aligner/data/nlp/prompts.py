@@ -5,19 +5,13 @@ import os
 from array import array
 
 
-def check_prompt_file(path: str) -> int:
-    """Read a whole prompt file, without a tokenizer, and return how many prompts it holds.
-
-    Raises ValueError, in one line that names the file, the line and the fix, for the first thing that is wrong.
-    """
-    return len(PromptFile(path))
-
-
 class PromptFile:
     """The records of a prompt file by row number; blank lines are no rows.
 
-    Opening reads and checks the whole file (errors as in `check_prompt_file`) but keeps only 8 bytes a record; the
-    records themselves are read when asked for. An instance holds no open file, so loader workers can be sent a copy.
+    Opening reads and checks the whole file, which takes no tokenizer, but keeps only 8 bytes a record; the records
+    themselves are read when asked for. An instance holds no open file, so loader workers can be sent a copy.
+
+    Opening raises ValueError, in one line that names the file, the line and the fix, for the first thing that is wrong.
     """
 
     def __init__(self, path: str):

@@ -63,7 +63,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.to_offload_adam_states = cfg.rs.offload_adam_states
         self.forward_micro_batch_size = cfg.rs.forward_micro_batch_size
         # Kept here because the config's own key is switched off during inference.
-        self.trains_with_sequence_parallel = cfg.get("sequence_parallel", False)
+        self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
         self.distributed_adam_offload_manager: AbstractContextManager | None = None
         self._is_prepared_for_inference = False
         self._sampling_generator: torch.Generator | None = None

@@ -1,0 +1,177 @@
+"""Checks of a rejection-sampling configuration before any model is loaded."""
+
+import difflib
+import importlib.util
+
+import torch
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner.algorithms.rs import check_sizes
+from nemo_aligner.data.nlp.builders import check_prompt_files
+from nemo_aligner.rewards.python_reward import load_reward_function
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.nemo_archive import check_archive
+
+TRAINER_RS_KEYS = {
+    "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
+    "rollout_batch_seq_length", "limit_train_batches", "val_at_start",
+}  # fmt: skip
+MODEL_RS_KEYS = {
+    "rollout_micro_batch_size", "num_rollout_samples", "forward_micro_batch_size", "num_rollouts_per_prompt",
+    "top_n_rollouts", "val_rollout_micro_batch_size", "num_val_samples", "offload_adam_states", "sampling_params",
+    "length_params", "loss_normalization", "reward",
+}  # fmt: skip
+SAMPLING_KEYS = {
+    "use_greedy", "temperature", "top_k", "top_p", "repetition_penalty", "add_BOS", "all_probs", "compute_logprob",
+    "end_strings",
+}  # fmt: skip
+# Accepted for the sake of existing files, but without effect: (key, the value that says nothing).
+WITHOUT_EFFECT = (
+    ("trainer.max_time", None),
+    ("model.rs.sampling_params.add_BOS", False),
+    ("model.rs.sampling_params.all_probs", False),
+    ("model.rs.sampling_params.compute_logprob", False),
+    ("model.data.dataloader_type", "single"),
+    ("model.peft.restore_from_ckpt.checkpoint_dir", None),
+    ("model.peft.restore_from_ckpt.checkpoint_name", None),
+)
+
+
+def check_rs_config(cfg: DictConfig) -> None:
+    """Refuse a resolved configuration that cannot work, and warn of keys that do nothing.
+
+    Raises:
+        ConfigError: one line with the key or file, its value and the fix.
+    """
+    _check_keys(cfg)
+    _check_machine(cfg)
+    check_archive(cfg.pretrained_checkpoint.restore_from_path)
+    _check_unsupported(cfg)
+    _check_numbers(cfg)
+    _check_lengths(cfg.model)
+    _check_data(cfg.model)
+    _check_reward(cfg)
+    for key, silent in WITHOUT_EFFECT:
+        value = OmegaConf.select(cfg, key, default=silent)
+        if value != silent:
+            logging.warning(f"{key}={value} has no effect in rejection sampling")
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    sections = (
+        ("trainer.rs", TRAINER_RS_KEYS),
+        ("model.rs", MODEL_RS_KEYS),
+        ("model.rs.sampling_params", SAMPLING_KEYS),
+        ("model.rs.length_params", {"max_length", "min_length"}),
+        ("model.rs.reward", {"target", "kwargs"}),
+    )
+    for section, known in sections:
+        for key in OmegaConf.select(cfg, section) or ():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
+
+
+def _check_machine(cfg: DictConfig) -> None:
+    if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() == 0:
+        raise ConfigError("trainer.accelerator=gpu, but this machine has no GPU; set trainer.accelerator=cpu to use it")
+
+
+def _check_unsupported(cfg: DictConfig) -> None:
+    model = cfg.model
+    if str(cfg.trainer.precision) in ("16", "16-mixed"):
+        raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported; use bf16 or 32")
+    if cfg.trainer.accelerator == "cpu" and "bf16" in str(cfg.trainer.precision) and not model.megatron_amp_O2:
+        raise ConfigError("trainer.precision=bf16 on a CPU needs model.megatron_amp_O2=True; or use precision 32")
+    if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
+        raise ConfigError("model.virtual_pipeline_model_parallel_size must be null: virtual stages are not supported")
+    if (model.get("context_parallel_size") or 1) > 1:
+        raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
+    optimizer = model.optim.name
+    if optimizer == "mcore_distributed_optim":
+        raise ConfigError(f"model.optim.name={optimizer} is not supported; use distributed_fused_adam or adamw")
+    if optimizer in ("distributed_fused_adam", "fused_adam") and importlib.util.find_spec("apex") is None:
+        raise ConfigError(f"model.optim.name={optimizer} needs Apex, which is not installed; use adamw")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    model, rs = cfg.model, cfg.model.rs
+    model_parallel_size = model.get("tensor_model_parallel_size", 1) * model.get("pipeline_model_parallel_size", 1)
+    num_devices = cfg.trainer.devices * cfg.trainer.num_nodes
+    if num_devices % model_parallel_size:
+        raise ConfigError(
+            f"trainer.devices * trainer.num_nodes = {num_devices} must be a multiple of tensor * pipeline parallel "
+            f"size = {model_parallel_size}"
+        )
+    sizes = {
+        "num_rollouts_per_prompt": rs.num_rollouts_per_prompt,
+        "top_n_rollouts": rs.top_n_rollouts,
+        "num_rollout_samples": rs.num_rollout_samples,
+        "rollout_micro_batch_size": rs.rollout_micro_batch_size,
+        "global_batch_size": model.global_batch_size,
+        "micro_batch_size": model.micro_batch_size,
+    }
+    for key, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{key}={value!r} must be a positive whole number")
+    data_parallel_size = num_devices // model_parallel_size
+    check_sizes(**sizes, data_parallel_size=data_parallel_size)
+    rows = rs.get("val_rollout_micro_batch_size", rs.rollout_micro_batch_size) * data_parallel_size
+    if rs.num_val_samples % rows:
+        raise ConfigError(
+            f"model.rs.num_val_samples={rs.num_val_samples} must be a multiple of model.rs.val_rollout_micro_batch_size"
+            f" * {data_parallel_size} data-parallel replicas = {rows}"
+        )
+    val_interval, save_interval = cfg.trainer.rs.val_check_interval, cfg.trainer.rs.save_interval
+    if val_interval > 0 and save_interval % val_interval:
+        raise ConfigError(
+            f"trainer.rs.save_interval={save_interval} must be a multiple of trainer.rs.val_check_interval="
+            f"{val_interval}, so that every checkpoint has its validation metrics"
+        )
+    if rs.get("loss_normalization", "global_batch") not in ("global_batch", "micro_batch"):
+        raise ConfigError(
+            f"model.rs.loss_normalization={rs.loss_normalization!r} must be global_batch or micro_batch"
+        )
+
+
+def _check_lengths(model: DictConfig) -> None:
+    max_length, min_length = model.rs.length_params.max_length, model.rs.length_params.min_length
+    seq_length, context = model.data.seq_length, model.encoder_seq_length
+    if not 0 <= min_length <= max_length or max_length < 1:
+        raise ConfigError(
+            f"model.rs.length_params: max_length={max_length} must be positive and not below min_length={min_length}"
+        )
+    if seq_length > context:
+        raise ConfigError(
+            f"model.data.seq_length={seq_length} (longest prompt + max_length={max_length}) exceeds the model's "
+            f"{context} positions (model.encoder_seq_length); lower seq_length"
+        )
+    if max_length >= seq_length:
+        raise ConfigError(
+            f"model.rs.length_params.max_length={max_length} leaves no room for a prompt within model.data.seq_length="
+            f"{seq_length}; lower max_length"
+        )
+
+
+def _check_data(model: DictConfig) -> None:
+    if model.data.data_prefix is None:
+        raise ConfigError("model.data.data_prefix is not set; give {train: [file], validation: [file], test: [file]}")
+    try:
+        check_prompt_files(model.data.data_prefix, model.data.data_impl)
+    except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_reward(cfg: DictConfig) -> None:
+    reward = cfg.model.rs.get("reward")
+    if reward is None:
+        if cfg.get("remote_rm") is None:
+            raise ConfigError("neither model.rs.reward (a Python function) nor remote_rm (a server) is set: set one")
+        return
+    if reward.get("target") is None:
+        raise ConfigError("model.rs.reward.target is not set; give package.module.function or path/to/file.py:function")
+    try:
+        load_reward_function(reward.target, reward.get("kwargs"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,230 @@
+"""What the training script does before the loop: trainer, process groups, adapters, optimizer, checkpoints, loggers."""
+
+import contextlib
+import functools
+import sys
+import types
+
+from megatron.core import parallel_state
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
+from nemo.utils import logging
+from nemo.utils.callbacks import NeMoModelCheckpoint
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.trainer import call
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.trainer.trainer import Trainer
+
+from nemo_aligner import compat
+from nemo_aligner.compat import cpu
+from nemo_aligner.utils.config_checks import check_rs_config
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.utils import custom_save_ckpt_func, extract_value_from_ckpt
+
+compat.apply()
+
+COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
+
+
+@contextlib.contextmanager
+def exit_on_config_error():
+    """Turn a `ConfigError` into its one line on stderr and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer:
+    """Resolve `cfg` in place and build the Lightning trainer from `cfg.trainer` without its own sub-section.
+
+    With "rs" as `pop_trainer_key` the whole configuration is checked first, as nothing expensive has happened yet.
+
+    Raises:
+        ConfigError: for a mistake in the configuration or in a file it names.
+    """
+    OmegaConf.resolve(cfg)
+    if cfg.trainer.accelerator == "cpu":
+        cpu.enable()
+        with open_dict(cfg):
+            cfg.model.use_cpu_initialization = True
+    if pop_trainer_key == "rs":
+        check_rs_config(cfg)
+    with open_dict(cfg):
+        cfg.model.setdefault("gradient_as_bucket_view", True)
+    with temp_pop_from_config(cfg.trainer, pop_trainer_key):
+        return MegatronTrainerBuilder(cfg).create_trainer()
+
+
+@contextlib.contextmanager
+def temp_pop_from_config(cfg: DictConfig, name_to_temporarily_remove: str):
+    """Within the context, `cfg` lacks that key."""
+    with open_dict(cfg):
+        removed = cfg.pop(name_to_temporarily_remove)
+    try:
+        yield
+    finally:
+        with open_dict(cfg):
+            cfg[name_to_temporarily_remove] = removed
+
+
+def init_distributed(ptl_trainer: Trainer, ptl_model, use_te: bool = False) -> None:
+    """Join the processes and build Megatron's groups, unless restoring the model did so already."""
+    ptl_trainer.state.fn = TrainerFn.FITTING
+    ptl_trainer.strategy.connect(ptl_model)
+    if not parallel_state.is_initialized():
+        if ptl_trainer.strategy.launcher is not None:
+            ptl_trainer.strategy.launcher.launch(lambda: None, trainer=ptl_trainer)
+        ptl_trainer.strategy.setup_environment()
+    if use_te:
+        ptl_model.setup_transformer_engine_tp_groups()
+
+
+def init_peft(ptl_model, updated_cfg: DictConfig) -> None:
+    """Add adapters as `updated_cfg.peft` says, fresh or from `peft.restore_from_path`; "none" trains all weights.
+
+    Raises:
+        AssertionError: for a scheme other than lora, sdlora and none.
+        ConfigError: for adapters to restore without a scheme.
+    """
+    peft_cfg = updated_cfg.get("peft", None) or OmegaConf.create({"peft_scheme": "none"})
+    scheme = peft_cfg.peft_scheme
+    assert scheme in ("lora", "sdlora", "none", None), f"model.peft.peft_scheme={scheme!r} must be lora, sdlora or none"
+    restore_from_path = peft_cfg.get("restore_from_path", None)
+    if scheme in ("none", None):
+        if restore_from_path is not None:
+            raise ConfigError(
+                f"model.peft.restore_from_path={restore_from_path} needs model.peft.peft_scheme=lora, not {scheme}"
+            )
+    elif restore_from_path is not None:
+        logging.info(f"restoring {scheme} adapters from {restore_from_path}")
+        ptl_model.load_adapters(restore_from_path, PEFT_CONFIG_MAP[scheme](updated_cfg), map_location="cpu")
+    else:
+        logging.info(f"adding {scheme} adapters")
+        ptl_model.add_adapter(PEFT_CONFIG_MAP[scheme](updated_cfg))
+    ptl_model.setup_complete = True
+
+
+def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) -> None:
+    """Run Lightning's set-up as `Trainer.fit` would, up to the point where its own loop would begin.
+
+    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, optimizer, schedule
+    and callbacks from there.
+    """
+    ptl_model._train_dl, ptl_model._train_ds = train_dataloader, train_ds
+    disable_data_callbacks(ptl_model)
+    _set_schedule_horizon(ptl_trainer, ptl_model.cfg, train_ds)
+    ptl_trainer.state.fn = TrainerFn.FITTING
+    ptl_trainer.strategy.connect(ptl_model)
+    ptl_trainer._callback_connector._attach_model_callbacks()
+    ptl_trainer._callback_connector._attach_model_logging_functions()
+    call._call_setup_hook(ptl_trainer)
+    call._call_configure_model(ptl_trainer)
+    ptl_trainer.strategy.setup(ptl_trainer)
+    call._call_callback_hooks(ptl_trainer, "on_fit_start")
+    call._call_lightning_module_hook(ptl_trainer, "on_fit_start")
+    ptl_trainer._checkpoint_connector._restore_modules_and_callbacks(ptl_trainer.ckpt_path)
+    ptl_trainer._checkpoint_connector.restore_training_state()
+    ptl_trainer._checkpoint_connector.resume_end()
+    _apply_restored_learning_rate(ptl_trainer)
+
+
+def disable_data_callbacks(ptl_model) -> None:
+    """Let the model's set-up build no datasets: the script has built its own."""
+    for name in ("build_train_valid_test_datasets", "setup_training_data", "setup_validation_data", "setup_test_data"):
+        setattr(ptl_model, name, types.MethodType(lambda self, *args, **kwargs: None, ptl_model))
+
+
+def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds) -> None:
+    """Count the learning-rate schedule in optimizer steps: RS steps, times those that run in each."""
+    sched = OmegaConf.select(model_cfg, "optim.sched")
+    if sched is None or sched.get("max_steps") is not None:
+        return
+    rs = model_cfg.rs
+    rs_steps = len(train_ds) // rs.num_rollout_samples * ptl_trainer.max_epochs
+    if ptl_trainer.max_steps >= 0:
+        rs_steps = min(rs_steps, ptl_trainer.max_steps)
+    with open_dict(model_cfg):
+        sched.max_steps = rs_steps * rs.num_rollout_samples * rs.top_n_rollouts // model_cfg.global_batch_size
+
+
+def _apply_restored_learning_rate(ptl_trainer: Trainer) -> None:
+    """A restored scheduler knows its last rate, but sets it only with its next step."""
+    for config in ptl_trainer.lr_scheduler_configs if ptl_trainer.ckpt_path else []:
+        scheduler = config.scheduler
+        for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+
+def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict[str, int] | None:
+    """The RS counters of the checkpoint that the trainer resumes from, or None if it starts fresh.
+
+    Raises:
+        ValueError: if the checkpoint's name lacks one of them.
+    """
+    path = ptl_trainer.ckpt_path
+    if path is None:
+        return None
+    return {name: extract_value_from_ckpt(name, str(path)) for name in COUNTERS}
+
+
+class FakeScheduler:
+    """For an optimizer without a learning-rate schedule."""
+
+    def __init__(self):
+        self.last_epoch = 0
+
+    def step(self) -> None:
+        """Nothing to do."""
+
+
+class FakeCheckpointCallback:
+    """For a run without checkpoints."""
+
+    def custom_save(self, *args, **kwargs) -> None:
+        """Nothing to do."""
+
+
+def extract_optimizer_scheduler_from_ptl_model(ptl_model):
+    """The raw optimizer and the scheduler (a `FakeScheduler` if there is none) that Lightning's set-up made."""
+    optimizer = ptl_model.optimizers(use_pl_optimizer=False)
+    scheduler = ptl_model.lr_schedulers()
+    assert not isinstance(scheduler, list), "a model with several learning-rate schedulers is not supported"
+    return optimizer, FakeScheduler() if scheduler is None else scheduler
+
+
+def add_custom_checkpoint_callback(ptl_trainer: Trainer, ptl_model):
+    """NeMo's checkpoint callback with a method `custom_save(monitor_candidates, is_train_end, save_top_only)`."""
+    for callback in ptl_trainer.callbacks:
+        if isinstance(callback, NeMoModelCheckpoint):
+            callback.custom_save = functools.partial(custom_save_ckpt_func, callback, ptl_trainer, ptl_model)
+            return callback
+    return FakeCheckpointCallback()
+
+
+class CustomLoggerWrapper:
+    """Several Lightning loggers as one; a logger that lacks a method is left out of it."""
+
+    def __init__(self, loggers):
+        self.loggers = loggers
+
+    def apply_fn(self, name_of_fn: str, *args, **kwargs) -> None:
+        for logger in self.loggers:
+            if hasattr(logger, name_of_fn):
+                getattr(logger, name_of_fn)(*args, **kwargs)
+
+    def log_hyperparams(self, params) -> None:
+        self.apply_fn("log_hyperparams", params)
+
+    def log_metrics(self, metrics: dict, step: int | None = None, prefix: str = "") -> None:
+        self.apply_fn("log_metrics", {f"{prefix}{key}": value for key, value in metrics.items()}, step=step)
+
+    def log_table(self, *args, **kwargs) -> None:
+        self.apply_fn("log_table", *args, **kwargs)
+
+    def log_image(self, *args, **kwargs) -> None:
+        self.apply_fn("log_image", *args, **kwargs)
+
+    def finalize(self) -> None:
+        self.apply_fn("finalize", "success")
