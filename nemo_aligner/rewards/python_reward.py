@@ -1,8 +1,8 @@
 """Rewards from a function that the user wrote.
 
-    rs.reward:
-      target: "package.module.function"     # or "path/to/file.py:function"
-      kwargs: {weight: 0.5}                 # optional, passed on as they are
+    model.rs.reward:
+      target: package.module.function     # or path/to/file.py:function
+      kwargs: {weight: 0.5}               # optional, passed on as they are
 
 The function is called with a batch and returns one number per response:
 
@@ -24,6 +24,7 @@ The function runs in one background thread on the source rank of each replica, o
 next ones are generated; calls never overlap each other. Gradients are off.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -39,6 +40,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.server_utils import FutureResult, RewardError, is_replica_source, one_line, share_from_source
 
 __all__ = ["PythonRewardModel", "RewardError", "load_reward_function", "score"]
@@ -60,8 +62,8 @@ def load_reward_function(target: str, kwargs: Mapping | None = None) -> Callable
         A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on what the function takes.
 
     Raises:
-        ValueError: one line with `rs.reward.target`, its value and the remedy, if the target is malformed, cannot be
-            found or imported, is no function, or cannot be called with these arguments.
+        ConfigError: (a ValueError) one line with `model.rs.reward.target`, its value and the remedy, if the target is
+            malformed, cannot be found or imported, is no function, or cannot be called with these arguments.
     """
     function = _resolve(target)
     constants = _plain_dict(target, kwargs)
@@ -73,8 +75,8 @@ def load_reward_function(target: str, kwargs: Mapping | None = None) -> Callable
     return reward_function
 
 
-def _target_error(target, problem: str, remedy: str) -> ValueError:
-    return ValueError(one_line(f"rs.reward.target={target!r}: {problem}; {remedy}", limit=1000))
+def _target_error(target, problem: str, remedy: str) -> ConfigError:
+    return ConfigError(one_line(f"model.rs.reward.target={target!r}: {problem}; {remedy}", limit=1000))
 
 
 def _resolve(target: str) -> Callable:
@@ -112,17 +114,23 @@ def _import_module(target: str, name: str) -> ModuleType:
 def _import_file(target: str, file: Path) -> ModuleType:
     if not file.is_file():
         raise _target_error(target, f"there is no file {file.resolve()}", "correct the path")
+    try:
+        return _execute_file(file.resolve())
+    except Exception as error:
+        raise _import_failure(target, str(file), error) from error
+
+
+@functools.cache
+def _execute_file(file: Path) -> ModuleType:
+    """Once per process, like an import: the check before the run and the run itself both ask for it."""
     spec = importlib.util.spec_from_file_location(f"rs_reward_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _import_failure(target, str(file), error) from error
+    spec.loader.exec_module(module)
     return module
 
 
-def _import_failure(target: str, name: str, error: Exception) -> ValueError:
+def _import_failure(target: str, name: str, error: Exception) -> ConfigError:
     return _target_error(target, f"importing {name} raised {type(error).__name__}: {error}", "mend that module")
 
 
@@ -132,12 +140,14 @@ def _plain_dict(target: str, kwargs: Mapping | None) -> dict:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise _target_error(target, f"rs.reward.kwargs is {kwargs!r}", "give a mapping of argument names to values")
+        raise _target_error(
+            target, f"model.rs.reward.kwargs is {kwargs!r}", "give a mapping of argument names to values"
+        )
     return dict(kwargs)
 
 
 def _accepted_columns(target: str, function: Callable, constants: dict) -> list[str]:
-    """Which of `OPTIONAL_COLUMNS` the function takes. Raises `ValueError` if it cannot be called at all."""
+    """Which of `OPTIONAL_COLUMNS` the function takes. Raises `ConfigError` if it cannot be called at all."""
     try:
         signature = inspect.signature(function)
     except ValueError as error:
@@ -151,13 +161,13 @@ def _accepted_columns(target: str, function: Callable, constants: dict) -> list[
     taken = [name for name in constants if name in OPTIONAL_COLUMNS]
     if taken:
         raise _target_error(
-            target, f"rs.reward.kwargs sets {taken}, which the trainer passes itself", "remove them from kwargs"
+            target, f"model.rs.reward.kwargs sets {taken}, which the trainer passes itself", "remove them from kwargs"
         )
     unknown = [name for name in constants if name not in by_keyword]
     if unknown and not takes_any:
         free = [name for name in by_keyword if name not in OPTIONAL_COLUMNS]
         raise _target_error(
-            target, f"rs.reward.kwargs sets {unknown}, which the function does not take", f"it takes {free}"
+            target, f"model.rs.reward.kwargs sets {unknown}, which the function does not take", f"it takes {free}"
         )
     columns = [name for name in OPTIONAL_COLUMNS if takes_any or name in by_keyword]
     try:
@@ -166,7 +176,7 @@ def _accepted_columns(target: str, function: Callable, constants: dict) -> list[
         raise _target_error(
             target,
             f"it cannot be called with (prompts, responses) and the keywords {[*columns, *constants]}: {error}",
-            f"two arguments are filled by position; set others in rs.reward.kwargs or name {OPTIONAL_COLUMNS}",
+            f"two arguments are filled by position; set others in model.rs.reward.kwargs or name {OPTIONAL_COLUMNS}",
         ) from error
     return columns
 

@@ -78,7 +78,7 @@ class HTTPCommunicator:
         return client.send(data, batching)
 
     def close(self) -> None:
-        """Close every client. Requests under way are finished, those not yet begun are dropped."""
+        """Close every client and return at once. Requests not yet begun are dropped, those under way end unheard."""
         for _, _, client in self.connections.values():
             client.close()
         self.connections.clear()
@@ -107,7 +107,7 @@ class BackgroundClient:
             return client.infer_batch(**data) if batching else client.infer_sample(**data)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def no_answer(server_name: str, ip: str, port: int, waited_s: float) -> str:

@@ -101,7 +101,7 @@ def process_inputs(inputs: dict, tokenize_func: Callable) -> tuple[torch.Tensor,
         tokens [B, S] and lengths [B, 1], int64, on this process's device.
 
     Raises:
-        ValueError: an input is missing, empty or of a wrong shape or dtype, a length is not in 1..S, or an id is below 0.
+        ValueError: an input is missing, empty or of a wrong shape or dtype, a length not in 1..S, or an id below 0.
     """
     if inputs.get("sentences") is not None:
         tokens, lengths = tokenize_func(decode_bytes_ndarray(inputs["sentences"]).tolist())

@@ -23,6 +23,10 @@ from nemo_aligner.utils.utils import custom_save_ckpt_func, extract_value_from_c
 
 compat.apply()
 
+# Settings of the distributed optimizers, which a plain one does not take.
+DISTRIBUTED_OPTIMIZER_KEYS = (
+    "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
+)  # fmt: skip
 COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
 
 
@@ -115,6 +119,8 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
     ptl_model._train_dl, ptl_model._train_ds = train_dataloader, train_ds
     disable_data_callbacks(ptl_model)
     _set_schedule_horizon(ptl_trainer, ptl_model.cfg, train_ds)
+    if not ptl_model.with_distributed_adam:
+        _drop_distributed_optimizer_keys(ptl_model.cfg.optim)
     ptl_trainer.state.fn = TrainerFn.FITTING
     ptl_trainer.strategy.connect(ptl_model)
     ptl_trainer._callback_connector._attach_model_callbacks()
@@ -147,6 +153,16 @@ def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds)
         rs_steps = min(rs_steps, ptl_trainer.max_steps)
     with open_dict(model_cfg):
         sched.max_steps = rs_steps * rs.num_rollout_samples * rs.top_n_rollouts // model_cfg.global_batch_size
+
+
+def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
+    """Let a config written for a distributed optimizer run with a plain one by changing `optim.name` alone."""
+    dropped = [key for key in DISTRIBUTED_OPTIMIZER_KEYS if key in optim_cfg]
+    if dropped:
+        logging.info(f"model.optim.name={optim_cfg.name} does not use {', '.join(dropped)}")
+    with open_dict(optim_cfg):
+        for key in dropped:
+            optim_cfg.pop(key)
 
 
 def _apply_restored_learning_rate(ptl_trainer: Trainer) -> None:

@@ -1,7 +1,7 @@
 """Vocab-parallel log-probabilities and entropy, values and gradients, against one process that holds all logits.
 
-The reference is `torch.log_softmax` in float64. The tolerances are those of the interface: float32 1e-8 + 1e-5 |x|,
-bfloat16 5e-3 + 1e-2 |x|.
+The reference is `torch.log_softmax` in float64. The tolerances are those of the interface, except that bfloat16 values
+may differ by their final rounding only, half of 2^-7: that the arithmetic before it is float32 is part of the promise.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from nemo_aligner.utils.parallel_state import get_data_parallel_rank, get_tensor
 from nemo_aligner.utils.ppo_utils import calculate_entropy
 from tests.distributed.launch import run_ranks
 
-TOLERANCE = {torch.float32: {"atol": 1e-8, "rtol": 1e-5}, torch.bfloat16: {"atol": 5e-3, "rtol": 1e-2}}
+VALUE_TOLERANCE = {torch.float32: {"atol": 1e-8, "rtol": 1e-5}, torch.bfloat16: {"atol": 1e-6, "rtol": 2**-8}}
+GRADIENT_TOLERANCE = {torch.float32: {"atol": 1e-8, "rtol": 1e-5}, torch.bfloat16: {"atol": 5e-3, "rtol": 1e-2}}
 B, S, V = 2, 5, 16
 
 
@@ -167,9 +168,9 @@ def test_values_and_gradients_equal_those_of_one_process(ranks, name):
         (values, values_dtype), (shard_gradient, gradient_dtype) = results["cases"][name]
         assert values_dtype == gradient_dtype == dtype
         assert torch.from_numpy(values).isfinite().all()
-        torch.testing.assert_close(torch.from_numpy(values), log_probs, **TOLERANCE[dtype])
+        torch.testing.assert_close(torch.from_numpy(values), log_probs, **VALUE_TOLERANCE[dtype])
         expected = gradient.chunk(len(ranks), dim=-1)[rank]
-        torch.testing.assert_close(torch.from_numpy(shard_gradient), expected, **TOLERANCE[dtype])
+        torch.testing.assert_close(torch.from_numpy(shard_gradient), expected, **GRADIENT_TOLERANCE[dtype])
         assert (values == ranks[0]["cases"][name][0][0]).all(), "ranks disagree"
 
 
@@ -178,7 +179,7 @@ def test_replicas_do_not_mix(ranks):
     for rank, results in enumerate(ranks):
         replica = rank // (len(ranks) // 2)
         expected, _ = reference(dataclasses.replace(case, logits=case.logits * (1 + replica), ignore_last=False))
-        torch.testing.assert_close(torch.from_numpy(results["replicas"][0]), expected, **TOLERANCE[torch.float32])
+        torch.testing.assert_close(torch.from_numpy(results["replicas"][0]), expected, **VALUE_TOLERANCE[torch.float32])
 
 
 def test_entropy_and_its_gradient_equal_those_of_one_process(ranks):

@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_aligner.rewards.python_reward import RewardError, decode_rollouts, load_reward_function, score
+from nemo_aligner.utils.errors import ConfigError
 
 PROMPTS = ["one plus one?", "two plus\ntwo?"]
 RESPONSES = ["two", "five"]
@@ -31,10 +32,10 @@ def reward_file(tmp_path):
 
 
 def one_line_error(target, kwargs=None):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_reward_function(target, kwargs)
     message = str(caught.value)
-    assert message.startswith(f"rs.reward.target={target!r}: ") and "\n" not in message
+    assert message.startswith(f"model.rs.reward.target={target!r}: ") and "\n" not in message
     return message
 
 
@@ -71,6 +72,15 @@ def test_function_of_a_module_with_positional_extras_and_plain_config_values(rew
     kwargs = OmegaConf.create({"bonuses": [1, 2]})
     function = load_reward_function("reward_module_on_the_path.longest", kwargs)
     assert score_with(function).tolist() == [5.0, 6.0]
+
+
+def test_a_file_is_executed_once(reward_file, tmp_path):
+    log = tmp_path / "log"
+    source = "def reward(prompts, responses):\n    return [1.0] * len(prompts)\n"
+    file = reward_file(f"open({str(log)!r}, 'a').write('x')\n{source}")
+    for _ in range(2):
+        load_reward_function(f"{file}:reward")
+    assert log.read_text() == "x"
 
 
 def test_function_with_open_keywords_gets_everything(reward_file):
@@ -128,7 +138,7 @@ def test_arguments_that_do_not_fit_are_refused(reward_file):
     assert "missing a required" in one_line_error(f"{file}:needy") and "'judge'" in one_line_error(f"{file}:needy")
     assert "too many positional arguments" in one_line_error(f"{file}:narrow")
     assert "multiple values for argument 'prompts'" in one_line_error(f"{file}:open", {"prompts": 1})
-    assert "rs.reward.kwargs is [1]" in one_line_error(f"{file}:reward", [1])
+    assert "model.rs.reward.kwargs is [1]" in one_line_error(f"{file}:reward", [1])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Only the source rank of each replica talks to the server; answers and failures a
 rank is left waiting for another. Symbols: B rollouts, S token width.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from pytriton.client.exceptions import PyTritonClientInferenceServerError
 
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.servers.http_communicator import HTTPCommunicator, no_answer
-from nemo_aligner.utils.server_utils import FutureResult, is_replica_source, share_from_source
+from nemo_aligner.utils.server_utils import FutureResult, RewardError, is_replica_source, one_line, share_from_source
 
 # While the server comes up, the other ranks of a replica wait in one collective after the other, each no longer than
 # this: their process group gives up on a single one after some minutes.
@@ -34,9 +36,22 @@ def get_future_result(future: Any, *keys: str) -> torch.Tensor | list[torch.Tens
     Raises:
         RewardError: on every rank of the replica, if the request failed or a key is missing from the reply.
     """
-    arrays = share_from_source(lambda: _pick(future.result(), keys))
+    arrays = share_from_source(lambda: _pick(_reply(future), keys))
     tensors = [torch.from_numpy(array).to(current_device()) for array in arrays]
     return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _reply(future: Any) -> dict[str, np.ndarray]:
+    try:
+        return future.result()
+    except PyTritonClientInferenceServerError as error:
+        raise RewardError(f"the reward server failed: {_last_error(str(error))}") from error
+
+
+def _last_error(server_message: str) -> str:
+    """The line of a server's answer, tracebacks and all, that says what went wrong."""
+    errors = re.findall(r"^[\w.]+(?:Error|Exception): .*$", server_message, flags=re.MULTILINE)
+    return errors[-1] if errors else one_line(server_message)
 
 
 def _pick(reply: dict[str, np.ndarray], keys: tuple[str, ...]) -> list[np.ndarray]:
