@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import torch
-from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    reconfigure_num_microbatches_calculator,
+)
 from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.utils import AppState
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -89,6 +92,7 @@ def load_from_nemo(
     check_archive(restore_path)
     with open_dict(model_cfg):
         model_cfg.pop("target", None)  # NeMo would build the class that wrote the archive instead of `cls`
+    destroy_num_microbatches_calculator()  # NeMo insists that every model of a process has the sizes of the first
     connector = CustomSaveRestoreConnector(load_base_model_only=load_base_model_only)
     if os.path.isdir(restore_path):
         connector.model_extracted_dir = restore_path

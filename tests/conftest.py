@@ -1,0 +1,30 @@
+"""Run the suite on the CPU, one thread of work at a time; tests in tests/gpu skip themselves without a GPU."""
+
+import os
+
+import pytest
+import torch
+
+from nemo_aligner.compat import cpu
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    cpu.enable()
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory):
+    """Folder of a tiny random Llama model with its tokenizer; see tests/tiny.py."""
+    from tests.tiny import save_tiny_llama
+
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_nemo(tiny_hf, tmp_path_factory):
+    """The same model as a `.nemo` archive."""
+    from nemo_aligner.convert.hf_to_nemo import convert
+
+    path = tmp_path_factory.mktemp("tiny_nemo") / "tiny.nemo"
+    convert(tiny_hf, path)
+    return path
