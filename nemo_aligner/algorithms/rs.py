@@ -123,24 +123,26 @@ class RSTrainer:
             self.run_timer.start_time()
             if self.step == 0 and self.cfg.get("val_at_start", False):
                 self.log_rollouts(self.run_validation(), "val")
-            while self.step < self.max_steps and self.epoch < self.cfg.max_epochs:
-                if self._run_epoch():
-                    return
+            dataloader_iter = None
+            with _progress_bar(total=self.max_steps, initial=self.step, desc="RS steps", unit="step") as progress:
+                while self.step < self.max_steps:
+                    if dataloader_iter is None or self.step % self.num_steps_per_epoch == 0:
+                        dataloader_iter = iter(self.train_dataloader)  # of the next epoch, or the rest of one
+                    summary, run_time_exceeded = self._run_step(dataloader_iter)
+                    progress.update()
+                    progress.set_postfix_str(summary)
+                    logging.info(f"RS step {self.step}/{self.max_steps}: {summary}")
+                    if run_time_exceeded:
+                        return
         finally:
             self.logger.finalize()
 
-    def _run_epoch(self) -> bool:
-        """The remaining RS steps of the current epoch; True if the run's time is up."""
-        num_steps = min(self.max_steps - self.step, self.num_steps_per_epoch - self.step % self.num_steps_per_epoch)
-        dataloader_iter = iter(self.train_dataloader)
-        num_microbatches = compute_num_rollout_microbatches(self.train_dataloader)
-        for _ in range(num_steps):
-            if self._run_step(dataloader_iter, num_microbatches):
-                return True
-        return False
+    def _run_step(self, dataloader_iter: Iterator) -> tuple[str, bool]:
+        """One RS step: its summary in a line, and whether the run's time is up.
 
-    def _run_step(self, dataloader_iter: Iterator, num_microbatches: int) -> bool:
-        """One RS step; True if the run's time is up. Every rank takes the same branches: each holds a collective."""
+        Every rank takes the same branches, since each of them holds a collective.
+        """
+        num_microbatches = compute_num_rollout_microbatches(self.train_dataloader)
         with self.timer("rollout_time"):
             rollout_data, train_metrics = self.generate_rollouts(dataloader_iter, num_microbatches)
         self.log_rollouts(train_metrics, "train")
@@ -160,7 +162,6 @@ class RSTrainer:
             self.log_rollouts(val_metrics, "val")
         timings = max_over_ranks(self.timer.consume_durations())
         self.logger.log_metrics(timings, step=self.step, prefix="timers/")
-        self._print_progress(train_metrics, val_metrics, timings)
         if save_model:
             candidates = {
                 **{f"val_{key}": value for key, value in val_metrics.items() if key != "table"},
@@ -168,7 +169,7 @@ class RSTrainer:
                 **timings,
             }
             self.save({key: torch.tensor(value) for key, value in candidates.items()}, is_train_end)
-        return run_time_exceeded
+        return _summary(train_metrics, val_metrics), run_time_exceeded
 
     def log_rollouts(self, metrics: dict, split: str) -> None:
         """Log the metrics of a rollout phase and one example of it, under `train_rollouts/` or `val_rollouts/`."""
@@ -178,14 +179,6 @@ class RSTrainer:
         frame = pd.concat([getattr(self, f"{split}_df"), example], ignore_index=True).tail(MAX_TABLE_ROWS)
         setattr(self, f"{split}_df", frame)
         self.logger.log_table(key=f"table/{split}_rollouts", dataframe=frame, step=self.step)
-
-    def _print_progress(self, train_metrics: dict, val_metrics: dict, timings: dict) -> None:
-        validated = f", held-out {val_metrics['global_rewards']:.3f}" if val_metrics else ""
-        seconds = sum(timings.values())
-        logging.info(
-            f"RS step {self.step}/{self.max_steps}: mean reward {train_metrics['global_rewards']:.3f}, "
-            f"kept {train_metrics['selected_rewards_mean']:.3f}{validated}; {seconds:.0f} s"
-        )
 
     # Rollouts
 
@@ -224,7 +217,7 @@ class RSTrainer:
         under_way = []
         try:
             microbatches = islice(dataloader_iter, num_microbatches)
-            for batch in self._with_progress_bar(microbatches, num_microbatches, split):
+            for batch in _progress_bar(microbatches, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
                 rollouts = self._generate(batch, 1 if is_validation else self.num_rollouts_per_prompt)
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
                 under_way.append((rollouts, self.rm.infer_rm({**rollouts, "records": records})))
@@ -282,15 +275,6 @@ class RSTrainer:
     def _write_to_log(self, split: str, rollouts: dict, kept_rows=()) -> None:
         if self.rollout_log is not None:
             self.rollout_log.write(split, self.step, cpu_dict(rollouts), kept_rows)
-
-    def _with_progress_bar(self, microbatches, total: int, phase: str) -> tqdm:
-        return tqdm(
-            microbatches,
-            total=total,
-            desc=f"step {min(self.step + 1, self.max_steps)}/{self.max_steps} {phase}",
-            leave=False,
-            disable=None if torch.distributed.get_rank() == 0 else True,
-        )
 
     # Metrics
 
@@ -356,7 +340,7 @@ class RSTrainer:
         parts = {key: value.split(rows_per_batch) for key, value in rollout_data.items()}
         num_batches = len(parts["mask"])
         batches = ({key: value[i] for key, value in parts.items()} for i in range(num_batches))
-        return iter(self._with_progress_bar(batches, num_batches, "training"))
+        return iter(_progress_bar(batches, total=num_batches, desc="training", leave=False))
 
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.
@@ -479,6 +463,16 @@ def check_sizes(
             f"model.rs.num_rollout_samples={num_rollout_samples} must be a multiple of "
             f"model.rs.rollout_micro_batch_size={rollout_micro_batch_size} * {dp} data-parallel replicas"
         )
+
+
+def _progress_bar(iterable=None, **kwargs) -> tqdm:
+    """A bar with the time left, on the first rank and on a terminal only."""
+    return tqdm(iterable, disable=None if torch.distributed.get_rank() == 0 else True, **kwargs)
+
+
+def _summary(train_metrics: dict, val_metrics: dict) -> str:
+    rewards = f"reward {train_metrics['global_rewards']:.3f}, kept {train_metrics['selected_rewards_mean']:.3f}"
+    return f"{rewards}, held out {val_metrics['global_rewards']:.3f}" if val_metrics else rewards
 
 
 def _group_numbers(num_rows: int, rows_per_group: int) -> torch.Tensor:

@@ -164,14 +164,15 @@ def _check_data(model: DictConfig) -> None:
 
 
 def _check_reward(cfg: DictConfig) -> None:
-    reward = cfg.model.rs.get("reward")
-    if reward is None:
-        if cfg.get("remote_rm") is None:
-            raise ConfigError("neither model.rs.reward (a Python function) nor remote_rm (a server) is set: set one")
-        return
-    if reward.get("target") is None:
-        raise ConfigError("model.rs.reward.target is not set; give package.module.function or path/to/file.py:function")
-    try:
-        load_reward_function(reward.target, reward.get("kwargs"))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    target, kwargs = (OmegaConf.select(cfg, f"model.rs.reward.{key}") for key in ("target", "kwargs"))
+    if target is None and kwargs is not None:
+        raise ConfigError(
+            f"model.rs.reward.kwargs={kwargs} is set, but not model.rs.reward.target; give the latter as "
+            "package.module.function or path/to/file.py:function"
+        )
+    if target is None and cfg.get("remote_rm") is None:
+        raise ConfigError(
+            "neither model.rs.reward.target (a Python function) nor remote_rm (a server) is set: set one"
+        )
+    if target is not None:
+        load_reward_function(target, kwargs)

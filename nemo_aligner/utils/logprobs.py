@@ -12,8 +12,8 @@ from megatron.core import tensor_parallel
 from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.ppo_utils import calculate_entropy
 
-# Bounds the float32 copy of the logits that is alive at a time: 64 Mi entries are 256 MiB.
-MAX_CHUNK_ENTRIES = 2**26
+# Bounds the float32 copy of the logits that is alive at a time: 16 Mi entries are 64 MiB.
+MAX_CHUNK_ENTRIES = 2**24
 
 
 def from_parallel_logits_to_logprobs(
@@ -127,8 +127,8 @@ def shard_gradient(
     gradient = torch.empty_like(logits)
     chunks = _split_positions(gradient, logits, *(tensor.unsqueeze(-1) for tensor in per_position))
     for out, logit, maximum, softmax_weight, column, target_weight in chunks:
-        softmax_term = torch.sub(logit, maximum).exp_().mul_(softmax_weight)
-        out.copy_(softmax_term.scatter_add_(-1, column, target_weight))
+        # Unnamed, so that one piece is gone before the next is made.
+        out.copy_(torch.sub(logit, maximum).exp_().mul_(softmax_weight).scatter_add_(-1, column, target_weight))
     return gradient
 
 

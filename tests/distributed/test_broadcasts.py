@@ -51,6 +51,7 @@ def rank_main(rank: int) -> None:
     check_source_ranks(rank)
     check_inference(rank)
     check_refused_inference(rank)
+    check_smaller_world(rank)
 
 
 def test_collectives():
@@ -239,3 +240,17 @@ def check_refused_inference(rank):
             run_distributed_inference(refused, lambda inputs: inputs[0])
     with pytest.raises(ValueError, match="infer_fn made 2 rows of a batch of 4"):
         run_distributed_inference(inputs(4, 4), lambda inputs: inputs[0][:1])
+
+
+def check_smaller_world(rank):
+    Utils.set_world_size(2)
+    assert Utils.rank == [0, 1, -1, -1][rank]
+    Utils.initialize_model_parallel(tensor_model_parallel_size=2)
+    if rank < 2:
+        assert torch.distributed.get_world_size() == parallel_state.get_tensor_model_parallel_world_size() == 2
+        assert broadcast_tensor(torch.tensor(rank), src=1, group=None).item() == 1
+    else:
+        assert not torch.distributed.is_initialized()
+    Utils.set_world_size()
+    Utils.initialize_model_parallel()
+    assert torch.distributed.get_world_size() == 4 and Utils.rank == rank

@@ -106,10 +106,6 @@ def test_options_that_contradict_each_other():
         head(output_sequence=True, use_avg_pool=True)
 
 
-def test_what_the_model_cannot_do_is_refused():
+def test_fp8_is_refused():
     with pytest.raises(ConfigError, match=r"model\.fp8"):
         GPTRewardModel(config(fp8="e4m3"), head_options={})
-    sequence_parallel = config()
-    sequence_parallel.sequence_parallel = True
-    with pytest.raises(ConfigError, match=r"model\.sequence_parallel"):
-        GPTRewardModel(sequence_parallel, head_options={})

@@ -140,10 +140,10 @@ def dummy_dataloader(cfg, train_ds):
 
 def build_reward(cfg, tokenizer):
     """What scores rollouts: the configured Python function, else the remote reward model."""
-    reward = cfg.model.rs.get("reward")
-    if reward is None:
+    target = OmegaConf.select(cfg, "model.rs.reward.target")
+    if target is None:
         return RemoteGPTRMClient(cfg.remote_rm)
-    function = load_reward_function(reward.target, reward.get("kwargs"))
+    function = load_reward_function(target, OmegaConf.select(cfg, "model.rs.reward.kwargs"))
     return PythonRewardModel(function, tokenizer, cfg.model.rs.sampling_params.end_strings)
 
 

@@ -108,14 +108,12 @@ class GPTRewardModel(GPTModel):
             gpt_options: keyword arguments of `GPTModel`.
 
         Raises:
-            ConfigError: for fp8, or sequence parallelism, which the head cannot split its input by.
+            ConfigError: for fp8.
         """
         if config.fp8 is not None:
             raise ConfigError(
                 f"model.fp8: a reward model's head cannot be trained or served in {config.fp8}; set it to False"
             )
-        if config.sequence_parallel:
-            raise ConfigError("model.sequence_parallel: a reward model does not support it; set it to False")
         super().__init__(config, share_embeddings_and_output_weights=False, **gpt_options)
         if self.post_process:
             del self.output_layer

@@ -10,7 +10,6 @@ positions, B rows, H hidden size, N heads and G key/value groups of this tensor-
 import contextlib
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -108,7 +107,7 @@ def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """
     if config.num_moe_experts is not None:
         raise ValueError("model.num_moe_experts: a mixture of experts needs Transformer Engine, which is not installed")
-    if parallel_state.get_context_parallel_world_size() > 1:
+    if config.context_parallel_size > 1:
         raise ValueError("model.context_parallel_size: must be 1 without Transformer Engine")
     layer = ModuleSpec(
         module=TransformerLayer,

@@ -19,6 +19,7 @@ from nemo_aligner import compat
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.models.alignable_interface import Inferrable, SupervisedInterface
 from nemo_aligner.models.nlp.gpt.gpt_reward_model import GPTRewardModel
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.utils.distributed import broadcast_tensor_within_pp
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
@@ -69,6 +70,12 @@ class MegatronGPTRewardModel(MegatronGPTModel, SupervisedInterface, Inferrable):
         for module in self.get_model_module_list():
             if module.post_process:
                 module.rm_head.keep_dtype()
+
+    def _build_tokenizer(self):
+        if self.cfg.tokenizer.get("files") is None:
+            super()._build_tokenizer()
+        else:
+            self.tokenizer = build_packed_tokenizer(self)
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> GPTRewardModel:
         """Build this pipeline stage."""
@@ -236,6 +243,8 @@ def _check_config(cfg: DictConfig) -> None:
         raise ConfigError(
             "model.virtual_pipeline_model_parallel_size: a reward model does not support it; set it to null"
         )
+    if cfg.get("sequence_parallel", False):
+        raise ConfigError("model.sequence_parallel: a reward model does not support it; set it to False")
     if (cfg.get("context_parallel_size") or 1) > 1:
         raise ConfigError("model.context_parallel_size: a reward model does not support it; set it to 1")
     standardization = cfg.get("reward_standardization") or {}
