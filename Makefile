@@ -34,10 +34,10 @@ $(MODEL).nemo: $(MODEL).Q4_1.gguf
 	@PYTHONWARNINGS=ignore $(BIN)/python examples/nlp/gpt/convert_hf_to_nemo.py --input $< --output $@ > models/convert.log
 
 quickstart: $(MODEL).nemo
-	@mkdir -p $(RUN)
-	@echo "training; the log is $(RUN)/console.log"
+	@mkdir -p $(dir $(RUN))
+	@echo "training; the log is $(RUN).log"
 	@PYTHONWARNINGS=ignore $(BIN)/python examples/nlp/gpt/train_gpt_rs_actor.py --config-name quickstart \
-		exp_manager.explicit_log_dir=$(RUN) model.seed=$(SEED) > $(RUN)/console.log
+		exp_manager.explicit_log_dir=$(RUN) model.seed=$(SEED) > $(RUN).log
 	@$(BIN)/python examples/quickstart/report.py $(RUN)
 
 test: $(MODEL).nemo

@@ -34,7 +34,7 @@ def enable() -> None:
 
 
 def redirect_nemo() -> None:
-    """NeMo's models move themselves with `.cuda()`, and Megatron's random states are seeded only where a GPU is seen."""
+    """NeMo's models move themselves with `.cuda()`, and its random states are seeded only where a GPU is seen."""
     from megatron.core import tensor_parallel
     from nemo.collections.nlp.modules.common.megatron import megatron_init
     from nemo.core.classes import modelPT

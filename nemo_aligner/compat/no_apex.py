@@ -19,7 +19,7 @@ def apply() -> None:
 
 
 def _allow_strategies(nlp_overrides) -> None:
-    """`NLPDDPStrategy` and the gradient scaler only ask whether Apex is there; its optimizers are imported beside it."""
+    """`NLPDDPStrategy` and the gradient scaler only ask whether Apex is there; its optimizers are imported with it."""
     from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
     class MegatronDistributedFusedAdam(torch.optim.Optimizer):

@@ -9,7 +9,7 @@ import torch
 
 
 def run_ranks(function, world_size: int, *args, timeout_s: float = 300.0) -> list:
-    """Run `function(rank, *args)` in `world_size` fresh processes joined by gloo, and return their results in rank order.
+    """Run `function(rank, *args)` in `world_size` fresh processes joined by gloo; return their results in rank order.
 
     The function must be importable (defined at the top of a module) and its result picklable. A failure in any rank
     raises here with that rank's traceback.

@@ -1,4 +1,4 @@
-"""Tensor, pipeline and data parallelism over gloo give the loss, the gradients and the greedy rollouts of one process."""
+"""Tensor, pipeline and data parallelism over gloo give one process's loss, gradients and greedy rollouts."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def local_gradients(model) -> dict[str, torch.Tensor]:
 
 
 def merged_gradients(outcomes: list[dict]) -> dict[str, torch.Tensor]:
-    """Gradients of the whole model out of those of all ranks: shards side by side, copies checked against each other."""
+    """Gradients of the whole model out of those of all ranks: shards side by side, copies checked to be equal."""
     shards = {}
     for outcome in outcomes:
         for name, gradient in outcome["gradients"].items():

@@ -21,7 +21,7 @@ def tokenizer_config(folder: str | Path) -> dict:
 
 
 def build_packed_tokenizer(model):
-    """NeMo's wrapper of the tokenizer whose files `model.cfg.tokenizer.files` lists, registered as artifacts of `model`.
+    """NeMo's wrapper of the tokenizer whose files `model.cfg.tokenizer.files` lists, each registered as an artifact.
 
     Raises:
         ValueError: if one of the files is missing, naming its config key.

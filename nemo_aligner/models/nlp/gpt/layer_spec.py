@@ -53,8 +53,8 @@ class Norm(torch.nn.Module):
 class ScaledDotProductAttention(MegatronModule):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
-    Without an `attention_mask` attention is causal; a mask, [B or 1, 1, S, T] bool with True = blocked, is applied as it
-    stands and must then be causal itself.
+    Without an `attention_mask` attention is causal; a mask, [B or 1, 1, S, T] bool with True = blocked, is applied as
+    it stands and must then be causal itself.
     """
 
     def __init__(
