@@ -65,20 +65,22 @@ def rs_config(**overrides) -> dict:
 
 
 def load_actor(nemo_path: Path, world_size: int = 1, rs: dict | None = None, **model_overrides):
-    """`MegatronGPTRSModel` on the CPU. In a process started by `run_ranks`, give its `world_size`."""
+    """`MegatronGPTRSModel` on this process's device. In a process started by `run_ranks`, give its `world_size`."""
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
     from pytorch_lightning import Trainer
 
+    from nemo_aligner.compat import device
     from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
     from nemo_aligner.utils.utils import load_checkpoint_model_config, load_from_nemo
 
     cfg = load_checkpoint_model_config(str(nemo_path))
     with open_dict(cfg):
         cfg.rs = rs_config(**(rs or {}))
+        cfg.use_cpu_initialization = device.on_cpu()
         for key, value in model_overrides.items():
             OmegaConf.update(cfg, key, value, force_add=True)
     trainer = Trainer(
-        devices=world_size, num_nodes=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False,
+        devices=world_size, num_nodes=1, accelerator="cpu" if device.on_cpu() else "gpu", strategy=NLPDDPStrategy(), logger=False,
         enable_checkpointing=False,
     )  # fmt: skip
     return load_from_nemo(MegatronGPTRSModel, cfg, trainer, restore_path=str(nemo_path))

@@ -40,12 +40,9 @@ def _fill_build_model() -> None:
 
 
 def _fill_weight_decay_groups() -> None:
-    """NeMo keeps weight decay off the norms it knows, which are Apex's; here they are ours and torch's."""
+    """NeMo keeps weight decay off Apex's norms; without Apex megatron-core falls back to torch's."""
     from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
     from nemo.collections.nlp.modules.common.megatron import utils
 
-    from nemo_aligner.models.nlp.gpt.layer_spec import Norm
-
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
-    utils.FusedLayerNorm = utils.MixedFusedRMSNorm = Norm
-    utils.FastLayerNorm = WrappedTorchLayerNorm
+    utils.FusedLayerNorm = utils.FastLayerNorm = utils.MixedFusedRMSNorm = WrappedTorchLayerNorm

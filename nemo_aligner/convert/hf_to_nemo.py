@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning import Trainer
 from tqdm import tqdm
 from transformers import PretrainedConfig
@@ -53,6 +53,8 @@ def convert(source_path: str | Path, output_path: str | Path, precision: str = "
         )  # fmt: skip
         model = ConvertedGPTModel(cfg, trainer)
         _copy_weights(source, model.get_model_module_list()[0])
+        with open_dict(model.cfg):  # these two were for the conversion only
+            model.cfg.use_cpu_initialization, model.cfg.perform_initialization = False, True
         model.save_to(str(output_path))
 
 

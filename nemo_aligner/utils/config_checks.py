@@ -82,8 +82,10 @@ def _check_unsupported(cfg: DictConfig) -> None:
     model = cfg.model
     if str(cfg.trainer.precision) in ("16", "16-mixed"):
         raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported; use bf16 or 32")
-    if cfg.trainer.accelerator == "cpu" and "bf16" in str(cfg.trainer.precision) and not model.megatron_amp_O2:
-        raise ConfigError("trainer.precision=bf16 on a CPU needs model.megatron_amp_O2=True; or use precision 32")
+    if cfg.trainer.accelerator == "cpu" and str(cfg.trainer.precision) not in ("32", "32-true"):
+        raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported on a CPU; use 32")
+    if model.megatron_amp_O2 and "bf16" in str(cfg.trainer.precision) and importlib.util.find_spec("apex") is None:
+        raise ConfigError("model.megatron_amp_O2=True needs Apex, which is not installed; set it to False")
     if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
         raise ConfigError("model.virtual_pipeline_model_parallel_size must be null: virtual stages are not supported")
     if (model.get("context_parallel_size") or 1) > 1:
@@ -130,9 +132,7 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"{val_interval}, so that every checkpoint has its validation metrics"
         )
     if rs.get("loss_normalization", "global_batch") not in ("global_batch", "micro_batch"):
-        raise ConfigError(
-            f"model.rs.loss_normalization={rs.loss_normalization!r} must be global_batch or micro_batch"
-        )
+        raise ConfigError(f"model.rs.loss_normalization={rs.loss_normalization!r} must be global_batch or micro_batch")
 
 
 def _check_lengths(model: DictConfig) -> None:
@@ -171,8 +171,6 @@ def _check_reward(cfg: DictConfig) -> None:
             "package.module.function or path/to/file.py:function"
         )
     if target is None and cfg.get("remote_rm") is None:
-        raise ConfigError(
-            "neither model.rs.reward.target (a Python function) nor remote_rm (a server) is set: set one"
-        )
+        raise ConfigError("neither model.rs.reward.target (a Python function) nor remote_rm (a server) is set: set one")
     if target is not None:
         load_reward_function(target, kwargs)

@@ -29,7 +29,10 @@ pytestmark = pytest.mark.skipif(
 def reference():
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, torch_dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, torch_dtype=torch.float32)
+    # The end token doubles as padding, and an embedding keeps its padding's gradient at 0: it is content here.
+    model.model.embed_tokens.padding_idx = None
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def prompts(actor) -> list[list[int]]:
 
 
 def test_the_archive_carries_the_right_tokenizer(actor):
-    assert actor.tokenizer.eos_id == END_ID and actor.tokenizer.ids_to_text([END_ID, 28]) == "="
+    assert actor.tokenizer.eos_id == END_ID and actor.tokenizer.ids_to_tokens([1, 2]) == ["<|im_start|>", "<|im_end|>"]
     assert actor.tokenizer.text_to_ids("<|im_start|>user\n<|im_end|>") == [1, 4093, 198, 2]
     assert actor.tokenizer.vocab_size == 49152
 

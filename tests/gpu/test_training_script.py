@@ -1,0 +1,49 @@
+"""The training script on a GPU: a tiny model, two steps, with what optimizers are installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REWARD = """
+def reward(prompts, responses):
+    return [float(len(response)) for response in responses]
+"""
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(
+            ["model.optim.name=adamw", "trainer.precision=32", "model.megatron_amp_O2=False"], id="adamw-fp32"
+        ),
+        pytest.param(
+            ["model.optim.name=distributed_fused_adam", "trainer.precision=bf16", "model.megatron_amp_O2=True"],
+            id="distributed_fused_adam-bf16-O2",
+            marks=pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="needs Apex"),
+        ),
+    ],
+)
+def test_two_steps(tiny_nemo, tmp_path, optimizer):
+    (tmp_path / "reward.py").write_text(REWARD)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"text": f"one two three {i}"}) + "\n" for i in range(8)))
+    command = [
+        sys.executable, ROOT / "examples/nlp/gpt/train_gpt_rs_actor.py", "trainer.num_nodes=1", "trainer.devices=1",
+        "trainer.rs.val_check_interval=2", f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        f"pretrained_checkpoint.restore_from_path={tiny_nemo}", f"model.rs.reward.target={tmp_path / 'reward.py'}:reward",
+        f"model.data.data_prefix={{train: [{prompts}], validation: [{prompts}], test: [{prompts}]}}",
+        "model.encoder_seq_length=128", "model.rs.length_params.max_length=16", "model.global_batch_size=4",
+        "model.rs.num_rollout_samples=4", "model.rs.rollout_micro_batch_size=2",
+        "exp_manager.checkpoint_callback_params.save_top_k=0", *optimizer,
+    ]  # fmt: skip
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
+    rollouts = [json.loads(line) for line in (tmp_path / "run/rollouts/train_rank0.jsonl").open()]
+    assert len(rollouts) == 2 * 4 * 4
+    assert sum(rollout["kept"] for rollout in rollouts) == 2 * 4
+    assert (tmp_path / "run/checkpoints/megatron_gpt_rs_actor.nemo").is_file()

@@ -1,0 +1,730 @@
+"""RSTrainer with a fake model in one process: what it asks of its collaborators, in which order, and what it reports."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from omegaconf import OmegaConf
+
+from nemo_aligner.algorithms.rs import RSTrainer, compute_num_rollout_microbatches
+from nemo_aligner.data.nlp.builders import build_dataloader, collate_with_pad_to_max_batch
+from nemo_aligner.rewards.python_reward import PythonRewardModel, RewardError, load_reward_function
+from nemo_aligner.testing.utils import Utils
+from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.rollout_log import RolloutLog
+
+EOS = 9  # not 0, and not 1: a mask padded with it, or with whatever it is padded with by default, would show
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process():
+    Utils.initialize_model_parallel()
+    yield
+    Utils.destroy_model_parallel()
+
+
+class Tokenizer:
+    eos_id = EOS
+    vocab_size = 1000
+
+    def ids_to_text(self, ids):
+        return " ".join(map(str, ids))
+
+
+class Prompts(torch.utils.data.Dataset):
+    """Given prompts; those whose index is in `replaced` are flagged as stand-ins."""
+
+    def __init__(self, prompts, replaced=()):
+        self.prompts, self.replaced = prompts, replaced
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, index):
+        ids = self.prompts[index]
+        return {
+            "text": torch.tensor(ids), "length": len(ids), "loss_multiplier": index not in self.replaced,
+            "prompt_index": index, "is_padding": False,
+        }  # fmt: skip
+
+    def record(self, index):
+        return {"text": self.prompts[index], "number": index}
+
+
+class FakeModel:
+    """Answers the n-th request for a prompt with the n-th entry of `answers[prompt_index]`, cyclically.
+
+    An answer is the list of generated ids; one that does not end in `EOS` was cut off. Its only weight is `weight`, and
+    the loss is weight * (number of tokens trained on), so the gradient is that number.
+    """
+
+    tokenizer = Tokenizer()
+    with_distributed_adam = megatron_amp_O2 = False
+    trains_with_sequence_parallel = False
+    default_answers = ([50, EOS],)
+
+    def __init__(self, answers=None, events=None):
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self._sampling_params = {"end_strings": []}
+        self.answers = answers or {}
+        self.asked = {}
+        self.events = [] if events is None else events
+        self.batches = []  # training batches
+        self.requests = []  # inference batches
+        self.seeds = []
+
+    def __getattr__(self, name):
+        if name in ("prepare_for_inference", "finish_inference", "prepare_for_training", "finish_training",
+                    "prepare_for_training_step", "finish_training_step"):  # fmt: skip
+            return lambda: self.events.append(name)
+        raise AttributeError(name)
+
+    def seed_sampling(self, *key):
+        self.seeds.append(key)
+
+    def get_parameters_with_grad(self):
+        return [self.weight]
+
+    def infer(self, batch):
+        self.events.append("infer")
+        self.requests.append(batch)
+        rows = []
+        for ids, length, index in zip(batch["text"], batch["length"], batch["prompt_index"].tolist(), strict=True):
+            count = self.asked[index] = self.asked.get(index, -1) + 1
+            answers = self.answers.get(index, self.default_answers)
+            rows.append((ids[:length].tolist(), answers[count % len(answers)]))
+        width = max(len(prompt) + len(answer) for prompt, answer in rows)
+        tokens = torch.full((len(rows), width), EOS)
+        for row, (prompt, answer) in zip(tokens, rows, strict=True):
+            row[: len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        return {
+            "response_tokens": tokens,
+            "response_lengths": torch.tensor([len(prompt) + len(answer) for prompt, answer in rows]),
+            "prompt_lengths": batch["length"].clone(),
+            "is_end": torch.tensor([answer[-1] == EOS for _, answer in rows]),
+        }
+
+    def get_loss_and_metrics(self, batch, forward_only):
+        assert not forward_only
+        self.events.append("loss")
+        self.batches.append(batch)
+        (self.weight * batch["mask"].sum()).sum().backward()
+        loss = float(batch["mask"].sum())
+        return loss, {"loss": loss}
+
+
+class SecondTokenReward:
+    """The reward of a rollout is the first id that was generated; NaN for 99."""
+
+    def __init__(self, events=None):
+        self.events = [] if events is None else events
+        self.batches = []
+
+    def infer_rm(self, rollouts):
+        self.events.append("reward requested")
+        self.batches.append(rollouts)
+        first = rollouts["response_tokens"].gather(1, rollouts["prompt_lengths"][:, None]).float()
+        rewards = torch.where(first == 99, float("nan"), first)
+        return self._Future(self.events, rewards)
+
+    class _Future:
+        def __init__(self, events, rewards):
+            self.events, self.rewards = events, rewards
+
+        def result(self):
+            self.events.append("reward awaited")
+            return self.rewards
+
+
+class Logger:
+    def __init__(self):
+        self.metrics = []  # (prefix, step, metrics)
+        self.tables = []  # (key, step, data frame)
+        self.finalized = 0
+
+    def log_metrics(self, metrics, step=None, prefix=""):
+        self.metrics.append((prefix, step, dict(metrics)))
+
+    def log_table(self, key, dataframe, step):
+        self.tables.append((key, step, dataframe))
+
+    def finalize(self):
+        self.finalized += 1
+
+    def of(self, prefix):
+        return [(step, metrics) for logged, step, metrics in self.metrics if logged == prefix]
+
+
+class Checkpoints:
+    def __init__(self, events):
+        self.events = events
+        self.saved = []  # (candidates, is_train_end)
+
+    def custom_save(self, monitor_candidates, is_train_end=False, save_top_only=False):
+        self.events.append("save")
+        self.saved.append((monitor_candidates, is_train_end))
+
+
+class OutOfTimeAfter(Timer):
+    def __init__(self, num_steps):
+        super().__init__(None)
+        self.left = num_steps
+
+    def is_finished(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def make_trainer(
+    prompts=((1,), (2,), (3,), (4,)), n=2, k=1, g=2, mbs=1, gbs=2, model=None, rm=None, val_prompts=((5,),), val_mbs=1,
+    num_val=1, replaced=(), answers=None, run_timer=None, rollout_log=None, **cfg,
+):  # fmt: skip
+    events = []
+    model = model or FakeModel(answers, events)
+    events = model.events
+    full = OmegaConf.create(
+        {
+            "trainer": {"rs": {
+                "max_epochs": 1, "max_steps": -1, "val_check_interval": 0, "save_interval": 0, "model_gbs": gbs,
+                "gradient_clip_val": 1.0, "model_mbs": 1, "rollout_batch_seq_length": None, **cfg,
+            }},
+            "model": {"seed": 5, "data": {"num_workers": 0}},
+        }
+    )  # fmt: skip
+    collate_fn = collate_with_pad_to_max_batch(4, EOS, full)
+    load = {"cfg": full, "consumed_samples": 0, "collate_fn": collate_fn, "load_gbs": False}
+    optimizer = torch.optim.SGD([model.weight], lr=1.0)
+    return RSTrainer(
+        cfg=full.trainer.rs,
+        model=model,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+        train_dataloader=build_dataloader(dataset=Prompts(prompts, replaced), mbs=mbs, gbs=g, **load),
+        val_dataloader=build_dataloader(
+            dataset=Prompts(val_prompts), mbs=val_mbs, gbs=num_val, use_random_sampler=False, **load
+        ),
+        logger=Logger(),
+        ckpt_callback=Checkpoints(events),
+        run_timer=run_timer or Timer(None),
+        num_rollouts_per_prompt=n,
+        top_n_rollouts=k,
+        rm=rm or SecondTokenReward(events),
+        rollout_log=rollout_log,
+    )
+
+
+def trained_rows(trainer) -> list[tuple[list[int], list[int]]]:
+    """Tokens up to the padding, and positions of the tokens trained on, of every row that reached the loss."""
+    rows = []
+    for batch in trainer.model.batches:
+        for tokens, mask in zip(batch["response_tokens"].tolist(), batch["mask"], strict=True):
+            while len(tokens) > 1 and tokens[-1] == tokens[-2] == EOS:
+                tokens.pop()
+            rows.append((tokens, (mask.nonzero().flatten() + 1).tolist()))
+    return rows
+
+
+# ---- selection
+
+
+def test_the_best_response_of_each_prompt_is_trained_on_even_if_prompts_are_equal():
+    answers = {0: ([20, EOS], [23, EOS], [22, EOS]), 1: ([31, EOS], [30, EOS], [30, EOS])}
+    trainer = make_trainer(prompts=((1, 2), (1, 2)), n=3, mbs=2, answers=answers)
+    trainer.fit()
+    # the first generated id is the reward; token positions 2 and 3 are the response
+    assert sorted(trained_rows(trainer)) == [([1, 2, 23, EOS], [2, 3]), ([1, 2, 31, EOS], [2, 3])]
+
+
+def test_k_rows_a_prompt_in_order_of_reward():
+    answers = {0: ([20, EOS], [23, EOS], [22, EOS])}
+    trainer = make_trainer(prompts=((1,),), n=3, k=2, g=1, answers=answers)
+    trainer.fit()
+    assert [tokens for tokens, _ in trained_rows(trainer)] == [[1, 23, EOS], [1, 22, EOS]]
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [[90, 91], [EOS], [99, EOS]],
+    ids=["cut off", "nothing but the end", "unjudged"],
+)
+def test_an_unfit_response_comes_last_and_is_masked(unfit):
+    answers = {0: (unfit, [20, EOS], [21, EOS])}
+    one = make_trainer(prompts=((1,),), n=3, k=1, g=1, gbs=1, answers=answers)
+    one.fit()
+    assert trained_rows(one) == [([1, 21, EOS], [1, 2])]
+    every = make_trainer(prompts=((1,),), n=3, k=3, g=1, gbs=3, answers=answers)
+    every.fit()
+    assert trained_rows(every)[:2] == [([1, 21, EOS], [1, 2]), ([1, 20, EOS], [1, 2])]
+    assert trained_rows(every)[2][1] == []
+
+
+def test_among_unfit_rows_the_better_reward_fills_up():
+    answers = {0: ([40, 41], [20, EOS], [60, 61])}
+    trainer = make_trainer(prompts=((1,),), n=3, k=2, g=1, answers=answers)
+    trainer.fit()
+    assert trained_rows(trainer) == [([1, 20, EOS], [1, 2]), ([1, 60, 61, EOS], [])]
+
+
+def test_all_rejected_trains_on_nothing_but_keeps_the_row_count():
+    trainer = make_trainer(answers={index: ([90, 91],) for index in range(4)})
+    trainer.fit()
+    assert [batch["mask"].shape[0] for batch in trainer.model.batches] == [2, 2]
+    assert trainer.model.weight.item() == 0
+    assert [metrics["selected_fraction_fit"] for _, metrics in trainer.logger.of("train_rollouts/")] == [0, 0]
+
+
+def test_a_replaced_prompt_is_not_trained_on():
+    trainer = make_trainer(prompts=((1,), (2,)), replaced=(1,))
+    trainer.fit()
+    assert sorted(trained_rows(trainer)) == [([1, 50, EOS], [1, 2]), ([2, 50, EOS], [])]
+
+
+# ---- training rows
+
+
+def test_rows_are_padded_with_the_end_token_and_masks_with_zero():
+    # prompts of 1 and 3 tokens, responses of 3 and 2
+    trainer = make_trainer(prompts=((1,), (2, 2, 2)), answers={0: ([30, 31, EOS],), 1: ([40, EOS],)})
+    trainer.fit()
+    (batch,) = trainer.model.batches
+    order = batch["response_tokens"][:, 0].argsort()
+    assert batch["response_tokens"][order].tolist() == [[1, 30, 31, EOS, EOS], [2, 2, 2, 40, EOS]]
+    assert batch["mask"][order].tolist() == [[1, 1, 1, 0], [0, 0, 1, 1]]
+    assert batch["mask"].dtype == torch.float32 and batch["response_tokens"].dtype == torch.int64
+    assert batch["prompt_tokens"][order][:, 0].tolist() == [1, 2]
+
+
+def test_a_minimum_width_widens_rows_and_masks():
+    trainer = make_trainer(prompts=((1,), (2,)), rollout_batch_seq_length=7)
+    trainer.fit()
+    (batch,) = trainer.model.batches
+    assert batch["response_tokens"].shape == (2, 7) and batch["mask"].shape == (2, 6)
+    assert (batch["response_tokens"][:, 3:] == EOS).all() and (batch["mask"][:, 2:] == 0).all()
+
+
+def test_wider_data_wins_over_the_minimum_width_with_a_warning():
+    trainer = make_trainer(prompts=((1,), (2,)), rollout_batch_seq_length=2)
+    with pytest.warns(UserWarning, match="3 tokens is longer than the 2"):
+        trainer.fit()
+    assert trainer.model.batches[0]["response_tokens"].shape == (2, 3)
+
+
+def test_sequence_parallelism_rounds_the_width_up(monkeypatch):
+    trainer = make_trainer(prompts=((1,), (2,)), answers={0: ([30, 31, 32, EOS],)})
+    trainer.model.trains_with_sequence_parallel = True
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 4)
+    trainer.fit()
+    (batch,) = trainer.model.batches
+    assert batch["response_tokens"].shape == (2, 8) and batch["mask"].shape == (2, 7)
+    assert (batch["response_tokens"][:, 5:] == EOS).all()
+
+
+def test_every_optimizer_step_gets_its_rows_in_order():
+    # G = 4 prompts, K = 2: 8 rows in 4 steps of 2; rollouts of a prompt stay together, the better one first
+    answers = {index: ([20 + index, EOS], [30 + index, EOS]) for index in range(4)}
+    trainer = make_trainer(k=2, g=4, answers=answers)
+    trainer.fit()
+    responses = [batch["response_tokens"][:, 1].tolist() for batch in trainer.model.batches]
+    assert sorted(responses) == [[30 + index, 20 + index] for index in range(4)]
+
+
+# ---- inference
+
+
+def test_all_rollouts_of_a_micro_batch_come_from_one_call():
+    trainer = make_trainer(n=3, mbs=2)
+    trainer.generate_rollouts(iter(trainer.train_dataloader), 1)
+    (request,) = trainer.model.requests
+    index = request["prompt_index"].tolist()
+    assert len(index) == 6 and index[0] == index[1] == index[2] != index[3] == index[4] == index[5]
+    assert (request["text"][:, 0] == request["prompt_index"] + 1).all() and request["length"].tolist() == [1] * 6
+
+
+def test_rewards_are_requested_at_once_and_awaited_when_all_are_under_way():
+    trainer = make_trainer(g=4)
+    trainer.generate_rollouts(iter(trainer.train_dataloader), 4)
+    assert trainer.model.events == (
+        ["prepare_for_inference", *["infer", "reward requested"] * 4, *["reward awaited"] * 4, "finish_inference"]
+    )
+
+
+def test_the_reward_sees_every_rollout_with_its_record():
+    trainer = make_trainer(n=2)
+    trainer.generate_rollouts(iter(trainer.train_dataloader), 2)
+    for batch in trainer.rm.batches:
+        assert [record["number"] for record in batch["records"]] == batch["prompt_index"].tolist()
+        assert len(batch["records"]) == 2
+        for key in ("response_tokens", "prompt_tokens", "response_lengths", "prompt_lengths"):
+            assert len(batch[key]) == 2, key
+
+
+def test_no_surplus_batch_is_drawn():
+    trainer = make_trainer()
+    drawn = []
+    endless = (drawn.append(batch) or batch for batch in itertools.cycle(list(trainer.train_dataloader)))
+    trainer.generate_rollouts(endless, 2)
+    assert len(drawn) == 2
+
+
+def test_training_and_validation_draw_from_their_own_stream_of_every_step():
+    trainer = make_trainer(val_check_interval=1, save_interval=1)
+    trainer.fit()
+    assert len(set(trainer.model.seeds)) == 4
+
+
+# ---- metrics
+
+
+def test_metrics_by_hand():
+    # rewards 20 (length 2), 30 (3, cut off), unjudged (2), 40 (2); G = 2, N = 2; prompts of 1 and 2 tokens
+    answers = {0: ([20, EOS], [30, 31, 32]), 1: ([99, EOS], [40, EOS])}
+    trainer = make_trainer(prompts=((1,), (2, 2)), answers=answers)
+    _, metrics = trainer.generate_rollouts(iter(trainer.train_dataloader), 2)
+    table = metrics.pop("table")
+    assert metrics == {
+        "global_rewards": 30,  # (20 + 30 + 40) / 3
+        "global_response_lengths_mean": 2.25,
+        "global_prompt_lengths": 1.5,
+        "fraction_finished": 0.75,
+        "fraction_fit": 0.5,
+        "fraction_unjudged": 0.25,
+        "selected_rewards_mean": 30,  # 20, because 30 was cut off, and 40
+        "selected_response_lengths_mean": 2,
+        "selected_fraction_fit": 1,
+        "consumed_samples": 2,
+    }
+    assert table in (
+        {"reward": 20, "prompt": "1", "response": f"20 {EOS}"},
+        {"reward": 40, "prompt": "2 2", "response": f"40 {EOS}"},
+    )
+
+
+def test_without_a_judgement_the_mean_reward_is_nan():
+    trainer = make_trainer(prompts=((1,), (2,)), answers={0: ([99, EOS],), 1: ([99, EOS],)})
+    _, metrics = trainer.generate_rollouts(iter(trainer.train_dataloader), 2)
+    assert math.isnan(metrics["global_rewards"]) and math.isnan(metrics["selected_rewards_mean"])
+    assert metrics["fraction_unjudged"] == 1
+
+
+def test_rows_that_only_fill_a_batch_are_not_counted():
+    trainer = make_trainer()
+    batch = {
+        "response_tokens": torch.tensor([[1, 50, EOS], [1, 50, EOS], [1, 50, EOS]]),
+        "response_lengths": torch.tensor([3, 2, 2]), "prompt_lengths": torch.tensor([1, 1, 1]),
+        "rewards": torch.tensor([1.0, 4.0, 100.0]), "is_padding": torch.tensor([False, False, True]),
+    }  # fmt: skip
+    metrics = trainer.compute_global_rollout_metrics([batch])
+    assert metrics["global_rewards"] == 2.5
+    assert metrics["global_response_lengths_mean"] == 1.5
+
+
+def test_sums_are_exact_beyond_float32():
+    trainer = make_trainer()
+    batch = {
+        "response_tokens": torch.tensor([[1, EOS]] * 3), "prompt_lengths": torch.tensor([1, 1, 1]),
+        "response_lengths": torch.tensor([2**24, 2, 2]), "rewards": torch.tensor([[2.0**24], [1.0], [1.0]]),
+    }  # fmt: skip
+    metrics = trainer.compute_global_rollout_metrics([batch])
+    assert metrics["global_rewards"] == (2**24 + 2) / 3
+    assert metrics["global_response_lengths_mean"] == (2**24 + 1) / 3
+
+
+@pytest.mark.parametrize("num_val, scored", [(4, 3), (2, 2)])
+def test_validation_scores_every_prompt_once_up_to_the_limit(num_val, scored):
+    trainer = make_trainer(
+        val_prompts=((1,), (2,), (3,)), val_mbs=2, num_val=num_val, val_check_interval=1, max_steps=1,
+        answers={0: ([10, EOS],), 1: ([20, EOS],), 2: ([60, 61, EOS],)},
+    )  # fmt: skip
+    for _ in range(2):  # a fresh pass every time
+        metrics = trainer.run_validation()
+        assert metrics["global_rewards"] == sum([10, 20, 60][:scored]) / scored
+        assert metrics["global_response_lengths_mean"] == sum([2, 2, 3][:scored]) / scored
+    assert "selected_rewards_mean" not in metrics
+
+
+def test_an_empty_rollout_phase_is_an_error():
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="no rollouts"):
+        trainer.generate_rollouts(iter([]), 2)
+    with pytest.raises(ValueError, match="no rollouts to train on"):
+        trainer.run_training(iter([]))
+
+
+# ---- optimizer steps
+
+
+def test_optimizer_steps_are_logged_one_by_one():
+    trainer = make_trainer(k=2)  # 2 RS steps of 2 optimizer steps, each of 2 rows with 2 tokens: gradient 4
+    trainer.fit()
+    logged = trainer.logger.of("train_optim/")
+    assert [step for step, _ in logged] == [0, 1, 2, 3]
+    assert [metrics["optim_step"] for _, metrics in logged] == [0, 1, 2, 3]
+    assert [metrics["lr"] for _, metrics in logged] == [1, 0.5, 0.25, 0.125]  # before the scheduler's step
+    assert [metrics["loss"] for _, metrics in logged] == [4, 4, 4, 4]
+    assert [metrics["grad_norm"] for _, metrics in logged] == [4, 4, 4, 4]
+    assert all(metrics["train_step_time"] > 0 for _, metrics in logged)
+    # clipped to norm 1, and zeroed in between: -(1 + 0.5 + 0.25 + 0.125)
+    assert trainer.model.weight.item() == pytest.approx(-1.875, rel=1e-5)
+    assert trainer.rs_optimization_step == 4
+
+
+@pytest.mark.parametrize("clip_val", [None, 0])
+def test_without_clipping_there_is_no_norm(clip_val):
+    trainer = make_trainer(gradient_clip_val=clip_val, max_steps=1)
+    trainer.fit()
+    assert "grad_norm" not in trainer.logger.of("train_optim/")[0][1]
+    assert trainer.model.weight.item() == -4
+
+
+def test_order_of_calls_in_an_optimizer_step():
+    trainer = make_trainer(max_steps=1)
+    trainer.fit()
+    training = trainer.model.events[trainer.model.events.index("prepare_for_training") :]
+    assert training == [
+        "prepare_for_training", "prepare_for_training_step", "loss", "finish_training_step", "finish_training",
+    ]  # fmt: skip
+
+
+# ---- steps, epochs, intervals
+
+
+@pytest.mark.parametrize(
+    "max_epochs, max_steps, done", [(1, -1, 2), (3, -1, 6), (3, 3, 3), (1, 10, 2), (1, 0, 0), (0, -1, 0)]
+)
+def test_number_of_steps(max_epochs, max_steps, done):
+    trainer = make_trainer(prompts=[(i,) for i in range(1, 6)], max_epochs=max_epochs, max_steps=max_steps)
+    trainer.fit()
+    assert (trainer.step, trainer.max_steps) == (done, done)
+    assert trainer.consumed_samples == 2 * done
+    assert [step for step, _ in trainer.logger.of("train_rollouts/")] == list(range(done))
+
+
+def test_every_epoch_takes_each_prompt_at_most_once():
+    trainer = make_trainer(prompts=[(i,) for i in range(1, 6)], max_epochs=3)
+    trainer.fit()
+    prompts = [request["prompt_index"][0].item() for request in trainer.model.requests]
+    epochs = [prompts[start : start + 4] for start in (0, 4, 8)]
+    assert all(len(set(epoch)) == 4 for epoch in epochs)
+    assert trainer.epoch == 3
+
+
+def test_prompts_are_counted_whatever_k_is():
+    trainer = make_trainer(k=2)
+    trainer.fit()
+    assert [metrics["consumed_samples"] for _, metrics in trainer.logger.of("train_rollouts/")] == [2, 4]
+
+
+def test_intervals_of_validation_and_saving():
+    trainer = make_trainer(max_epochs=3, max_steps=5, val_check_interval=2, save_interval=4)
+    trainer.fit()
+    assert [step for step, _ in trainer.logger.of("val_rollouts/")] == [2, 4, 5]
+    assert [(int(saved["step"]), is_train_end) for saved, is_train_end in trainer.ckpt_callback.saved] == (
+        [(4, False), (5, True)]
+    )
+    assert [step for step, _ in trainer.logger.of("timers/")] == [1, 2, 3, 4, 5]
+    assert [set(metrics) for _, metrics in trainer.logger.of("timers/")][:2] == [
+        {"rollout_time", "train_time"},
+        {"rollout_time", "train_time", "validation_time"},
+    ]
+
+
+def test_validation_before_the_first_step():
+    trainer = make_trainer(max_steps=1, val_at_start=True, val_check_interval=1, save_interval=1)
+    trainer.fit()
+    assert [step for step, _ in trainer.logger.of("val_rollouts/")] == [0, 1]
+
+
+def test_tables_grow_by_one_row_a_step():
+    trainer = make_trainer(val_check_interval=1)
+    trainer.fit()
+    train = [(step, len(frame)) for key, step, frame in trainer.logger.tables if key == "table/train_rollouts"]
+    val = [(step, len(frame)) for key, step, frame in trainer.logger.tables if key == "table/val_rollouts"]
+    assert train == [(0, 1), (1, 2)] and val == [(1, 1), (2, 2)]
+    assert list(trainer.val_df.columns) == ["step", "prompt", "response", "reward"]
+    assert trainer.val_df.iloc[0].tolist() == [1, "5", f"50 {EOS}", 50]
+
+
+def test_tables_are_bounded():
+    trainer = make_trainer(prompts=((1,), (2,)), max_epochs=120)
+    trainer.fit()
+    assert trainer.train_df["step"].tolist() == list(range(20, 120))
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"k": 0}, r"top_n_rollouts=0 must be between 1 and model.rs.num_rollouts_per_prompt=2"),
+        ({"k": 3}, r"top_n_rollouts=3 must be between 1 and model.rs.num_rollouts_per_prompt=2"),
+        ({"gbs": 3}, r"num_rollout_samples=2 \* model.rs.top_n_rollouts=1 .* model.global_batch_size=3"),
+        ({"model_mbs": 3}, r"model.global_batch_size=2 .* model.micro_batch_size=3"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_at_construction(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(**sizes)
+
+
+def test_fewer_prompts_than_a_step_are_refused():
+    trainer = make_trainer()
+    trainer.train_dataloader.batch_sampler.total_samples = 1
+    with pytest.raises(ConfigError, match=r"1 prompts are fewer than one step of model.rs.num_rollout_samples=2"):
+        trainer._check_sizes()
+
+
+def test_rollout_micro_batches_must_divide_the_step():
+    trainer = make_trainer(g=4, mbs=2)
+    assert compute_num_rollout_microbatches(trainer.train_dataloader) == 2
+    trainer.train_dataloader.batch_sampler.micro_batch_size = 3
+    with pytest.raises(AssertionError, match="4 prompts cannot be split into micro-batches of 3"):
+        compute_num_rollout_microbatches(trainer.train_dataloader)
+
+
+# ---- ways out
+
+
+def test_the_time_limit_validates_saves_and_stops():
+    trainer = make_trainer(run_timer=OutOfTimeAfter(1), max_epochs=3, val_check_interval=5, save_interval=5)
+    trainer.fit()
+    assert trainer.step == 1 and trainer.logger.finalized == 1
+    assert [step for step, _ in trainer.logger.of("val_rollouts/")] == [1]
+    ((saved, is_train_end),) = trainer.ckpt_callback.saved
+    assert "val_global_rewards" in saved and not is_train_end
+
+
+def test_loggers_are_finalized_when_there_is_nothing_to_do():
+    trainer = make_trainer(max_steps=0)
+    trainer.fit()
+    assert trainer.logger.finalized == 1 and trainer.model.events == []
+
+
+def failing_reward(prompts, responses):
+    raise RuntimeError("no idea")
+
+
+def reward_of_nan(prompts, responses):
+    return [float("nan")] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [("failing_reward", "RuntimeError: no idea for row 0 of 2"), ("reward_of_nan", "nan, which is not a finite")],
+)
+def test_a_failing_reward_stops_before_training_and_keeps_the_rollouts(function, message, tmp_path):
+    rm = PythonRewardModel(load_reward_function(f"{__name__}.{function}"), Tokenizer())
+    trainer = make_trainer(rm=rm, rollout_log=RolloutLog(tmp_path, Tokenizer()))
+    with pytest.raises(RewardError, match=message):
+        trainer.fit()
+    rm.close()
+    assert trainer.logger.finalized == 1
+    assert trainer.model.batches == [] and trainer.step == 0
+    assert [line["reward"] for line in logged_rollouts(tmp_path)] == [None] * 4
+
+
+def logged_rollouts(folder, split="train") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{split}_rank0.jsonl").read_text().splitlines()]
+
+
+class InterruptedModel(FakeModel):
+    """Ctrl-C arrives in its third inference call."""
+
+    def infer(self, batch):
+        if len(self.requests) == 2:
+            raise KeyboardInterrupt
+        return super().infer(batch)
+
+
+def test_rollouts_are_on_disk_after_an_interrupt_in_the_middle(tmp_path):
+    trainer = make_trainer(g=4, model=InterruptedModel(), rollout_log=RolloutLog(tmp_path, Tokenizer()))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.logger.finalized == 1 and trainer.model.batches == []
+    lines = logged_rollouts(tmp_path)
+    assert len(lines) == 4 and not any(line["kept"] for line in lines)
+    assert {line["response"] for line in lines} == {"50"}
+
+
+def test_the_log_has_every_rollout_with_reward_and_choice(tmp_path):
+    answers = {0: ([20, EOS], [30, 31, 32]), 1: ([99, EOS], [40, EOS])}
+    trainer = make_trainer(
+        prompts=((1,), (2, 2)), answers=answers, rollout_log=RolloutLog(tmp_path, Tokenizer()), val_check_interval=1
+    )
+    trainer.fit()
+    lines = sorted(logged_rollouts(tmp_path), key=lambda line: line["prompt_index"])
+    columns = ("step", "prompt_index", "prompt", "response", "num_tokens", "finished", "reward", "kept")
+    assert [tuple(line[column] for column in columns) for line in lines] == [
+        (0, 0, "1", "20", 2, True, 20.0, True),
+        (0, 0, "1", "30 31 32", 3, False, 30.0, False),
+        (0, 1, "2 2", "99", 2, True, None, False),
+        (0, 1, "2 2", "40", 2, True, 40.0, True),
+    ]
+    assert [(line["step"], line["reward"]) for line in logged_rollouts(tmp_path, "val")] == [(1, 20.0)]
+
+
+# ---- state
+
+
+def test_counters_are_whole_numbers():
+    trainer = make_trainer(k=2, max_steps=1)
+    trainer.fit()
+    state = trainer.state_dict()
+    assert state == {"step": 1, "consumed_samples": 2, "epoch": 0, "rs_optimization_step": 2}
+    assert all(type(value) is int for value in state.values())
+
+
+def test_a_resumed_run_takes_the_prompts_that_an_uninterrupted_one_would_have():
+    def prompts_of(trainer):
+        trainer.fit()
+        return [request["prompt_index"][0].item() for request in trainer.model.requests]
+
+    settings = {"prompts": [(i,) for i in range(1, 8)], "k": 2, "max_epochs": 2}  # 3 steps an epoch
+    whole = prompts_of(make_trainer(**settings))
+    for step in range(7):
+        trainer = make_trainer(**settings)
+        # the original counted selected responses, K for each prompt
+        trainer.load_state_dict({"step": step, "consumed_samples": 4 * step, "rs_optimization_step": 2 * step})
+        assert trainer.consumed_samples == 2 * step
+        assert prompts_of(trainer) == whole[2 * step :]
+        assert trainer.rs_optimization_step == 12
+        assert trainer.step == 6 and trainer.consumed_samples == 12
+
+
+def test_counters_beyond_float32_survive():
+    trainer = make_trainer()
+    trainer.load_state_dict({"step": 2**24 + 1, "consumed_samples": 0, "rs_optimization_step": 2**40 + 1})
+    assert (trainer.step, trainer.rs_optimization_step) == (2**24 + 1, 2**40 + 1)
+
+
+@pytest.mark.parametrize("missing", ["step", "consumed_samples", "rs_optimization_step"])
+def test_a_missing_counter_is_an_error(missing):
+    state = {"step": 1, "consumed_samples": 2, "rs_optimization_step": 1}
+    del state[missing]
+    with pytest.raises(KeyError, match=missing):
+        make_trainer().load_state_dict(state)
+
+
+def test_a_checkpoint_is_offered_counters_and_metrics():
+    trainer = make_trainer(max_steps=1, val_check_interval=1, save_interval=1)
+    trainer.fit()
+    ((saved, is_train_end),) = trainer.ckpt_callback.saved
+    assert is_train_end
+    assert {key: saved[key].item() for key in trainer.state_dict()} == trainer.state_dict()
+    assert all(saved[key].dtype == torch.int64 for key in trainer.state_dict())
+    assert saved["val_global_rewards"] == 50 and saved["train_global_rewards"] == 50
+    assert {"rollout_time", "train_time", "validation_time"} <= set(saved)
+    assert all(isinstance(value, torch.Tensor) for value in saved.values())
+    # optimizer states are brought back before the save
+    assert trainer.model.events[-3:] == ["prepare_for_training", "save", "finish_training"]
+
+
+def test_validation_metrics_are_offered_only_if_validation_ran():
+    trainer = make_trainer(max_steps=1, val_check_interval=0, save_interval=1)
+    trainer.fit()
+    ((saved, _),) = trainer.ckpt_callback.saved
+    assert not any(key.startswith("val_") for key in saved)
