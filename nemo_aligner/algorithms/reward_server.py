@@ -4,6 +4,8 @@ Global rank 0 answers requests; all other ranks wait for its signal and join it 
 and the end of that pass nothing may fail on rank 0 alone, so a request is checked before the signal is given.
 """
 
+import os
+import sysconfig
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +66,7 @@ class RewardModelServer:
         self.lock = threading.Lock()
         # A group of its own: the default one gives up on idle ranks after some minutes.
         self._signal_group = torch.distributed.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        self._failure: Exception | None = None
 
     @lock_method("self.lock")
     def infer(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -98,13 +101,15 @@ class RewardModelServer:
             if torch.distributed.get_world_size() == 1:
                 raise
             # The other ranks may be anywhere in the forward pass; the next signal would be misread.
+            self._failure = error
             raise PyTritonUnrecoverableError(f"the forward pass failed: {type(error).__name__}: {error}") from error
 
     def run_server(self) -> None:
         """Serve until interrupted on global rank 0, follow its signals on all others. Collective over the job.
 
         Raises:
-            RuntimeError: on rank 0 if the endpoint went down by itself, on the others if the signals stop.
+            RuntimeError: on rank 0 if a forward pass failed while other ranks took part, on the others if the signals
+                stop.
         """
         if torch.distributed.get_rank() == 0:
             self._serve()
@@ -132,6 +137,7 @@ class RewardModelServer:
             max_queue_delay_microseconds=self.max_queue_delay_microseconds,
             preferred_batch_size=[size * num_replicas for size in sizes],
         )
+        _let_triton_find_python()
         endpoint = TritonConfig(
             allow_http=True,
             allow_grpc=False,
@@ -153,4 +159,12 @@ class RewardModelServer:
             )
             logging.info(f"serving reward model {self.model_name!r} on port {self.port}")
             triton.serve()
+        if self._failure is not None:
+            raise RuntimeError(f"the reward server ended: {self._failure}") from self._failure
         logging.info("the reward server has stopped")
+
+
+def _let_triton_find_python() -> None:
+    """Triton's worker loads the first libpython on the path of libraries, which can belong to another Python."""
+    folders = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
+    os.environ["LD_LIBRARY_PATH"] = ":".join(folder for folder in folders if folder)

@@ -18,6 +18,8 @@ class Utils:
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("LOCAL_RANK", "0"))
+    _store: torch.distributed.Store | None = None
+    _num_world_sizes = 0
 
     @classmethod
     def initialize_distributed(cls) -> None:
@@ -33,8 +35,11 @@ class Utils:
         if torch.cuda.is_available():
             backend = "nccl"
             torch.cuda.set_device(cls.rank)
-        # A process alone needs no address at which others would find it.
-        store = torch.distributed.HashStore() if cls.world_size == 1 else None
+        store = None
+        if cls._store is not None:
+            store = torch.distributed.PrefixStore(f"world size {cls._num_world_sizes}", cls._store)
+        elif cls.world_size == 1:
+            store = torch.distributed.HashStore()  # a process alone needs no address at which others would find it
         torch.distributed.init_process_group(backend, world_size=cls.world_size, rank=cls.rank, store=store)
 
     @classmethod
@@ -66,7 +71,10 @@ class Utils:
         A default group of another size is torn down. Without `rank`, ranks at or above `world_size` take no part.
         """
         cls.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        cls._num_world_sizes += 1
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() != cls.world_size:
+            # Kept for the next groups: a new store at the same address would race with the end of this one.
+            cls._store = cls._store or torch.distributed.distributed_c10d._get_default_store()
             cls.destroy_model_parallel()
             torch.distributed.destroy_process_group()
         if rank is None:

@@ -18,12 +18,14 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
         model: the actor.
         context_lengths: prompt lengths, int64 [B].
         max_length: tokens that each row may generate, counted from the end of its own prompt.
+        min_length: tokens that each row generates before one may end it.
     """
 
-    def __init__(self, model, context_lengths: torch.Tensor, max_length: int):
+    def __init__(self, model, context_lengths: torch.Tensor, max_length: int, min_length: int = 0):
         super().__init__(model)
         self.context_lengths = context_lengths
         self.max_length = max_length
+        self.min_length = min_length
         self._end_position = torch.full_like(context_lengths, -1)
 
     def end_of_generation_condition(
@@ -41,8 +43,9 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
         if tokens.size(0) != self.context_lengths.size(0):
             raise RuntimeError(f"{tokens.size(0)} rows of tokens, but {self.context_lengths.size(0)} prompt lengths")
         position = tokens.size(1) - 1
-        within_budget = (self.context_lengths <= position) & (position < self.context_lengths + self.max_length)
-        undecided = within_budget & (self._end_position < 0)
+        num_generated = position - self.context_lengths
+        may_end = (num_generated >= self.min_length) & (num_generated < self.max_length)
+        undecided = may_end & (self._end_position < 0)
         is_end = self._ends_with_token_or_string(tokens, prev, undecided, eod_id, end_strings)
         self._end_position = torch.where(undecided & is_end, position, self._end_position)
         return is_end

@@ -16,7 +16,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
-from nemo_aligner.compat import cpu
+from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.utils import custom_save_ckpt_func, extract_value_from_ckpt
@@ -128,6 +128,8 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
     call._call_setup_hook(ptl_trainer)
     call._call_configure_model(ptl_trainer)
     ptl_trainer.strategy.setup(ptl_trainer)
+    for optimizer in ptl_trainer.strategy.optimizers:
+        adam_step.restore_on_load(optimizer)
     call._call_callback_hooks(ptl_trainer, "on_fit_start")
     call._call_lightning_module_hook(ptl_trainer, "on_fit_start")
     ptl_trainer._checkpoint_connector._restore_modules_and_callbacks(ptl_trainer.ckpt_path)
@@ -145,14 +147,17 @@ def disable_data_callbacks(ptl_model) -> None:
 def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds) -> None:
     """Count the learning-rate schedule in optimizer steps: RS steps, times those that run in each."""
     sched = OmegaConf.select(model_cfg, "optim.sched")
-    if sched is None or sched.get("max_steps") is not None:
+    if sched is None:
         return
-    rs = model_cfg.rs
-    rs_steps = len(train_ds) // rs.num_rollout_samples * ptl_trainer.max_epochs
-    if ptl_trainer.max_steps >= 0:
-        rs_steps = min(rs_steps, ptl_trainer.max_steps)
-    with open_dict(model_cfg):
-        sched.max_steps = rs_steps * rs.num_rollout_samples * rs.top_n_rollouts // model_cfg.global_batch_size
+    if sched.get("max_steps") is None:
+        rs = model_cfg.rs
+        rs_steps = len(train_ds) // rs.num_rollout_samples * ptl_trainer.max_epochs
+        if ptl_trainer.max_steps >= 0:
+            rs_steps = min(rs_steps, ptl_trainer.max_steps)
+        with open_dict(model_cfg):
+            sched.max_steps = rs_steps * rs.num_rollout_samples * rs.top_n_rollouts // model_cfg.global_batch_size
+    # NeMo prefers the limit of Lightning's loop, which counts RS steps here and does not run.
+    ptl_trainer.fit_loop.epoch_loop.max_steps = sched.max_steps
 
 
 def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:

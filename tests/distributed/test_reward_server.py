@@ -39,12 +39,12 @@ def serve(rank):
         content = torch.arange(tokens.shape[1]) < lengths[:, None]
         return ((tokens * content).sum(dim=1, keepdim=True) + rank / 10).bfloat16()
 
-    server = RewardModelServer(infer_fn, letters, "reward_model", 0, 2, 2, 4, vocab_size=100)
+    def make_server():
+        return RewardModelServer(infer_fn, letters, "reward_model", 0, 2, 2, 4, vocab_size=100)
+
+    server, failing = make_server(), make_server()
     if rank == 1:
-        try:
-            server.run_server()
-        except RuntimeError as error:
-            return {"shapes": shapes, "ended": str(error)}
+        return {"ended": [how_it_ends(server), how_it_ends(failing)], "shapes": shapes}
 
     answers = [server.infer(**request([1, 2, 3]))["rewards"]]
     refused = [
@@ -54,27 +54,32 @@ def serve(rank):
     ]
     answers.append(server.infer(**request(*[[row] * 5 for row in range(1, 6)]))["rewards"])
     answers.append(server.infer(sentences=np.array([[b"abcde"], [b"fg"]], dtype=np.object_))["rewards"])
-    failed = error_of(server, request([66], [1]))
     torch.distributed.broadcast(torch.tensor([ServerSignal.INVALID]), src=0, group=server._signal_group)
     return {
         "answers": [answer.tolist() for answer in answers],
         "dtypes": {str(answer.dtype) for answer in answers},
         "refused": refused,
-        "failed": failed,
-        "is_unlocked": not server.lock.locked(),
+        "failed": error_of(failing, request([66], [66])),
+        "is_unlocked": not server.lock.locked() and not failing.lock.locked(),
         "shapes": shapes,
     }
 
 
+def how_it_ends(server):
+    try:
+        server.run_server()
+    except (RuntimeError, MemoryError) as error:
+        return str(error)
+
+
 def test_requests_are_answered_refused_and_survived():
-    first, second = run_ranks(serve, 2)
-    # One row, then five padded to eight (forwards of two rows on two replicas), then two; columns stripped to
-    # multiples of four but never widened. Refused requests reach no replica.
-    assert first["shapes"] == [[1, 3], [4, 5], [1, 8], [1, 1]]
-    assert second["shapes"] == first["shapes"][:3] + [[1, 1]]
+    first, second = run_ranks(serve, 2, timeout_s=60)
+    # Rows per replica: of one, padded to two; of five, padded to eight; of two sentences; of two that fail.
+    # Columns are stripped to a multiple of four, but never widened. What is refused reaches no replica.
+    assert first["shapes"] == second["shapes"] == [[1, 3], [4, 5], [1, 8], [1, 1]]
     lone, many, sentences = first["answers"]
     assert lone == [[6.0]]
-    # rows 0-3 are replica 0's, row 4 is replica 1's (25.1 in bfloat16)
+    # rows 0 to 3 are replica 0's, row 4 is replica 1's: 25.1 in bfloat16
     assert many == [[5.0], [10.0], [15.0], [20.0], [25.125]]
     np.testing.assert_allclose(sentences, [[5.0], [2.1]], atol=0.01)
     assert first["dtypes"] == {"float32"} and first["is_unlocked"]
@@ -83,4 +88,5 @@ def test_requests_are_answered_refused_and_survived():
     assert "the id 100; the vocabulary has 100 entries" in first["refused"][1][1]
     assert "must lie in 1..1" in first["refused"][2][1]
     assert first["failed"] == ("PyTritonUnrecoverableError", "the forward pass failed: MemoryError: no room")
-    assert "expected the signal" in second["ended"] and "got 3" in second["ended"]
+    assert "expected the signal" in second["ended"][0] and "got 3" in second["ended"][0]
+    assert second["ended"][1] == "no room"

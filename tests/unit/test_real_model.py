@@ -119,7 +119,8 @@ def test_loss_and_every_gradient_equal_plain_pytorch(reference, actor, prompts):
     for row, (ids, first) in enumerate(zip(rows, first_response_positions, strict=True)):
         mask_RS[row, first - 1 : len(ids) - 1] = 1
 
-    logprobs = reference(tokens_RS).logits[:, :-1].log_softmax(dim=-1)
+    # torch sums 49,152 exponentials with an error of 1e-6 in float32, which the norms deep in the model magnify
+    logprobs = reference(tokens_RS).logits[:, :-1].double().log_softmax(dim=-1)
     logprobs = logprobs.gather(-1, tokens_RS[:, 1:, None]).squeeze(-1)
     expected_loss = -(logprobs * mask_RS).sum() / mask_RS.sum()
     expected_loss.backward()
@@ -130,11 +131,11 @@ def test_loss_and_every_gradient_equal_plain_pytorch(reference, actor, prompts):
     loss, metrics = actor.get_loss_and_metrics({"response_tokens": tokens_RS, "mask": mask_RS}, forward_only=False)
     actor.finish_training_step()
 
-    assert loss == pytest.approx(expected_loss.item(), rel=1e-5) and metrics == {"loss": loss}
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-6) and metrics == {"loss": loss}
     compared = 0
     for name, parameter in actor.model.named_parameters():
         expected = pack([reference_gradients[hf_name] for hf_name in hf_names(name)], num_groups=3)
         assert expected.norm() > 0
-        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm(), name
+        assert (parameter.grad - expected).norm() <= 2e-5 * expected.norm(), name
         compared += expected.numel()
     assert compared == sum(gradient.numel() for gradient in reference_gradients.values())

@@ -7,6 +7,9 @@
 
 import sys
 
+import nemo_aligner.compat.quiet_imports  # noqa: F401  first, so that what follows is imported in silence
+
+# isort: split
 import torch
 from megatron.core import parallel_state
 from megatron.core.utils import divide
@@ -69,6 +72,7 @@ def train(cfg) -> None:
     ckpt_callback = add_custom_checkpoint_callback(trainer, model)
     logger.log_hyperparams(OmegaConf.to_container(cfg))
 
+    rm = build_reward(cfg, model.tokenizer)
     end_strings = cfg.model.rs.sampling_params.end_strings
     rs_trainer = RSTrainer(
         cfg=cfg.trainer.rs,
@@ -82,7 +86,7 @@ def train(cfg) -> None:
         run_timer=Timer(cfg.exp_manager.get("max_time_per_run")),
         num_rollouts_per_prompt=cfg.model.rs.num_rollouts_per_prompt,
         top_n_rollouts=cfg.model.rs.top_n_rollouts,
-        rm=build_reward(cfg, model.tokenizer),
+        rm=rm,
         rollout_log=RolloutLog(log_dir / "rollouts", model.tokenizer, end_strings, trainer.global_rank),
     )
     if resumed_state is not None:
@@ -92,6 +96,8 @@ def train(cfg) -> None:
     except KeyboardInterrupt:
         logging.info(f"interrupted at RS step {rs_trainer.step}; all rollouts so far are in {log_dir / 'rollouts'}")
         sys.exit(130)
+    finally:
+        rm.close()
 
 
 def build_data(cfg, model, resumed_state):

@@ -253,18 +253,18 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         """
         prompts = inference_batch["text"].to(current_device())
         prompt_lengths = inference_batch["length"].to(current_device())
-        max_length = self._length_params["max_length"]
+        max_length, min_length = self._length_params["max_length"], self._length_params["min_length"]
         self._check_context(int(prompt_lengths.max()), max_length)
         if self._sampling_generator is None:
             self.seed_sampling()
-        strategy = TrackLengthGPTModelTextGenerationStrategy(self, prompt_lengths, max_length)
+        strategy = TrackLengthGPTModelTextGenerationStrategy(self, prompt_lengths, max_length, min_length)
         tokens = generate(
             self,
             prompts,
             prompt_lengths,
             strategy,
             max_length=max_length,
-            min_length=self._length_params["min_length"],
+            min_length=min_length,
             end_strings=self._sampling_params["end_strings"],
             sampling_params=_sampling_params(self._sampling_params),
             generator=self._sampling_generator,

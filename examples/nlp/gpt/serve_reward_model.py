@@ -1,0 +1,74 @@
+"""Serve a reward model over HTTP; see configs/inference_rm.yaml for every setting.
+
+    python examples/nlp/gpt/serve_reward_model.py rm_model_file=reward.nemo trainer.devices=1 inference.port=5555
+
+Ranks beyond one model copy serve as further replicas. Training finds the server through `remote_rm.reward_model`.
+"""
+
+from functools import partial
+
+import torch
+from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from nemo.core.config import hydra_runner
+from omegaconf import OmegaConf, open_dict
+from pytorch_lightning.trainer.trainer import Trainer
+
+from nemo_aligner.algorithms.reward_server import RewardModelServer
+from nemo_aligner.compat import cpu
+from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.nemo_archive import check_archive
+from nemo_aligner.utils.text_generation_utils import tokenize_batch
+from nemo_aligner.utils.train_script_utils import exit_on_config_error, init_distributed
+from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+
+
+@hydra_runner(config_path="../../../configs", config_name="inference_rm")
+def main(cfg) -> None:
+    with exit_on_config_error():
+        serve(cfg)
+
+
+def serve(cfg) -> None:
+    check_archive(cfg.rm_model_file, key="rm_model_file")
+    OmegaConf.resolve(cfg)
+    with open_dict(cfg):
+        cfg.model = load_and_override_model_config(cfg.rm_model_file, cfg.model)
+        if cfg.trainer.accelerator == "cpu":
+            cpu.enable()
+            cfg.model.use_cpu_initialization = True
+    model_class = reward_model_class(cfg.model.get("reward_model_type", RewardModelType.BINARY_RANKING.value))
+    trainer = Trainer(strategy=NLPDDPStrategy(), **cfg.trainer)
+
+    model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=cfg.rm_model_file)
+    model.freeze()
+    init_distributed(trainer, model, cfg.model.get("transformer_engine", False))
+    model = model.cuda()
+    model.prepare_for_inference()
+
+    server = RewardModelServer(
+        infer_fn=model.infer,
+        tokenize_func=partial(tokenize_batch, tokenizer=model.tokenizer, max_len=cfg.model.encoder_seq_length),
+        model_name=cfg.inference.model_name,
+        port=cfg.inference.port,
+        inference_micro_batch_size=cfg.inference.inference_micro_batch_size,
+        model_forward_micro_batch_size=cfg.model.forward_micro_batch_size,
+        strip_sequence_length_to_multiple=cfg.inference.strip_sequence_length_to_multiple,
+        max_queue_delay_microseconds=cfg.inference.max_queue_delay_microseconds,
+        vocab_size=model.padded_vocab_size,
+    )
+    server.run_server()
+
+
+def reward_model_class(name: str) -> type:
+    """The class for a value of `model.reward_model_type`."""
+    try:
+        return REWARD_MODEL_CLASS_DICT[RewardModelType(name)]
+    except ValueError as error:
+        known = ", ".join(kind.value for kind in RewardModelType)
+        raise ConfigError(f"model.reward_model_type={name!r} is not known; give one of {known}") from error
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    main()

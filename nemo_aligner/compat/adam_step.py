@@ -1,0 +1,41 @@
+"""Checkpoints of torch's Adam and AdamW, whose state holds a scalar beside the moments.
+
+megatron-core 0.9 shards every tensor of the optimizer's state like the parameter it belongs to, and the number of
+steps taken has no such shape. Apex keeps it in the parameter group; so do these checkpoints. Removal: with a
+megatron-core whose `optim_state_to_sharding_state` leaves `step` alone.
+"""
+
+import torch
+
+
+def apply() -> None:
+    from nemo.collections.nlp.parts import nlp_overrides
+
+    shard_state = nlp_overrides.optim_state_to_sharding_state
+    if shard_state.__module__ == __name__:
+        return
+
+    def optim_state_to_sharding_state(optim_state_dict, id_to_sharded_param_map, exclude_keys=()):
+        for group in optim_state_dict["param_groups"]:
+            states = [optim_state_dict["state"].get(param_id, {}) for param_id in group["params"]]
+            steps = {float(state.pop("step")) for state in states if "step" in state}
+            if len(steps) > 1:
+                raise ValueError(f"parameters of one group have taken different numbers of optimizer steps: {steps}")
+            if steps:
+                group["step"] = steps.pop()
+        shard_state(optim_state_dict, id_to_sharded_param_map, exclude_keys)
+
+    nlp_overrides.optim_state_to_sharding_state = optim_state_to_sharding_state
+
+
+def restore_on_load(optimizer: torch.optim.Optimizer) -> None:
+    """Let `optimizer.load_state_dict` find the steps where `apply` had them put."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        optimizer.register_load_state_dict_pre_hook(_move_steps_to_state)
+
+
+def _move_steps_to_state(optimizer, state_dict: dict) -> None:
+    for group in state_dict["param_groups"]:
+        step = group.pop("step", None)
+        for param_id in group["params"] if step is not None else []:
+            state_dict["state"][param_id]["step"] = torch.tensor(step, dtype=torch.float32)

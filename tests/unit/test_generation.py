@@ -1,0 +1,343 @@
+"""`infer` on the tiny model, with its own logits or with scripted ones; transformers and NeMo are the references."""
+
+import pytest
+import torch
+from nemo.collections.nlp.modules.common.text_generation_utils import get_default_sampling_params
+
+from nemo_aligner.generation import decode
+from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
+from tests.tiny import load_actor, prompt_batch
+
+RAGGED = [[5, 6, 7], [9, 10, 11, 12, 13], [40], [200, 3, 50, 60, 70, 80, 90, 8, 9]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_nemo):
+    """One actor; tests change its generation settings through `configured`."""
+    actor = load_actor(tiny_nemo, rs={"sampling_params.end_strings": []}, data={"seq_length": 128})
+    actor.prepare_for_inference()
+    return actor
+
+
+@pytest.fixture
+def configured(tiny, monkeypatch):
+    """configured(max_length=..., min_length=..., any sampling parameter=...) -> the actor with these settings."""
+
+    def change(**changes):
+        for key, value in changes.items():
+            section = tiny._length_params if key in ("max_length", "min_length") else tiny._sampling_params
+            monkeypatch.setitem(section, key, value)
+        return tiny
+
+    return change
+
+
+@pytest.fixture
+def scripted(configured, monkeypatch):
+    """scripted(prompts, responses, **settings) -> what `infer` returns if the model wants nothing but `responses`.
+
+    Behind the end of its response the model wants token 99.
+    """
+
+    def run(prompts, responses, **settings):
+        actor = configured(**settings)
+
+        def next_logits(self, tokens_BW, t):
+            logits_BV = torch.zeros(len(prompts), 384)
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                step = t - len(prompt)
+                logits_BV[row, response[step] if 0 <= step < len(response) else 99] = 10.0
+            return logits_BV
+
+        monkeypatch.setattr(decode._CachedForward, "next_logits", next_logits)
+        return actor.infer(prompt_batch(prompts, actor.tokenizer.eos_id, actor._length_params["max_length"]))
+
+    return run
+
+
+def responses_of(rollouts) -> list[list[int]]:
+    bounds = zip(rollouts["prompt_lengths"].tolist(), rollouts["response_lengths"].tolist(), strict=True)
+    return [row[start:end].tolist() for row, (start, end) in zip(rollouts["response_tokens"], bounds, strict=True)]
+
+
+def assert_well_formed(rollouts, prompts, eos_id):
+    """Each row is its prompt, its response, then end-of-text ids, and the matrix is no wider than the longest row."""
+    lengths = rollouts["response_lengths"].tolist()
+    assert rollouts["response_tokens"].dtype == rollouts["response_lengths"].dtype == torch.int64
+    assert rollouts["response_tokens"].shape == (len(prompts), max(lengths))
+    assert rollouts["prompt_lengths"].tolist() == [len(prompt) for prompt in prompts]
+    for row, prompt, length in zip(rollouts["response_tokens"].tolist(), prompts, lengths, strict=True):
+        assert row[: len(prompt)] == prompt
+        assert all(token == eos_id for token in row[length:])
+
+
+# The model's own logits
+
+
+@pytest.fixture(scope="module")
+def hf_greedy(tiny_hf, tiny):
+    """Greedy responses of transformers, prompt by prompt, limited to the ids that the tokenizer has."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny_hf).eval()
+    eos_id, vocab_size = tiny.tokenizer.eos_id, tiny.tokenizer.vocab_size
+
+    def generate(prompts, max_length, **options):
+        responses = []
+        for prompt in prompts:
+            tokens = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=max_length,
+                do_sample=False,
+                suppress_tokens=list(range(vocab_size, 384)),
+                pad_token_id=eos_id,
+                **options,
+            )
+            responses.append(tokens[0, len(prompt) :].tolist())
+        return responses
+
+    return generate
+
+
+def test_greedy_tokens_equal_those_of_transformers(configured, hf_greedy):
+    actor = configured(max_length=20)
+    rollouts = actor.infer(prompt_batch(RAGGED, actor.tokenizer.eos_id, 20))
+    assert_well_formed(rollouts, RAGGED, actor.tokenizer.eos_id)
+    assert responses_of(rollouts) == hf_greedy(RAGGED, 20)
+
+
+def test_greedy_with_repetition_penalty_equals_transformers(configured, hf_greedy):
+    actor = configured(max_length=20, repetition_penalty=1.7)
+    rollouts = actor.infer(prompt_batch(RAGGED, actor.tokenizer.eos_id, 20))
+    assert responses_of(rollouts) == hf_greedy(RAGGED, 20, repetition_penalty=1.7)
+    assert responses_of(rollouts) != hf_greedy(RAGGED, 20)
+
+
+def test_greedy_tokens_and_lengths_equal_those_of_nemos_generate(configured):
+    actor = configured(max_length=12)
+    batch = prompt_batch(RAGGED, actor.tokenizer.eos_id, 12)
+    rollouts = actor.infer(batch)
+    strategy = TrackLengthGPTModelTextGenerationStrategy(actor, batch["length"], 12)
+    theirs = actor.generate(
+        inputs=(batch["text"].clone(), batch["length"]),
+        length_params={"max_length": 12, "min_length": 0},
+        sampling_params={**get_default_sampling_params(), "use_greedy": True},
+        strategy=strategy,
+    )
+    assert strategy.get_lengths().tolist() == rollouts["response_lengths"].tolist()
+    for row, tokens in enumerate(theirs["token_ids"]):
+        length = rollouts["response_lengths"][row]
+        assert rollouts["response_tokens"][row, :length].tolist() == tokens[:length]
+
+
+def test_a_row_does_not_depend_on_its_batch(configured):
+    actor = configured(max_length=10)
+    together = responses_of(actor.infer(prompt_batch(RAGGED, actor.tokenizer.eos_id, 10)))
+    alone = [responses_of(actor.infer(prompt_batch([row], actor.tokenizer.eos_id, 10)))[0] for row in RAGGED]
+    assert together == alone
+
+
+def test_changed_weights_are_seen_by_the_next_rollout(configured, hf_greedy):
+    actor = configured(max_length=8)
+    batch = prompt_batch(RAGGED, actor.tokenizer.eos_id, 8)
+    weight = actor.model.decoder.final_layernorm.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.neg_()
+    try:
+        changed = responses_of(actor.infer(batch))
+    finally:
+        weight.data.copy_(before)
+    assert changed != hf_greedy(RAGGED, 8)
+    assert responses_of(actor.infer(batch)) == hf_greedy(RAGGED, 8)
+
+
+def test_greedy_tokens_with_document_resets_equal_a_forward_pass_without_cache(tiny_nemo):
+    actor = load_actor(tiny_nemo, rs={"length_params.max_length": 6}, **{"data.reset_attention_mask": True})
+    actor.prepare_for_inference()
+    eos_id = actor.tokenizer.eos_id
+    prompts = [[5, 6, eos_id, 7, 8], [9, 10, eos_id], [11, 12]]
+    rollouts = actor.infer(prompt_batch(prompts, eos_id, 6))
+    for prompt, response in zip(prompts, responses_of(rollouts), strict=True):
+        # with the mask, what stands in front of the last end token is out of sight
+        document = prompt[prompt.index(eos_id) + 1 :] if eos_id in prompt else prompt
+        if not document:
+            continue
+        row = list(document)
+        for token in response:
+            tokens = torch.tensor([row])
+            with torch.no_grad():
+                logits = actor.model(tokens, torch.arange(len(row))[None], None, labels=None)[0, -1]
+            assert int(logits[: actor.tokenizer.vocab_size].argmax()) == token
+            row.append(token)
+
+
+# Where responses end
+
+
+def test_an_end_token_at_once_later_and_never(scripted, tiny):
+    eos = tiny.tokenizer.eos_id
+    prompts = [[5, 6], [7, 8], [9, 10]]
+    rollouts = scripted(prompts, [[eos], [20, 21, eos], [20, 21, 22, 23]], max_length=4)
+    assert_well_formed(rollouts, prompts, eos)
+    assert responses_of(rollouts) == [[eos], [20, 21, eos], [20, 21, 22, 23]]
+    assert rollouts["response_lengths"].tolist() == [3, 5, 6]
+    assert rollouts["is_end"].tolist() == [True, True, False]
+
+
+def test_a_batch_of_one(scripted, tiny):
+    eos = tiny.tokenizer.eos_id
+    rollouts = scripted([[5]], [[20, eos]], max_length=4)
+    assert rollouts["response_tokens"].tolist() == [[5, 20, eos]]
+    assert rollouts["response_lengths"].tolist() == [3] and rollouts["is_end"].tolist() == [True]
+
+
+def test_an_end_string_of_one_and_of_several_tokens(scripted, tiny):
+    eos, ids = tiny.tokenizer.eos_id, tiny.tokenizer.text_to_ids
+    assert len(ids("Q")) == 1 and len(ids("STOP")) == 4
+    prompts = [[5, 6]] * 4
+    wanted = [ids("STOP"), [20, *ids("STOP")], [20, *ids("Q")], [20, *ids("STO"), *ids("X")]]
+    rollouts = scripted(prompts, wanted, max_length=6, end_strings=["STOP", "Q"])
+    assert_well_formed(rollouts, prompts, eos)
+    assert responses_of(rollouts) == [*wanted[:3], [*wanted[3], 99]]
+    assert rollouts["response_lengths"].tolist() == [6, 7, 4, 8]
+    assert rollouts["is_end"].tolist() == [True, True, True, False]
+
+
+def test_every_row_has_its_own_budget(scripted, tiny):
+    eos = tiny.tokenizer.eos_id
+    prompts = [[5], [6] * 5, [7] * 3]
+    # The first row would end at its fifth token while the second is still decoded: too late.
+    rollouts = scripted(prompts, [[20, 21, 22, 23, eos], [30, 31, 32, 33], [40, 41, 42, eos]], max_length=4)
+    assert_well_formed(rollouts, prompts, eos)
+    assert responses_of(rollouts) == [[20, 21, 22, 23], [30, 31, 32, 33], [40, 41, 42, eos]]
+    assert rollouts["response_lengths"].tolist() == [5, 9, 7]
+    assert rollouts["is_end"].tolist() == [False, False, True]
+
+
+def test_end_tokens_inside_a_prompt_end_nothing(scripted, tiny):
+    eos = tiny.tokenizer.eos_id
+    prompts = [[5], [6, eos, 6, eos]]
+    rollouts = scripted(prompts, [[20, eos], [30, eos]], max_length=3)
+    assert_well_formed(rollouts, prompts, eos)
+    assert rollouts["response_lengths"].tolist() == [3, 6]
+    assert rollouts["is_end"].tolist() == [True, True]
+
+
+def test_decoding_stops_when_all_rows_are_done(scripted, tiny, monkeypatch):
+    eos = tiny.tokenizer.eos_id
+    positions = []
+    condition = decode.sample
+    monkeypatch.setattr(decode, "sample", lambda *args: positions.append(args[1].size(1)) or condition(*args))
+    scripted([[5], [6, 6, 6]], [[eos], [30, eos]], max_length=50)
+    assert positions == [1, 2, 3, 4]  # from behind the shorter prompt to the last end
+
+
+def test_min_length_holds_for_every_kind_of_end(scripted, tiny):
+    eos, ids = tiny.tokenizer.eos_id, tiny.tokenizer.text_to_ids
+    prompts = [[5], [6, 6], [7]]
+    stop, q = ids("STOP"), ids("Q")
+    # A forbidden single token is replaced by the next best; a string that comes to its end too early does not count.
+    wanted = [[eos] * 9, q * 9, [*stop, 20, *stop]]
+    settings = {"max_length": 12, "min_length": 5, "end_strings": ["STOP", "Q"]}
+    rollouts = scripted(prompts, wanted, **settings)
+    responses = responses_of(rollouts)
+    assert_well_formed(rollouts, prompts, eos)
+    assert rollouts["is_end"].tolist() == [True, True, True]
+    assert [len(response) for response in responses] == [6, 6, 9]
+    assert eos not in responses[0][:5] and responses[0][5] == eos
+    assert q[0] not in responses[1][:5] and responses[1][5] == q[0]
+    assert responses[2] == wanted[2]
+
+
+def test_a_prompt_at_the_length_limit(configured, hf_greedy):
+    actor = configured(max_length=4)
+    assert actor.cfg.encoder_seq_length == 128
+    prompts = [[(7 * i) % 200 + 1 for i in range(124)], [5]]
+    rollouts = actor.infer(prompt_batch(prompts, actor.tokenizer.eos_id, 4))
+    assert responses_of(rollouts) == hf_greedy(prompts, 4)
+
+
+def test_learned_positions_have_an_end(tiny_nemo):
+    actor = load_actor(tiny_nemo, rs={"length_params.max_length": 4})
+    actor.cfg.position_embedding_type = "learned_absolute"
+    with pytest.raises(ValueError, match=r"prompt of 125 tokens and rs.length_params.max_length=4 exceed .* 128"):
+        actor.infer(prompt_batch([[5] * 125, [5]], actor.tokenizer.eos_id, 4))
+
+
+# Sampling
+
+
+def test_ids_without_a_token_are_never_drawn(configured):
+    actor = configured(max_length=16, use_greedy=False, temperature=100.0)
+    vocab_size = actor.tokenizer.vocab_size
+    assert vocab_size < 384
+    # At this temperature all 384 ids are about equally likely, and 512 draws miss a sixth of them once in 1e40.
+    rollouts = actor.infer(prompt_batch([[5, 6]] * 32, actor.tokenizer.eos_id, 16))
+    assert rollouts["response_tokens"].max() < vocab_size
+    assert rollouts["response_tokens"].unique().numel() > vocab_size // 2
+
+
+def test_the_same_key_gives_the_same_rollouts(configured):
+    actor = configured(max_length=16, use_greedy=False)
+    batch = prompt_batch([[5, 6], [7]] * 4, actor.tokenizer.eos_id, 16)
+
+    def rollouts(*key):
+        actor.seed_sampling(*key)
+        return responses_of(actor.infer(batch))
+
+    first = rollouts(3, 1)
+    assert rollouts(3, 1) == first
+    others = [rollouts(*key) for key in [(3, 2), (1, 3), (4, 1), (3,)]]
+    assert all(other != first for other in others)
+    assert first[0] != first[2]  # equal prompts, independent draws
+    actor.seed_sampling(3, 1)
+    assert [responses_of(actor.infer(batch)) for _ in range(2)][1] != first  # the stream goes on
+
+
+def test_low_temperature_and_top_k_one_are_greedy(configured):
+    batch = prompt_batch(RAGGED, configured().tokenizer.eos_id, 10)
+    greedy = responses_of(configured(max_length=10).infer(batch))
+    assert responses_of(configured(use_greedy=False, top_k=1).infer(batch)) == greedy
+    assert responses_of(configured(use_greedy=False, top_k=0, top_p=1e-6).infer(batch)) == greedy
+    assert responses_of(configured(use_greedy=False, top_p=1.0, temperature=1e-4).infer(batch)) == greedy
+
+
+def test_options_without_meaning_for_rollouts_are_harmless(configured):
+    batch = prompt_batch(RAGGED, configured().tokenizer.eos_id, 6)
+    plain = responses_of(configured(max_length=6).infer(batch))
+    assert responses_of(configured(compute_logprob=True, all_probs=True, add_BOS=True).infer(batch)) == plain
+
+
+# What is left behind
+
+
+def test_the_callers_tensors_stay_as_they_are(configured):
+    actor = configured(max_length=6)
+    batch = prompt_batch(RAGGED, actor.tokenizer.eos_id, 6)
+    batch["text"][0, 10] = 77  # what stands behind a prompt is of no concern to it
+    kept = {key: value.clone() for key, value in batch.items()}
+    rollouts = actor.infer(batch)
+    assert all(torch.equal(batch[key], kept[key]) for key in kept)
+    assert all(value.data_ptr() != batch["text"].data_ptr() for value in rollouts.values())
+    clean = actor.infer(prompt_batch(RAGGED, actor.tokenizer.eos_id, 6))
+    assert torch.equal(rollouts["response_tokens"], clean["response_tokens"])
+
+
+def test_inference_settings_come_in_pairs(tiny_nemo):
+    checkpointing = {
+        "activations_checkpoint_granularity": "full",
+        "activations_checkpoint_method": "uniform",
+        "activations_checkpoint_num_layers": 1,
+    }
+    actor = load_actor(tiny_nemo, **checkpointing)
+    training = {key: actor.cfg[key] for key in checkpointing}
+    assert training == checkpointing and actor.model.config.recompute_granularity == "full"
+    actor.prepare_for_inference()
+    actor.prepare_for_inference()
+    assert actor.cfg.activations_checkpoint_granularity is None and not actor.model.training
+    assert actor.model.config.recompute_granularity is None
+    actor.finish_inference()
+    assert {key: actor.cfg[key] for key in checkpointing} == checkpointing
+    assert actor.model.config.recompute_granularity == "full" and actor.model.training

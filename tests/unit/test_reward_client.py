@@ -1,0 +1,244 @@
+"""The reward client, alone and against a real Triton server on the loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytriton
+import torch
+from megatron.core import parallel_state
+from omegaconf import OmegaConf
+from pytriton.utils.distribution import get_libs_path
+
+from nemo_aligner.models.nlp.gpt import reward_critic_clients
+from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
+from nemo_aligner.servers.http_communicator import HTTPCommunicator
+from nemo_aligner.utils.server_utils import RewardError
+
+TOKENS = torch.tensor([[5, 6, 7], [8, 9, 0]])
+LENGTHS = torch.tensor([3, 2])
+ROLLOUTS = {"response_tokens": TOKENS, "response_lengths": LENGTHS}
+
+
+def serve(port):
+    """A reward server of one process: a row's reward is the sum of its ids, and 66 breaks the forward pass."""
+    from nemo_aligner.algorithms.reward_server import RewardModelServer
+    from nemo_aligner.compat import cpu
+
+    cpu.enable()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+
+    def infer_fn(inputs):
+        tokens, lengths = inputs
+        if (tokens == 66).any():
+            raise MemoryError("no room")
+        content = torch.arange(tokens.shape[1]) < lengths[:, None]
+        return (tokens * content).sum(dim=1, keepdim=True).float()
+
+    def tokenize(sentences):
+        return torch.ones(len(sentences), 9, dtype=torch.int64), torch.tensor([len(text) for text in sentences])
+
+    RewardModelServer(infer_fn, tokenize, "reward_model", port, 4, 4, None, vocab_size=100).run_server()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def python(code, **options):
+    """Start Python on `code` with the tests importable."""
+    root = Path(__file__).parents[2]
+    return subprocess.Popen([sys.executable, "-c", code], cwd=root, text=True, **options)
+
+
+def skip_if_triton_cannot_run():
+    """With an argument that it does not understand, the server prints how it is used."""
+    server = Path(pytriton.__file__).parent / "tritonserver" / "bin" / "tritonserver"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(get_libs_path())}
+    try:
+        answer = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"the Triton server does not start on this machine: {error}")
+    if "Usage" not in answer.stdout + answer.stderr:
+        pytest.skip(f"the Triton server does not start on this machine: {answer.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    """Port of a running reward server."""
+    skip_if_triton_cannot_run()
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        process = python(
+            f"from tests.unit.test_reward_client import serve; serve({port})", stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            while not HTTPCommunicator.is_ready("reward_model", "localhost", port, wait_s=2):
+                assert process.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
+            yield port
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@pytest.fixture
+def communicator(port):
+    made = HTTPCommunicator.create_http_communicator_from_dict({"reward_model": ("localhost", port)})
+    yield made
+    made.close()
+    assert made.connections == {}
+
+
+def client_config(port, pad_to_length=None):
+    return OmegaConf.create(
+        {"reward_model": {"name": "reward_model", "ip": "localhost", "port": port}, "pad_to_length": pad_to_length}
+    )
+
+
+@pytest.fixture
+def client(port):
+    made = RemoteGPTRMClient(client_config(port, pad_to_length=8))
+    yield made
+    made.close()
+
+
+def request(tokens, lengths):
+    return {"tokens": np.array(tokens), "sequence_lengths": np.array(lengths)}
+
+
+def test_rewards_come_back_in_the_order_of_the_requests(client):
+    batches = [{**ROLLOUTS, "response_tokens": TOKENS + step} for step in range(5)]
+    futures = [client.infer_rm(batch) for batch in batches]
+    rewards = [future.result() for future in futures]
+    assert all(reward.dtype == torch.float32 for reward in rewards)
+    assert [reward.tolist() for reward in rewards] == [[[18.0 + 3 * step], [17.0 + 2 * step]] for step in range(5)]
+
+
+def test_a_refused_request_says_why_in_one_line_and_the_next_is_answered(client):
+    with pytest.raises(RewardError) as caught:
+        client.infer_rm({**ROLLOUTS, "response_lengths": LENGTHS + 6}).result()
+    assert str(caught.value) == (
+        "the reward server failed: ValueError: sequence_lengths must lie in 1..8 (the width of tokens), got 8..9"
+    )
+    with pytest.raises(RewardError, match=r"ValueError: tokens holds the id 107; the vocabulary has 100 entries$"):
+        client.infer_rm({**ROLLOUTS, "response_tokens": TOKENS + 98}).result()
+    assert client.infer_rm(ROLLOUTS).result().tolist() == [[18.0], [17.0]]
+
+
+def test_a_forward_pass_that_fails_is_reported_and_survived(client):
+    with pytest.raises(RewardError, match=r"^the reward server failed: MemoryError: no room$"):
+        client.infer_rm({**ROLLOUTS, "response_tokens": TOKENS + 57}).result()
+    assert client.infer_rm(ROLLOUTS).result().tolist() == [[18.0], [17.0]]
+
+
+def test_batches_samples_and_sentences(communicator):
+    send = communicator.send_data_to_server
+    assert send("reward_model", request([[5, 6], [7, 0]], [[2], [1]])).result()["rewards"].tolist() == [[11.0], [7.0]]
+    assert send("reward_model", request([5, 6], [2]), batching=False).result()["rewards"].tolist() == [11.0]
+    sentences = {"sentences": np.array([[b"abc"], ["äb".encode()]])}
+    assert send("reward_model", sentences).result()["rewards"].tolist() == [[3.0], [2.0]]
+
+
+def test_requests_of_different_kinds_and_widths_at_once(communicator):
+    requests = [request([[1] * width], [[width]]) for width in (2, 3, 2, 5)] + [{"sentences": np.array([[b"abcd"]])}]
+    futures = [communicator.send_data_to_server("reward_model", each) for each in requests]
+    assert [future.result()["rewards"].tolist() for future in futures] == [[[2.0]], [[3.0]], [[2.0]], [[5.0]], [[4.0]]]
+
+
+def test_a_process_that_forgets_to_close_its_client_ends_all_the_same(port):
+    process = python(
+        f"""
+import numpy
+from nemo_aligner.servers.http_communicator import HTTPCommunicator
+communicator = HTTPCommunicator.create_http_communicator_from_dict({{"reward_model": ("localhost", {port})}})
+communicator.send_data_to_server("reward_model", {{"sentences": numpy.array([[b"a"]])}}).result()
+raise SystemExit(7)
+"""
+    )
+    try:
+        assert process.wait(timeout=120) == 7
+    finally:
+        process.kill()
+
+
+def test_a_server_that_is_not_there_is_named():
+    port = free_port()
+    communicator = HTTPCommunicator(init_timeout_s=0.1)
+    with pytest.raises(TimeoutError) as caught:
+        communicator.add_server_by_name("judge", "localhost", port)
+    assert f"no model 'judge' at http://localhost:{port} after 0 s; start the server" in str(caught.value)
+    assert communicator.connections == {}
+
+
+class Recorder:
+    """Stands in for the network: ready when asked for the third time; keeps what is sent."""
+
+    def __init__(self, monkeypatch, ready_after=3):
+        self.asked, self.sent, self.ready_after = [], [], ready_after
+        monkeypatch.setattr(HTTPCommunicator, "is_ready", staticmethod(self.is_ready))
+        monkeypatch.setattr(HTTPCommunicator, "send_data_to_server", self.send)
+
+    def is_ready(self, name, ip, port, wait_s):
+        self.asked.append((name, ip, port, wait_s))
+        return len(self.asked) >= self.ready_after
+
+    def send(self, name, data):
+        self.sent.append((name, data))
+
+
+def test_constructing_a_client_waits_for_the_server_in_slices(monkeypatch):
+    recorder = Recorder(monkeypatch)
+    client = RemoteGPTRMClient(client_config(5555))
+    waits = [wait for *server, wait in recorder.asked if server == ["reward_model", "localhost", 5555]]
+    assert waits[:3] == [reward_critic_clients.CONNECT_SLICE_S] * 3
+    assert list(client.communicator.connections) == ["reward_model"]
+    client.close()
+
+
+def test_constructing_a_client_gives_up_in_the_end(monkeypatch):
+    recorder = Recorder(monkeypatch, ready_after=99)
+    clock = iter([0.0, 0.0, 5990.0, 6001.0])
+    monkeypatch.setattr(reward_critic_clients.time, "monotonic", lambda: next(clock))
+    with pytest.raises(RewardError, match=r"no model 'reward_model' at http://localhost:5555 after 6000 s"):
+        RemoteGPTRMClient(client_config(5555))
+    assert [wait for *_, wait in recorder.asked] == [60.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("pad_to_length", "tokens"),
+    [
+        (None, [[5, 6, 7], [8, 9, 0]]),
+        (3, [[5, 6, 7], [8, 9, 0]]),
+        (5, [[5, 6, 7, 0, 0], [8, 9, 0, 0, 0]]),
+    ],
+)
+def test_what_is_sent(monkeypatch, pad_to_length, tokens):
+    recorder = Recorder(monkeypatch)
+    RemoteGPTRMClient(client_config(5555, pad_to_length)).infer_rm({**ROLLOUTS, "prompt_lengths": LENGTHS})
+    ((name, data),) = recorder.sent
+    assert name == "reward_model" and set(data) == {"tokens", "sequence_lengths"}
+    assert data["tokens"].tolist() == tokens and data["sequence_lengths"].tolist() == [[3], [2]]
+    assert {array.dtype for array in data.values()} == {np.dtype(np.int64)}
+
+
+def test_rollouts_wider_than_a_request_are_refused(monkeypatch):
+    Recorder(monkeypatch)
+    client = RemoteGPTRMClient(client_config(5555, pad_to_length=2))
+    with pytest.raises(AssertionError, match=r"3 tokens wide, more than remote_rm\.pad_to_length=2"):
+        client.infer_rm(ROLLOUTS)

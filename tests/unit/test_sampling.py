@@ -1,0 +1,159 @@
+"""Filters and draws worked by hand on a few logits; draws against the distribution they should come from.
+
+Legend: B rows, V ids.
+"""
+
+import math
+
+import pytest
+import torch
+
+from nemo_aligner.generation.sampling import (
+    SamplingParams,
+    draw,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    sample,
+)
+
+INF = math.inf
+
+
+def from_probabilities(*rows) -> torch.Tensor:
+    return torch.tensor(rows).log()
+
+
+def kept(logits_BV) -> list[list[int]]:
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits_BV]
+
+
+def test_top_k_keeps_the_largest_and_ties_with_the_last_of_them():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0], [2.0, 5.0, 2.0, 2.0]])
+    assert keep_top_k(logits, 2).tolist() == [[-INF, 3.0, 2.0, -INF], [2.0, 5.0, 2.0, 2.0]]
+    assert keep_top_k(logits, 1).tolist() == [[-INF, 3.0, -INF, -INF], [-INF, 5.0, -INF, -INF]]
+    assert torch.equal(keep_top_k(logits, 9), logits)
+
+
+def test_top_k_brings_no_forbidden_id_back():
+    logits = torch.tensor([[1.0, -INF, -INF]])
+    assert torch.equal(keep_top_k(logits, 2), logits)
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        (0.1, [1]),  # the first alone exceeds p, and the best is always kept
+        (0.49, [1]),
+        (0.51, [1, 3]),  # 0.5 does not reach p, 0.5 + 0.25 does
+        (0.74, [1, 3]),
+        (0.76, [0, 1, 3]),
+        (0.9, [0, 1, 2, 3]),  # 0.875 does not reach it
+    ],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
+    logits = from_probabilities([0.125, 0.5, 0.125, 0.25])
+    filtered = keep_top_p(logits, p)
+    if p == 0.76:  # of two equally probable ids one is needed
+        assert len(kept(filtered)[0]) == 3 and {1, 3} <= set(kept(filtered)[0])
+    else:
+        assert kept(filtered) == [expected]
+    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])
+
+
+def test_top_p_looks_at_each_row_by_itself_and_leaves_its_input_alone():
+    logits = from_probabilities([0.7, 0.2, 0.1], [0.1, 0.45, 0.45])
+    before = logits.clone()
+    assert kept(keep_top_p(logits, 0.8)) == [[0, 1], [1, 2]]
+    assert torch.equal(logits, before)
+
+
+def test_top_p_brings_no_forbidden_id_back():
+    assert kept(keep_top_p(torch.tensor([[0.0, -INF, 0.0, -INF]]), 0.999)) == [[0, 2]]
+
+
+def test_repetition_penalty_makes_both_signs_less_likely():
+    logits = torch.tensor([[3.0, -3.0, 3.0, -3.0], [1.0, 0.0, -INF, 6.0]])
+    previous = torch.tensor([[0, 1, 1, 0], [3, 2, 1, 3]])
+    assert penalize_repetition(logits, previous, 1.5).tolist() == [[2.0, -4.5, 3.0, -3.0], [1.0, 0.0, -INF, 4.0]]
+
+
+def test_greedy_takes_the_best_after_the_penalty_and_ignores_the_rest():
+    logits = torch.tensor([[1.0, 3.0, 2.9], [0.5, -1.0, 0.4]])
+    previous = torch.tensor([[1, 1], [2, 2]])
+    odd = {"temperature": 7.0, "top_k": 1, "top_p": 0.1}
+    assert sample(logits, previous, SamplingParams(use_greedy=True, **odd), None).tolist() == [1, 0]
+    penalized = SamplingParams(use_greedy=True, repetition_penalty=1.5, **odd)
+    assert sample(logits, previous, penalized, None).tolist() == [2, 0]
+
+
+# The distribution of draws. With 20,000 of them, the 99.99 % quantile of chi-square decides.
+
+NUM_DRAWS = 20_000
+CHI_SQUARE_9999 = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7}
+
+
+def assert_drawn_from(drawn, expected_V):
+    """Pearson's chi-square test of int64 [draws] against the probabilities of the ids."""
+    expected_V = torch.as_tensor(expected_V, dtype=torch.float64)
+    possible = expected_V > 0
+    counts_V = torch.bincount(drawn, minlength=expected_V.numel())
+    assert counts_V[~possible].sum() == 0
+    expected_counts = expected_V[possible] * drawn.numel()
+    chi_square = ((counts_V[possible] - expected_counts) ** 2 / expected_counts).sum()
+    assert chi_square < CHI_SQUARE_9999[int(possible.sum()) - 1]
+
+
+def many_rows(logits_V) -> torch.Tensor:
+    return logits_V.expand(NUM_DRAWS, -1)
+
+
+PROBABILITIES = [0.05, 0.4, 0.15, 0.1, 0.29, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(), PROBABILITIES),
+        (SamplingParams(top_k=2), [0, 0.4 / 0.69, 0, 0, 0.29 / 0.69, 0]),
+        (SamplingParams(top_p=0.8), [0, 0.4 / 0.84, 0.15 / 0.84, 0, 0.29 / 0.84, 0]),
+        # top-p counts what top-k left: 0.4 / 0.84 is 0.476, with 0.29 / 0.84 it is 0.82
+        (SamplingParams(top_k=3, top_p=0.8), [0, 0.4 / 0.69, 0, 0, 0.29 / 0.69, 0]),
+        # squares of the probabilities
+        (SamplingParams(temperature=0.5, top_k=2), [0, 0.16 / 0.2441, 0, 0, 0.0841 / 0.2441, 0]),
+        (SamplingParams(top_k=0, top_p=1.0), PROBABILITIES),
+        (SamplingParams(top_p=0.0), PROBABILITIES),
+    ],
+)
+def test_draws_follow_the_filtered_distribution(params, expected):
+    logits = many_rows(torch.tensor(PROBABILITIES).log() + 3.0)
+    drawn = sample(logits, torch.zeros(NUM_DRAWS, 1, dtype=torch.int64), params, torch.Generator().manual_seed(1))
+    assert drawn.dtype == torch.int64
+    assert_drawn_from(drawn, expected)
+
+
+def test_temperature_comes_before_the_repetition_penalty():
+    # 4 / 2 = 2, which the penalty of 2 turns into 1
+    params = SamplingParams(temperature=2.0, repetition_penalty=2.0)
+    previous = torch.zeros(NUM_DRAWS, 1, dtype=torch.int64)
+    drawn = sample(many_rows(torch.tensor([4.0, 0.0])), previous, params, torch.Generator().manual_seed(2))
+    assert_drawn_from(drawn, torch.tensor([1.0, 0.0]).softmax(0))
+
+
+def test_draw_never_takes_a_filtered_id():
+    logits = many_rows(torch.tensor([-INF, 0.0, -INF, math.log(3.0)]))
+    assert_drawn_from(draw(logits, torch.Generator().manual_seed(3)), [0, 0.25, 0, 0.75])
+
+
+def test_rows_and_calls_are_independent():
+    logits = many_rows(torch.zeros(2))
+    generator = torch.Generator().manual_seed(4)
+    first, second = draw(logits, generator), draw(logits, generator)
+    assert_drawn_from(2 * first + second, [0.25] * 4)
+    assert_drawn_from(2 * first[:-1] + first[1:], [0.25] * 4)
+
+
+def test_a_generator_in_the_same_state_draws_the_same():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(5))
+    draws = [draw(logits, torch.Generator().manual_seed(seed)).tolist() for seed in (6, 6, 7)]
+    assert draws[0] == draws[1] != draws[2]
