@@ -1,13 +1,19 @@
 """A reward model made from a tiny base model: against Hugging Face's hidden states, and the same on 1 and 4 ranks."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from megatron.core import parallel_state
 from nemo.utils import AppState
 
+from nemo_aligner.servers.http_communicator import HTTPCommunicator
 from tests.distributed.launch import run_ranks
+from tests.unit.test_reward_client import free_port, skip_if_triton_cannot_run
 
 TOKENS = torch.arange(4 * 9).reshape(4, 9) * 7 % 300
 LENGTHS = torch.tensor([9, 4, 1, 6])
@@ -199,3 +205,49 @@ def test_configurations_that_cannot_work_are_refused(one_rank):
 def test_four_ranks_agree_with_one(one_rank, archive):
     for rewards in run_ranks(from_archive, 4, archive):
         torch.testing.assert_close(torch.tensor(rewards), rewards_of(one_rank, "standardized"), atol=1e-5, rtol=1e-5)
+
+
+def environment():
+    """Without what models built in this process have noted about their process group."""
+    return {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")}
+
+
+def test_the_script_serves_the_archive(one_rank, archive, tmp_path):
+    skip_if_triton_cannot_run()
+    root, port = Path(__file__).parents[2], free_port()
+    command = [
+        sys.executable, "examples/nlp/gpt/serve_reward_model.py", f"rm_model_file={archive}", f"inference.port={port}",
+        "trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32",
+        "model.reward_standardization.enable=True",
+        f"model.reward_standardization.mean={MEAN}", f"model.reward_standardization.std={STD}",
+        "inference.strip_sequence_length_to_multiple=8",
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=root, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+    communicator = HTTPCommunicator()
+    try:
+        while not communicator.is_ready("reward_model", "localhost", port, wait_s=2):
+            assert process.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
+        communicator.add_server_by_name("reward_model", "localhost", port)
+        request = {
+            "tokens": torch.nn.functional.pad(TOKENS, (0, 20)).numpy(),
+            "sequence_lengths": LENGTHS.unsqueeze(-1).numpy(),
+        }
+        reply = communicator.send_data_to_server("reward_model", request).result(timeout=60)
+    finally:
+        communicator.close()
+        process.terminate()
+        process.wait()
+    torch.testing.assert_close(
+        torch.from_numpy(reply["rewards"].copy()), rewards_of(one_rank, "standardized"), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_script_refuses_a_missing_archive_in_one_line():
+    command = [sys.executable, "examples/nlp/gpt/serve_reward_model.py", "rm_model_file=nowhere.nemo"]
+    answer = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.splitlines()[-1].startswith("error: rm_model_file: nowhere.nemo does not exist")

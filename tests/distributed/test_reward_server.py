@@ -1,5 +1,7 @@
 """Two ranks serve together: rank 0 takes requests, rank 1 follows its signals, and nothing puts them out of step."""
 
+from datetime import timedelta
+
 import numpy as np
 import torch
 from megatron.core import parallel_state
@@ -60,6 +62,7 @@ def serve(rank):
         "dtypes": {str(answer.dtype) for answer in answers},
         "refused": refused,
         "failed": error_of(failing, request([66], [66])),
+        "idle_timeout": server._signal_group._get_backend(torch.device("cpu")).options._timeout,
         "is_unlocked": not server.lock.locked() and not failing.lock.locked(),
         "shapes": shapes,
     }
@@ -90,3 +93,5 @@ def test_requests_are_answered_refused_and_survived():
     assert first["failed"] == ("PyTritonUnrecoverableError", "the forward pass failed: MemoryError: no room")
     assert "expected the signal" in second["ended"][0] and "got 3" in second["ended"][0]
     assert second["ended"][1] == "no room"
+    # Between two requests lies a training phase; the default group, with its 60 s here, would give up on rank 1.
+    assert first["idle_timeout"] > timedelta(days=30)

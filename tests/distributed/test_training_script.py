@@ -67,9 +67,10 @@ def command(log_dir: str, *overrides: str) -> list[str]:
 
 
 def environment() -> dict:
+    """This process's, less what earlier tests set for process groups of their own."""
+    own = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")}
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    without_ranks = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return {**without_ranks, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def run_script(workplace: Path, log_dir: str, *overrides: str) -> subprocess.CompletedProcess:
@@ -146,8 +147,8 @@ def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(workplace):
     process = run_script(workplace, "mistaken", "model.rs.top_n_rollouts=4")
     assert process.returncode == 2
     assert process.stderr == (
-        "error: model.rs.top_n_rollouts=4 must be between 1 and model.rs.num_rollouts_per_prompt=3, from which the best "
-        "are chosen\n"
+        "error: model.rs.top_n_rollouts=4 must be between 1 and model.rs.num_rollouts_per_prompt=3, from which the "
+        "best are chosen\n"
     )
     assert not (workplace / "mistaken").exists()
 
