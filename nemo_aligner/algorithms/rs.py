@@ -83,9 +83,7 @@ class RSTrainer:
         self.train_df, self.val_df = pd.DataFrame(columns=columns), pd.DataFrame(columns=columns)
         self.num_prompts_per_step = train_dataloader.batch_sampler.global_batch_size
         self._check_sizes()
-        self.num_steps_per_epoch = compute_num_steps_per_epoch(
-            train_dataloader.batch_sampler, cfg.get("limit_train_batches", 1.0)
-        )
+        self.num_steps_per_epoch = compute_num_steps_per_epoch(train_dataloader.batch_sampler)
         self.set_max_steps()
 
     def _check_sizes(self) -> None:

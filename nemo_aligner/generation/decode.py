@@ -36,7 +36,7 @@ def generate(
         model: a `MegatronGPTModel` without virtual pipeline stages, prepared for inference.
         prompts_BP: int64 [B, at least P] on the device; not modified.
         prompt_lengths_B: int64 [B] on the device.
-        min_length: tokens that a row generates before it may end.
+        min_length: tokens that a row generates before it may end; the strategy has to know it too.
     """
     eod_id = model.tokenizer.eos_id
     width = int(prompt_lengths_B.max()) + max_length
@@ -58,7 +58,6 @@ def generate(
         _broadcast_from_last_stage(tokens_BW, t)
         if is_last_stage:
             is_end_B = strategy.end_of_generation_condition(tokens_BW[:, : t + 1], tokens_BW[:, t], eod_id, end_strings)
-            is_end_B = is_end_B & (generated_B >= min_length)
             is_done_B |= (generated_B >= 0) & (is_end_B | (generated_B + 1 >= max_length))
         if _all_done(is_done_B):
             break

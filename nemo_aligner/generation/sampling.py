@@ -64,7 +64,6 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
     ordered, order = logits_BV.sort(dim=-1, descending=True)
     probability = ordered.softmax(dim=-1)
     reached_before = probability.cumsum(dim=-1) - probability >= p
-    reached_before[:, 0] = False
     return logits_BV.masked_fill(reached_before.scatter(1, order, reached_before), -torch.inf)
 
 

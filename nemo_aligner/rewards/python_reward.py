@@ -209,26 +209,27 @@ def score(
         with torch.no_grad():
             values = function(prompts, responses, **columns)
     except Exception as error:
+        problem = one_line(f"the reward function raised {type(error).__name__}: {error}")
         row = _first_failing_row(function, prompts, responses, columns)
-        where = _name_batch(prompts, records) if row is None else _name_row(row, prompts, records)
-        raise RewardError(one_line(f"the reward function raised {type(error).__name__}: {error}") + where) from error
+        where = _of_batch(prompts, records) if row is None else _for_row(row, prompts, records)
+        raise RewardError(problem + where) from error
 
     if isinstance(values, (torch.Tensor, np.ndarray)) and values.ndim == 1:
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
         what = f"shape {tuple(values.shape)}" if hasattr(values, "shape") else f"a {type(values).__name__}"
         wanted = f"a list, or a 1-D tensor or array, of {len(prompts)} numbers"
-        raise RewardError(f"the reward function returned {what} instead of {wanted}" + _name_batch(prompts, records))
+        raise RewardError(f"the reward function returned {what} instead of {wanted}" + _of_batch(prompts, records))
     if len(values) != len(prompts):
         count = f"the reward function returned {len(values)} rewards for {len(prompts)} responses"
-        raise RewardError(count + _name_batch(prompts, records))
+        raise RewardError(count + _of_batch(prompts, records))
 
     rewards = torch.empty(len(values))
     for row, value in enumerate(values):
         try:
             rewards[row] = _as_float(value)
         except ValueError as error:
-            raise RewardError(f"the reward function returned {error}" + _name_row(row, prompts, records)) from None
+            raise RewardError(f"the reward function returned {error}" + _for_row(row, prompts, records)) from None
     return rewards
 
 
@@ -256,14 +257,18 @@ def _first_failing_row(function: Callable, prompts: list, responses: list, colum
     return None
 
 
+def _for_row(row: int, prompts: list[str], records: list[dict]) -> str:
+    return f" for {_name_row(row, prompts, records)}"
+
+
+def _of_batch(prompts: list[str], records: list[dict]) -> str:
+    return f"; the batch begins with {_name_row(0, prompts, records)}"
+
+
 def _name_row(row: int, prompts: list[str], records: list[dict]) -> str:
     fields = {name: value for name, value in records[row].items() if name != "text"}
     record = f", record {one_line(repr(fields), limit=120)}" if fields else ""
-    return f" for row {row} of {len(prompts)}, prompt {one_line(prompts[row], limit=80)!r}{record}"
-
-
-def _name_batch(prompts: list[str], records: list[dict]) -> str:
-    return " in the batch that starts with its answer" + _name_row(0, prompts, records)
+    return f"row {row} of {len(prompts)}, prompt {one_line(prompts[row], limit=80)!r}{record}"
 
 
 def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str] = ()) -> dict[str, list]:

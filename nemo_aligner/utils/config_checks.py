@@ -8,14 +8,14 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.algorithms.rs import check_sizes
-from nemo_aligner.data.nlp.builders import check_prompt_files
+from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.rewards.python_reward import load_reward_function
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
 
 TRAINER_RS_KEYS = {
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
-    "rollout_batch_seq_length", "limit_train_batches", "val_at_start",
+    "rollout_batch_seq_length", "val_at_start",
 }  # fmt: skip
 MODEL_RS_KEYS = {
     "rollout_micro_batch_size", "num_rollout_samples", "forward_micro_batch_size", "num_rollouts_per_prompt",
@@ -50,6 +50,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     _check_unsupported(cfg)
     _check_numbers(cfg)
     _check_lengths(cfg.model)
+    _check_sampling(cfg.model.rs.sampling_params)
     _check_data(cfg.model)
     _check_reward(cfg)
     for key, silent in WITHOUT_EFFECT:
@@ -106,17 +107,16 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"trainer.devices * trainer.num_nodes = {num_devices} must be a multiple of tensor * pipeline parallel "
             f"size = {model_parallel_size}"
         )
-    sizes = {
-        "num_rollouts_per_prompt": rs.num_rollouts_per_prompt,
-        "top_n_rollouts": rs.top_n_rollouts,
-        "num_rollout_samples": rs.num_rollout_samples,
-        "rollout_micro_batch_size": rs.rollout_micro_batch_size,
-        "global_batch_size": model.global_batch_size,
-        "micro_batch_size": model.micro_batch_size,
+    sections = {
+        "model.rs": ("num_rollouts_per_prompt", "top_n_rollouts", "num_rollout_samples", "rollout_micro_batch_size"),
+        "model": ("global_batch_size", "micro_batch_size"),
     }
-    for key, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{key}={value!r} must be a positive whole number")
+    sizes = {}
+    for section, keys in sections.items():
+        for key in keys:
+            sizes[key] = OmegaConf.select(cfg, f"{section}.{key}")
+            if not isinstance(sizes[key], int) or sizes[key] < 1:
+                raise ConfigError(f"{section}.{key}={sizes[key]!r} must be a positive whole number")
     data_parallel_size = num_devices // model_parallel_size
     check_sizes(**sizes, data_parallel_size=data_parallel_size)
     rows = rs.get("val_rollout_micro_batch_size", rs.rollout_micro_batch_size) * data_parallel_size
@@ -154,13 +154,40 @@ def _check_lengths(model: DictConfig) -> None:
         )
 
 
+def _check_sampling(params: DictConfig) -> None:
+    for key, in_range, fix in (
+        ("temperature", params.temperature > 0, "above 0; for the most probable token set use_greedy"),
+        ("top_k", params.top_k >= 0, "0 (off) or more"),
+        ("top_p", 0 <= params.top_p <= 1, "between 0 and 1"),
+        ("repetition_penalty", params.repetition_penalty > 0, "above 0; 1.0 is off"),
+        (
+            "end_strings",
+            all(isinstance(text, str) and text for text in params.end_strings),
+            "strings, none of them empty",
+        ),
+    ):
+        if not in_range:
+            raise ConfigError(f"model.rs.sampling_params.{key}={params[key]} must be {fix}")
+
+
 def _check_data(model: DictConfig) -> None:
     if model.data.data_prefix is None:
         raise ConfigError("model.data.data_prefix is not set; give {train: [file], validation: [file], test: [file]}")
+    data, num_per_step = model.data, model.rs.num_rollout_samples
     try:
-        check_prompt_files(model.data.data_prefix, model.data.data_impl)
+        counts = check_prompt_files(data.data_prefix, data.data_impl)
+        if isinstance(data.data_prefix, DictConfig):
+            num_prompts = sum(counts[path] for path in data.data_prefix.train if path in counts)
+        else:
+            parts = [split_rows(data.splits_string, counts[path]) for path in data.data_prefix if path in counts]
+            num_prompts = sum(len(train) for train, _, _ in parts)
     except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
+    if num_prompts < num_per_step:
+        raise ConfigError(
+            f"model.data.data_prefix: the {num_prompts} training prompts are fewer than one step of "
+            f"model.rs.num_rollout_samples={num_per_step}; lower it or add prompts"
+        )
 
 
 def _check_reward(cfg: DictConfig) -> None:

@@ -33,16 +33,16 @@ def _folder_names(path: Path) -> set[str]:
 
 
 def _member_names(path: Path, key: str) -> set[str]:
-    """First path components of all members, after a check that the last member lies within the file."""
+    """First path components of all members of an archive that has its end, two empty blocks."""
     try:
         with tarfile.open(path) as archive:
             members = archive.getmembers()
-            if archive.mode == "r" and members and isinstance(archive.fileobj.name, str):
-                end_of_data = max(member.offset_data + member.size for member in members)
-                if end_of_data > path.stat().st_size and archive.fileobj.__class__.__name__ != "GzipFile":
-                    raise tarfile.ReadError("unexpected end of data")
+            archive.fileobj.seek(archive.offset)
+            if len(archive.fileobj.read(2 * tarfile.BLOCKSIZE)) < 2 * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
         raise ConfigError(
-            f"{key}: {path} is not a complete .nemo archive ({error}); it may be truncated: copy or convert it again"
+            f"{key}: {path} is not a complete .nemo archive ({reason}); it may be truncated: copy or convert it again"
         ) from error
     return {Path(member.name).parts[0] for member in members if Path(member.name).parts}

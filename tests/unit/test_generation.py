@@ -4,7 +4,8 @@ import pytest
 import torch
 from nemo.collections.nlp.modules.common.text_generation_utils import get_default_sampling_params
 
-from nemo_aligner.generation import decode
+from nemo_aligner.generation import decode, sampling
+from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 from tests.tiny import load_actor, prompt_batch
 
@@ -216,6 +217,24 @@ def test_every_row_has_its_own_budget(scripted, tiny):
     assert rollouts["is_end"].tolist() == [False, False, True]
 
 
+def test_finished_rows_go_on_with_end_tokens(scripted, tiny, monkeypatch):
+    eos = tiny.tokenizer.eos_id
+    generated = []
+
+    def generate(*args, **options):
+        generated.append(decode.generate(*args, **options))
+        return generated[0]
+
+    monkeypatch.setattr(megatron_gpt_rs_actor, "generate", generate)
+    # the first row ends by itself, the second at its budget of 3, the third is decoded to the last column
+    scripted([[5], [6], [7] * 4], [[20, eos], [30, 31, 32, 33], [40, 41, 42]], max_length=3)
+    assert generated[0].tolist() == [
+        [5, 20, eos, eos, eos, eos, eos],
+        [6, 30, 31, 32, eos, eos, eos],
+        [7, 7, 7, 7, 40, 41, 42],
+    ]
+
+
 def test_end_tokens_inside_a_prompt_end_nothing(scripted, tiny):
     eos = tiny.tokenizer.eos_id
     prompts = [[5], [6, eos, 6, eos]]
@@ -228,8 +247,12 @@ def test_end_tokens_inside_a_prompt_end_nothing(scripted, tiny):
 def test_decoding_stops_when_all_rows_are_done(scripted, tiny, monkeypatch):
     eos = tiny.tokenizer.eos_id
     positions = []
-    condition = decode.sample
-    monkeypatch.setattr(decode, "sample", lambda *args: positions.append(args[1].size(1)) or condition(*args))
+
+    def sample(logits_BV, previous_BT, *options):
+        positions.append(previous_BT.size(1))
+        return sampling.sample(logits_BV, previous_BT, *options)
+
+    monkeypatch.setattr(decode, "sample", sample)
     scripted([[5], [6, 6, 6]], [[eos], [30, eos]], max_length=50)
     assert positions == [1, 2, 3, 4]  # from behind the shorter prompt to the last end
 

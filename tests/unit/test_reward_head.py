@@ -5,7 +5,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_aligner.compat import cpu
 from nemo_aligner.models.nlp.gpt.gpt_reward_model import GPTRewardModel, RewardModelHead
 from nemo_aligner.utils.errors import ConfigError
 
@@ -16,8 +15,6 @@ LENGTHS = torch.tensor([3, 2])
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
-    if not torch.cuda.is_available():
-        cpu.enable()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     yield

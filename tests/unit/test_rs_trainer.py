@@ -434,16 +434,15 @@ def test_sums_are_exact_beyond_float32():
     assert metrics["global_response_lengths_mean"] == (2**24 + 1) / 3
 
 
-@pytest.mark.parametrize("num_val, scored", [(4, 3), (2, 2)])
+@pytest.mark.parametrize("num_val, scored", [(8, 5), (4, 4), (2, 2)])
 def test_validation_scores_every_prompt_once_up_to_the_limit(num_val, scored):
-    trainer = make_trainer(
-        val_prompts=((1,), (2,), (3,)), val_mbs=2, num_val=num_val, val_check_interval=1, max_steps=1,
-        answers={0: ([10, EOS],), 1: ([20, EOS],), 2: ([60, 61, EOS],)},
-    )  # fmt: skip
+    lengths = [2, 2, 3, 2, 3]
+    answers = {i: ([10 * i, *[61] * (length - 2), EOS],) for i, length in enumerate(lengths)}
+    trainer = make_trainer(val_prompts=((1,),) * 5, val_mbs=2, num_val=num_val, answers=answers)
     for _ in range(2):  # a fresh pass every time
         metrics = trainer.run_validation()
-        assert metrics["global_rewards"] == sum([10, 20, 60][:scored]) / scored
-        assert metrics["global_response_lengths_mean"] == sum([2, 2, 3][:scored]) / scored
+        assert metrics["global_rewards"] == sum(range(scored)) * 10 / scored
+        assert metrics["global_response_lengths_mean"] == sum(lengths[:scored]) / scored
     assert "selected_rewards_mean" not in metrics
 
 

@@ -158,12 +158,12 @@ def verify(actor, tokens, lengths, end_strings=None):
 
 def test_only_rows_that_end_are_valid(actor, ids):
     stop = ids("STOP")
-    rows = [[5, 6, E, E, E, E], [5, 6, 7, E, E, E], [5, *stop, E], [5, *stop, 6], [5, E, 6, 7, 8, 9]]
-    lengths = torch.tensor([3, 3, 5, 6, 6])
+    rows = [[5, 6, E, E, E, E], [5, 6, 7, E, E, E], [5, *stop, E], [5, *stop, 6], [5, E, 6, 7, 8, 9], [5, *stop, 6]]
+    lengths = torch.tensor([3, 3, 5, 6, 6, 5])
     # the second row stops without an end, though end-of-document padding follows
-    assert verify(actor, torch.tensor(rows), lengths, ["STOP"]) == [True, False, True, False, False]
-    assert verify(actor, torch.tensor(rows), lengths) == [True, False, False, False, False]
-    assert verify(actor, torch.tensor(rows), torch.zeros(5, dtype=torch.int64)) == [False] * 5
+    assert verify(actor, torch.tensor(rows), lengths, ["STOP"]) == [True, False, True, False, False, True]
+    assert verify(actor, torch.tensor(rows), lengths) == [True, False, False, False, False, False]
+    assert verify(actor, torch.tensor([[E, E], [5, E]]), torch.tensor([0, 0])) == [False, False]
 
 
 def test_ids_outside_the_vocabulary_are_clamped_and_invalid(actor):

@@ -64,9 +64,14 @@ def _pick(reply: dict[str, np.ndarray], keys: tuple[str, ...]) -> list[np.ndarra
 class RMFutureResult(FutureResult):
     """Rewards under way."""
 
-    def __init__(self, rm_future: Any):
-        """`rm_future`: what `HTTPCommunicator.send_data_to_server` returned; None on other ranks than the source."""
+    def __init__(self, rm_future: Any, num_rows: int | None = None):
+        """
+        Args:
+            rm_future: what `HTTPCommunicator.send_data_to_server` returned; None on other ranks than the source.
+            num_rows: B, if the reply is to be checked.
+        """
         self.rm_future = rm_future
+        self.num_rows = num_rows
 
     def result(self) -> torch.Tensor:
         """Wait for the rewards. Collective over the replica, in the order of the `infer_rm` calls.
@@ -77,7 +82,13 @@ class RMFutureResult(FutureResult):
         Raises:
             RewardError: on every rank of the replica, with the same message.
         """
-        return get_future_result(self.rm_future, "rewards").float()
+        rewards = get_future_result(self.rm_future, "rewards").float()
+        if self.num_rows is not None and rewards.shape != (self.num_rows, 1):
+            raise RewardError(
+                f"the reward server sent rewards of shape {tuple(rewards.shape)} for {self.num_rows} rollouts; it has "
+                "to send one number for each, [B, 1]"
+            )
+        return rewards
 
 
 @dataclass
@@ -117,20 +128,20 @@ class RemoteGPTRMClient:
             AssertionError: S exceeds `pad_to_length`; on every rank, as all ranks of a replica hold the same tokens.
         """
         tokens = rollout_batch["response_tokens"]
-        width = tokens.shape[1]
+        num_rows, width = tokens.shape
         if self.pad_to_length is not None:
             assert width <= self.pad_to_length, (
                 f"rollouts are {width} tokens wide, more than remote_rm.pad_to_length={self.pad_to_length}"
             )
         if not is_replica_source():
-            return RMFutureResult(None)
+            return RMFutureResult(None, num_rows)
         if self.pad_to_length is not None:
             tokens = torch.nn.functional.pad(tokens, (0, self.pad_to_length - width))
         request = {
             "tokens": tokens.cpu().numpy().astype(np.int64),
             "sequence_lengths": rollout_batch["response_lengths"].unsqueeze(-1).cpu().numpy().astype(np.int64),
         }
-        return RMFutureResult(self.communicator.send_data_to_server(self.cfg.reward_model.name, request))
+        return RMFutureResult(self.communicator.send_data_to_server(self.cfg.reward_model.name, request), num_rows)
 
     def close(self) -> None:
         """Close the connections. Local; nothing happens on ranks that have none."""

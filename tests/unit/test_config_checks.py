@@ -1,0 +1,286 @@
+"""Mistakes in a configuration are refused in one line that names them, before any model is loaded."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_aligner.utils import config_checks
+from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.nemo_archive import check_archive
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with what a run needs, which is the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("model.nemo", "w") as archive:
+        for name, content in (("./model_config.yaml", b"a: 1"), ("./model_weights/weights", bytes(5000))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    for name, count in (("train", 8), ("val", 2)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": f"prompt {i}"}) + "\n" for i in range(count)))
+    Path("reward.py").write_text("def reward(prompts, responses, *, weight=1.0):\n    return [weight] * len(prompts)\n")
+    return tmp_path
+
+
+WORKING = (
+    "trainer.num_nodes=1", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32",
+    "pretrained_checkpoint.restore_from_path=model.nemo", "model.optim.name=adamw", "model.megatron_amp_O2=False",
+    "model.data.data_prefix={train: [train.jsonl], validation: [val.jsonl], test: [val.jsonl]}",
+    "model.rs.reward.target=reward.py:reward", "model.rs.num_rollout_samples=8",
+    "model.rs.rollout_micro_batch_size=2", "model.global_batch_size=8", "model.micro_batch_size=2",
+)  # fmt: skip
+
+
+def config(*overrides: str, name: str = "gpt_rs_actor"):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose(name, overrides=[*WORKING, *overrides])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        check_rs_config(config(*overrides))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_working_configuration_passes(files):
+    check_rs_config(config())
+
+
+# ---- what every file says
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*rs*.yaml")) + [CONFIGS / "quickstart.yaml"], ids=lambda p: p.stem
+)
+def test_a_yaml_file_documents_exactly_the_known_keys(path):
+    cfg = config(name=path.stem)
+    assert set(cfg.trainer.rs) == TRAINER_RS_KEYS
+    assert set(cfg.model.rs) == MODEL_RS_KEYS
+    assert set(cfg.model.rs.sampling_params) == SAMPLING_KEYS
+    assert set(cfg.model.rs.length_params) == {"max_length", "min_length"}
+    assert set(cfg.model.rs.reward) == {"target", "kwargs"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_file_loads_and_resolves(path):
+    with initialize_config_dir(str(path.parent), version_base=None):
+        OmegaConf.resolve(compose(path.stem))
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("++trainer.rs.max_step=1", "trainer.rs.max_step is not a known key; did you mean trainer.rs.max_steps?"),
+        ("++model.rs.top_n_rollout=1", "model.rs.top_n_rollout is not a known key; did you mean model.rs.top_n_rollouts?"),
+        (
+            "++model.rs.sampling_params.temprature=1",
+            "model.rs.sampling_params.temprature is not a known key; did you mean model.rs.sampling_params.temperature?",
+        ),
+        (
+            "++model.rs.length_params.length=1",
+            "model.rs.length_params.length is not a known key; did you mean model.rs.length_params.max_length?",
+        ),
+        ("++model.rs.reward.function=f", "model.rs.reward.function is not a known key; did you mean model.rs.reward."),
+    ],
+)  # fmt: skip
+def test_unknown_keys_are_named_with_the_nearest_known_one(files, override, message):
+    assert refusal(override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        (["trainer.precision=16"], ["trainer.precision=16 is not supported", "bf16 or 32"]),
+        (["trainer.precision=16-mixed"], ["trainer.precision=16-mixed is not supported"]),
+        (["trainer.precision=bf16"], ["trainer.precision=bf16 on a CPU", "model.megatron_amp_O2=True"]),
+        (["++model.context_parallel_size=2"], ["model.context_parallel_size", "must be 1"]),
+        (["++model.virtual_pipeline_model_parallel_size=2"], ["virtual_pipeline_model_parallel_size", "must be null"]),
+        (["model.optim.name=mcore_distributed_optim"], ["model.optim.name=mcore_distributed_optim", "adamw"]),
+        (["trainer.devices=3", "model.tensor_model_parallel_size=2"], ["= 3 must be a multiple of", "= 2"]),
+        (["model.rs.top_n_rollouts=5"], ["model.rs.top_n_rollouts=5", "model.rs.num_rollouts_per_prompt=4"]),
+        (["model.rs.top_n_rollouts=0"], ["model.rs.top_n_rollouts=0 must be a positive whole number"]),
+        (["model.rs.num_rollout_samples=2.5"], ["model.rs.num_rollout_samples=2.5 must be a positive whole number"]),
+        (["model.global_batch_size=0"], ["model.global_batch_size=0 must be a positive whole number"]),
+        # G * K over gbs, gbs over mbs * DP, G over rollout micro-batch * DP, validation prompts the same; DP is 2
+        (
+            ["model.global_batch_size=12"],
+            ["model.rs.num_rollout_samples=8 * model.rs.top_n_rollouts=1", "multiple of model.global_batch_size=12"],
+        ),
+        (["model.micro_batch_size=3"], ["model.global_batch_size=8", "model.micro_batch_size=3 * 2 data-parallel"]),
+        (["model.rs.rollout_micro_batch_size=3"], ["model.rs.num_rollout_samples=8", "rollout_micro_batch_size=3 * 2"]),
+        (["model.rs.num_val_samples=6"], ["model.rs.num_val_samples=6", "val_rollout_micro_batch_size * 2", "= 4"]),
+        (
+            ["trainer.rs.val_check_interval=3", "trainer.rs.save_interval=4"],
+            ["trainer.rs.save_interval=4", "trainer.rs.val_check_interval=3"],
+        ),
+        (["model.rs.loss_normalization=batch"], ["model.rs.loss_normalization='batch'", "global_batch or micro_batch"]),
+        (["model.data.seq_length=5000"], ["model.data.seq_length=5000", "4096 positions", "lower seq_length"]),
+        (
+            ["model.data.seq_length=100", "model.rs.length_params.max_length=100"],
+            ["model.rs.length_params.max_length=100", "model.data.seq_length=100", "lower max_length"],
+        ),
+        (["model.rs.length_params.max_length=0"], ["max_length=0 must be positive"]),
+        (["model.rs.length_params.min_length=3000"], ["min_length=3000", "max_length=2048"]),
+        (["model.rs.sampling_params.temperature=0"], ["model.rs.sampling_params.temperature=0", "use_greedy"]),
+        (["model.rs.sampling_params.top_p=1.5"], ["model.rs.sampling_params.top_p=1.5", "between 0 and 1"]),
+        (["model.rs.sampling_params.top_k=-1"], ["model.rs.sampling_params.top_k=-1", "0 (off) or more"]),
+        (["model.rs.sampling_params.repetition_penalty=0"], ["repetition_penalty=0", "above 0"]),
+        (["model.rs.sampling_params.end_strings=[1]"], ["model.rs.sampling_params.end_strings=[1]", "strings"]),
+        (["model.rs.sampling_params.end_strings=['']"], ["model.rs.sampling_params.end_strings=['']", "none of them empty"]),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work(files, overrides, parts):
+    message = refusal(*overrides)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("optimizer", ["distributed_fused_adam", "fused_adam"])
+def test_optimizers_of_apex_need_apex(files, optimizer, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = refusal(f"model.optim.name={optimizer}")
+    assert message == f"model.optim.name={optimizer} needs Apex, which is not installed; use adamw"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_rs_config(config(f"model.optim.name={optimizer}"))
+
+
+def test_a_gpu_configuration_without_a_gpu(files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    message = refusal("trainer.accelerator=gpu")
+    assert message == "trainer.accelerator=gpu, but this machine has no GPU; set trainer.accelerator=cpu to use it"
+
+
+# ---- checkpoints
+
+
+def test_the_checkpoint_must_be_given_and_exist(files):
+    assert refusal("pretrained_checkpoint.restore_from_path=null").startswith(
+        "pretrained_checkpoint.restore_from_path is not set"
+    )
+    assert "nowhere.nemo does not exist" in refusal("pretrained_checkpoint.restore_from_path=nowhere.nemo")
+
+
+def test_an_archive_cut_anywhere_is_refused(files):
+    whole = Path("model.nemo").read_bytes()
+    end_of_content = 512 + 512 + 512 + 5120 + 1024  # header, config, header, weights, end; the rest is padding
+    for size in [0, 100, 512, 1000, 1024, 1536, 3000, end_of_content - 1024, end_of_content - 1]:
+        Path("cut.nemo").write_bytes(whole[:size])
+        message = refusal("pretrained_checkpoint.restore_from_path=cut.nemo")
+        assert "cut.nemo is not a complete .nemo archive" in message and "copy or convert it again" in message, size
+    Path("cut.nemo").write_bytes(whole[:end_of_content])
+    check_archive("cut.nemo")
+
+
+def test_what_is_no_checkpoint_is_refused(files):
+    Path("notes.nemo").write_text("not an archive")
+    assert "notes.nemo is not a complete .nemo archive" in refusal("pretrained_checkpoint.restore_from_path=notes.nemo")
+    folder = files / "folder"
+    folder.mkdir()
+    assert f"{folder} has no model_config.yaml" in refusal(f"pretrained_checkpoint.restore_from_path={folder}")
+    (folder / "model_config.yaml").write_text("a: 1")
+    assert f"{folder} has no model weights" in refusal(f"pretrained_checkpoint.restore_from_path={folder}")
+    (folder / "model_weights").mkdir()
+    check_archive(folder)
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        (None, ["there is no such prompt file"]),
+        ("", ["holds no records"]),
+        ('{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
+        ('{"text": "a"}\n\n{"prompt": "b"}\n', ["line 3", '"text"', "['prompt']"]),
+        ('{"text": 1}\n', ["line 1", '"text" is a int']),
+        ('["a"]\n', ["line 1", "a list, not an object"]),
+        ('{"text": "a"}\n', ["1 training prompts are fewer", "model.rs.num_rollout_samples=8"]),
+    ],
+)
+def test_prompt_files(files, content, parts):
+    if content is not None:
+        Path("bad.jsonl").write_text(content)
+    message = refusal("model.data.data_prefix.train=[bad.jsonl]")
+    assert all(
+        part in message
+        for part in ["model.data.data_prefix" if len(parts) == 2 and "fewer" in parts[0] else "bad.jsonl", *parts]
+    ), message
+
+
+def test_prompts_of_a_blend_and_of_a_split_are_counted(files):
+    check_rs_config(config("model.data.data_prefix.train=[1, train.jsonl, 2, val.jsonl]"))
+    assert "the 4 training prompts are fewer" in refusal("model.data.data_prefix.train=[1, val.jsonl, 2, val.jsonl]")
+    cfg = config("model.data.splits_string='50,25,25'")
+    cfg.model.data.data_prefix = ["train.jsonl"]
+    with pytest.raises(ConfigError, match="the 4 training prompts are fewer"):
+        check_rs_config(cfg)
+    cfg.model.data.splits_string = None
+    with pytest.raises(ConfigError, match=r"model\.data\.splits_string=None must be three numbers"):
+        check_rs_config(cfg)
+
+
+def test_the_prompt_files_must_be_named(files):
+    assert refusal("model.data.data_prefix=null").startswith("model.data.data_prefix is not set")
+    assert "model.data.data_prefix.test" in refusal("model.data.data_prefix.test=[]")
+    assert "model.data.data_prefix.training is not supported" in refusal(
+        "++model.data.data_prefix.training=[train.jsonl]"
+    )
+    assert "model.data.data_impl='csv'" in refusal("model.data.data_impl=csv")
+
+
+# ---- rewards
+
+
+def test_reward_functions(files):
+    target = "model.rs.reward.target"
+    assert f"{target}='reward.py:score'" in refusal(f"{target}=reward.py:score")
+    assert "there is no file" in refusal(f"{target}=missing.py:reward")
+    assert "there is no module 'no_such_package'" in refusal(f"{target}=no_such_package.reward")
+    message = refusal("model.rs.reward.kwargs={weigth: 2}")
+    assert "model.rs.reward.kwargs sets ['weigth'], which the function does not take; it takes ['weight']" in message
+    check_rs_config(config("model.rs.reward.kwargs={weight: 2}"))
+
+
+def test_rewards_must_come_from_somewhere(files):
+    assert "model.rs.reward.kwargs={'a': 1} is set, but not model.rs.reward.target" in refusal(
+        "model.rs.reward.target=null", "model.rs.reward.kwargs={a: 1}"
+    )
+    check_rs_config(config("model.rs.reward.target=null"))  # the reward server of remote_rm
+    message = refusal("model.rs.reward.target=null", "~remote_rm")
+    assert message.startswith("neither model.rs.reward.target (a Python function) nor remote_rm (a server) is set")
+
+
+# ---- warnings
+
+
+def test_settings_without_effect_are_mentioned(files, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(config_checks.logging, "warning", warnings.append)
+    check_rs_config(config())
+    assert warnings == []
+    check_rs_config(config("trainer.max_time=00:01:00:00", "model.rs.sampling_params.compute_logprob=True"))
+    assert warnings == [
+        "trainer.max_time=00:01:00:00 has no effect in rejection sampling",
+        "model.rs.sampling_params.compute_logprob=True has no effect in rejection sampling",
+    ]
