@@ -240,7 +240,7 @@ class RSTrainer:
         return kept, metrics
 
     def _generate(self, batch: dict, num_rollouts: int) -> dict:
-        """Rollouts of the prompts in `batch`, from one `infer` call: `num_rollouts` neighbouring rows for each prompt."""
+        """Rollouts of the prompts in `batch` from one `infer` call, `num_rollouts` neighbouring rows for each."""
         repeated = {
             key: value.repeat_interleave(num_rollouts, dim=0)
             for key, value in batch.items()

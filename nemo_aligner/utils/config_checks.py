@@ -155,16 +155,13 @@ def _check_lengths(model: DictConfig) -> None:
 
 
 def _check_sampling(params: DictConfig) -> None:
+    are_strings = all(isinstance(text, str) and text for text in params.end_strings)
     for key, in_range, fix in (
         ("temperature", params.temperature > 0, "above 0; for the most probable token set use_greedy"),
         ("top_k", params.top_k >= 0, "0 (off) or more"),
         ("top_p", 0 <= params.top_p <= 1, "between 0 and 1"),
         ("repetition_penalty", params.repetition_penalty > 0, "above 0; 1.0 is off"),
-        (
-            "end_strings",
-            all(isinstance(text, str) and text for text in params.end_strings),
-            "strings, none of them empty",
-        ),
+        ("end_strings", are_strings, "strings, none of them empty"),
     ):
         if not in_range:
             raise ConfigError(f"model.rs.sampling_params.{key}={params[key]} must be {fix}")

@@ -67,11 +67,9 @@ def test_a_working_configuration_passes(files):
 # ---- what every file says
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.glob("*rs*.yaml")) + [CONFIGS / "quickstart.yaml"], ids=lambda p: p.stem
-)
-def test_a_yaml_file_documents_exactly_the_known_keys(path):
-    cfg = config(name=path.stem)
+@pytest.mark.parametrize("name", ["gpt_rs_actor", "quickstart"])
+def test_a_yaml_file_documents_exactly_the_known_keys(name):
+    cfg = config(name=name)
     assert set(cfg.trainer.rs) == TRAINER_RS_KEYS
     assert set(cfg.model.rs) == MODEL_RS_KEYS
     assert set(cfg.model.rs.sampling_params) == SAMPLING_KEYS
@@ -89,23 +87,18 @@ def test_every_yaml_file_loads_and_resolves(path):
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    "section, key, nearest",
     [
-        ("++trainer.rs.max_step=1", "trainer.rs.max_step is not a known key; did you mean trainer.rs.max_steps?"),
-        ("++model.rs.top_n_rollout=1", "model.rs.top_n_rollout is not a known key; did you mean model.rs.top_n_rollouts?"),
-        (
-            "++model.rs.sampling_params.temprature=1",
-            "model.rs.sampling_params.temprature is not a known key; did you mean model.rs.sampling_params.temperature?",
-        ),
-        (
-            "++model.rs.length_params.length=1",
-            "model.rs.length_params.length is not a known key; did you mean model.rs.length_params.max_length?",
-        ),
-        ("++model.rs.reward.function=f", "model.rs.reward.function is not a known key; did you mean model.rs.reward."),
+        ("trainer.rs", "max_step", "max_steps"),
+        ("model.rs", "top_n_rollout", "top_n_rollouts"),
+        ("model.rs.sampling_params", "temprature", "temperature"),
+        ("model.rs.length_params", "max_len", "max_length"),
+        ("model.rs.reward", "targets", "target"),
     ],
-)  # fmt: skip
-def test_unknown_keys_are_named_with_the_nearest_known_one(files, override, message):
-    assert refusal(override).startswith(message)
+)
+def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, nearest):
+    message = refusal(f"++{section}.{key}=1")
+    assert message == f"{section}.{key} is not a known key; did you mean {section}.{nearest}?"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +106,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, override, mess
     [
         (["trainer.precision=16"], ["trainer.precision=16 is not supported", "bf16 or 32"]),
         (["trainer.precision=16-mixed"], ["trainer.precision=16-mixed is not supported"]),
-        (["trainer.precision=bf16"], ["trainer.precision=bf16 on a CPU", "model.megatron_amp_O2=True"]),
+        (["trainer.precision=bf16"], ["trainer.precision=bf16 is not supported on a CPU", "use 32"]),
         (["++model.context_parallel_size=2"], ["model.context_parallel_size", "must be 1"]),
         (["++model.virtual_pipeline_model_parallel_size=2"], ["virtual_pipeline_model_parallel_size", "must be null"]),
         (["model.optim.name=mcore_distributed_optim"], ["model.optim.name=mcore_distributed_optim", "adamw"]),
@@ -147,7 +140,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, override, mess
         (["model.rs.sampling_params.top_k=-1"], ["model.rs.sampling_params.top_k=-1", "0 (off) or more"]),
         (["model.rs.sampling_params.repetition_penalty=0"], ["repetition_penalty=0", "above 0"]),
         (["model.rs.sampling_params.end_strings=[1]"], ["model.rs.sampling_params.end_strings=[1]", "strings"]),
-        (["model.rs.sampling_params.end_strings=['']"], ["model.rs.sampling_params.end_strings=['']", "none of them empty"]),
+        (["model.rs.sampling_params.end_strings=['']"], ["end_strings=['']", "none of them empty"]),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(files, overrides, parts):
@@ -209,23 +202,20 @@ def test_what_is_no_checkpoint_is_refused(files):
 @pytest.mark.parametrize(
     "content, parts",
     [
-        (None, ["there is no such prompt file"]),
-        ("", ["holds no records"]),
-        ('{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
-        ('{"text": "a"}\n\n{"prompt": "b"}\n', ["line 3", '"text"', "['prompt']"]),
-        ('{"text": 1}\n', ["line 1", '"text" is a int']),
-        ('["a"]\n', ["line 1", "a list, not an object"]),
-        ('{"text": "a"}\n', ["1 training prompts are fewer", "model.rs.num_rollout_samples=8"]),
+        (None, ["bad.jsonl: there is no such prompt file"]),
+        ("", ["bad.jsonl", "holds no records"]),
+        ('{"text": "a"}\n{"text": \n', ["bad.jsonl, line 2", "not valid JSON"]),
+        ('{"text": "a"}\n\n{"prompt": "b"}\n', ["bad.jsonl, line 3", '"text"', "['prompt']"]),
+        ('{"text": 1}\n', ["bad.jsonl, line 1", '"text" is a int']),
+        ('["a"]\n', ["bad.jsonl, line 1", "a list, not an object"]),
+        ('{"text": "a"}\n', ["model.data.data_prefix: the 1 training prompts are fewer", "num_rollout_samples=8"]),
     ],
 )
 def test_prompt_files(files, content, parts):
     if content is not None:
         Path("bad.jsonl").write_text(content)
     message = refusal("model.data.data_prefix.train=[bad.jsonl]")
-    assert all(
-        part in message
-        for part in ["model.data.data_prefix" if len(parts) == 2 and "fewer" in parts[0] else "bad.jsonl", *parts]
-    ), message
+    assert all(part in message for part in parts), message
 
 
 def test_prompts_of_a_blend_and_of_a_split_are_counted(files):

@@ -12,7 +12,7 @@ from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
@@ -20,24 +20,13 @@ from nemo_aligner.compat.device import current_device
 from nemo_aligner.models.alignable_interface import Inferrable, SupervisedInterface
 from nemo_aligner.models.nlp.gpt.gpt_reward_model import GPTRewardModel
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
+from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys
 from nemo_aligner.utils.distributed import broadcast_tensor_within_pp
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 from nemo_aligner.utils.text_generation_utils import tokenize_batch
-from nemo_aligner.utils.train_utils import set_eval, set_train
 
 compat.apply()
-
-# Keys of NeMo's model config that MegatronGPTModel reads without a default, in its constructor or when it switches to
-# inference, and that the archive of a converted model may lack.
-_READ_WITHOUT_DEFAULT = {
-    "optim": {"name": "adamw"},
-    "activations_checkpoint_granularity": None,
-    "activations_checkpoint_method": None,
-    "activations_checkpoint_num_layers": None,
-    "activations_checkpoint_layers_per_pipeline": None,
-    "sequence_parallel": False,
-}
 
 
 class MegatronGPTRewardModel(MegatronGPTModel, SupervisedInterface, Inferrable):
@@ -53,9 +42,7 @@ class MegatronGPTRewardModel(MegatronGPTModel, SupervisedInterface, Inferrable):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         _check_config(cfg)
-        with open_dict(cfg):
-            for key, value in _READ_WITHOUT_DEFAULT.items():
-                cfg.setdefault(key, value)
+        fill_missing_keys(cfg)
         super().__init__(cfg, trainer=trainer)
         standardization = cfg.get("reward_standardization") or {}
         self.enable_standardization = standardization.get("enable", False)
@@ -65,7 +52,7 @@ class MegatronGPTRewardModel(MegatronGPTModel, SupervisedInterface, Inferrable):
         self.resets = {
             key: cfg.get("data", {}).get(key, False) for key in ("reset_position_ids", "reset_attention_mask")
         }
-        self._is_prepared_for_inference = False
+        self._inference_mode = InferenceMode(self)
         # megatron_amp_O2 has cast the whole model; weights are loaded after this, in full precision.
         for module in self.get_model_module_list():
             if module.post_process:
@@ -173,19 +160,11 @@ class MegatronGPTRewardModel(MegatronGPTModel, SupervisedInterface, Inferrable):
 
     def prepare_for_inference(self) -> None:
         """Switch off what only training needs. A second call before `finish_inference` changes nothing."""
-        if not self._is_prepared_for_inference:
-            self._reset_activation_checkpointing_args()
-            self._reset_sequence_parallelism_args()
-            self._is_prepared_for_inference = True
-        set_eval(self)
+        self._inference_mode.enter()
 
     def finish_inference(self) -> None:
         """Restore what `prepare_for_inference` switched off."""
-        if self._is_prepared_for_inference:
-            self._restore_activation_checkpointing_args()
-            self._restore_sequence_parallelism_args()
-            self._is_prepared_for_inference = False
-        set_train(self)
+        self._inference_mode.leave()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Load the weights of an archive, which may be a base model's: without a head, with an output layer.

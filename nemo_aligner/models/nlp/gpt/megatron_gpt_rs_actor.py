@@ -12,7 +12,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
@@ -21,38 +21,22 @@ from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.sampling import SamplingParams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
+from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 from nemo_aligner.utils.optimizer_offload import offload_optimizer_states
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
-from nemo_aligner.utils.train_utils import (
-    grad_reductions,
-    prepare_for_training_step,
-    set_eval,
-    set_sync_funcs,
-    set_train,
-)
+from nemo_aligner.utils.train_utils import grad_reductions, prepare_for_training_step, set_sync_funcs
 from nemo_aligner.utils.utils import configure_batch_sizes
 
 compat.apply()
-
-# Keys of NeMo's model config that MegatronGPTModel reads without a default when it switches to inference.
-_SWITCHED_FOR_INFERENCE = {
-    "activations_checkpoint_granularity": None,
-    "activations_checkpoint_method": None,
-    "activations_checkpoint_num_layers": None,
-    "activations_checkpoint_layers_per_pipeline": None,
-    "sequence_parallel": False,
-}
 
 
 class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenerativeInterface):
     """A Megatron GPT model for rejection sampling. `cfg` is the `model` section of the run's configuration."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
-        with open_dict(cfg):
-            for key, value in _SWITCHED_FOR_INFERENCE.items():
-                cfg.setdefault(key, value)
+        fill_missing_keys(cfg)
         super().__init__(cfg, trainer=trainer)
         self.automatic_optimization = False
         self.resets = {
@@ -65,7 +49,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         # Kept here because the config's own key is switched off during inference.
         self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
         self.distributed_adam_offload_manager: AbstractContextManager | None = None
-        self._is_prepared_for_inference = False
+        self._inference_mode = InferenceMode(self)
         self._sampling_generator: torch.Generator | None = None
 
     def _build_tokenizer(self):
@@ -206,20 +190,12 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def prepare_for_inference(self) -> None:
         """Switch off what only training needs. A second call before `finish_inference` changes nothing."""
-        if not self._is_prepared_for_inference:
-            self._reset_activation_checkpointing_args()
-            self._reset_sequence_parallelism_args()
-            self._is_prepared_for_inference = True
-        set_eval(self)
+        self._inference_mode.enter()
         self.offload_adam_states()
 
     def finish_inference(self) -> None:
         """Restore what `prepare_for_inference` switched off. Optimizer states come back in `prepare_for_training`."""
-        if self._is_prepared_for_inference:
-            self._restore_activation_checkpointing_args()
-            self._restore_sequence_parallelism_args()
-            self._is_prepared_for_inference = False
-        set_train(self)
+        self._inference_mode.leave()
 
     def seed_sampling(self, *key: int) -> None:
         """Start the random stream of `infer` anew as a function of the model's seed, `key` and this replica.
