@@ -1,0 +1,310 @@
+"""The stand-ins for what is not installed: only where something is missing, once, and only while it is needed."""
+
+import functools
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.collections.nlp.models import nlp_model
+from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
+from nemo.collections.nlp.modules.common.megatron import build_model, megatron_init, utils
+from nemo.collections.nlp.parts import nlp_overrides
+from torch.distributed.checkpoint import filesystem
+
+from nemo_aligner import compat
+from nemo_aligner.compat import cpu, device, log_noise, no_apex, no_transformer_engine, torch_version
+from nemo_aligner.models.nlp.gpt.layer_spec import Norm
+from nemo_aligner.testing.utils import Utils
+
+compat.apply()
+
+without_apex = pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="Apex is installed")
+without_te = pytest.mark.skipif(megatron_gpt_model.HAVE_TE, reason="Transformer Engine is installed")
+on_cpu = pytest.mark.skipif(not device.on_cpu(), reason="the suite runs on a GPU")
+
+# Everything that a stand-in takes the place of.
+APEX_NAMES = (
+    (nlp_overrides, "McoreDistributedOptimizer"),
+    (nlp_overrides, "MegatronDistributedFusedAdam"),
+    (build_model, "set_defaults_if_not_set_tensor_model_parallel_attributes"),
+    (utils, "listify_model"),
+    (utils, "FusedLayerNorm"),
+    (utils, "MixedFusedRMSNorm"),
+    (utils, "FastLayerNorm"),
+)
+TE_NAMES = ((nlp_model, "get_megatron_pretrained_bert_models"), (megatron_gpt_model, "get_specs"))
+
+
+def replaced_by(apply, names, monkeypatch) -> list[bool]:
+    """Which of the names `apply` replaces."""
+    original = object()
+    for module, name in names:
+        monkeypatch.setattr(module, name, original, raising=False)
+    apply()
+    return [getattr(module, name) is not original for module, name in names]
+
+
+# ---- only where something is missing
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_apex_is_replaced_only_if_missing(monkeypatch, is_there):
+    monkeypatch.setattr(nlp_overrides, "HAVE_APEX", is_there)
+    assert set(replaced_by(no_apex.apply, APEX_NAMES, monkeypatch)) == {not is_there}
+    assert nlp_overrides.HAVE_APEX
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_transformer_engine_is_replaced_only_if_missing(monkeypatch, is_there):
+    monkeypatch.setattr(megatron_gpt_model, "HAVE_TE", is_there)
+    assert set(replaced_by(no_transformer_engine.apply, TE_NAMES, monkeypatch)) == {not is_there}
+
+
+@pytest.mark.parametrize("version", ["24.07", None])
+def test_the_version_of_nvidia_s_container_is_set_only_if_missing(monkeypatch, version):
+    monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
+    if version is not None:
+        monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", version)
+    monkeypatch.setattr(megatron_gpt_model, "HAVE_TE", True)  # which says nothing about the container
+    no_transformer_engine.apply()
+    assert os.environ["NVIDIA_PYTORCH_VERSION"] == (version or "")
+
+
+def write_item_of_torch_2_6(stream, data, write_item, storage_key):
+    return ("2.6", stream, data, write_item, storage_key)
+
+
+def write_item_of_torch_2_7(transforms, stream, data, write_item, storage_key):
+    return ("2.7", type(transforms).__name__, stream, data, write_item, storage_key)
+
+
+def write_item_of_torch_2_9(transforms, stream, data, write_item, storage_key, serialization_format):
+    return ("2.9", type(transforms).__name__, stream, data, write_item, storage_key, serialization_format.name)
+
+
+@pytest.mark.parametrize(
+    "writer, written",
+    [
+        (write_item_of_torch_2_6, ("2.6", 1, 2, 3, 4)),
+        (write_item_of_torch_2_7, ("2.7", "_StorageWriterTransforms", 1, 2, 3, 4)),
+        (write_item_of_torch_2_9, ("2.9", "_StorageWriterTransforms", 1, 2, 3, 4, "TORCH_SAVE")),
+    ],
+)
+def test_the_checkpoint_writer_fits_every_torch(monkeypatch, writer, written):
+    monkeypatch.setattr(filesystem, "_write_item", writer)
+    monkeypatch.setattr(filesystem_async, "_write_item", writer)
+    torch_version.apply()
+    assert (filesystem_async._write_item is writer) == (writer is write_item_of_torch_2_6)
+    assert filesystem_async._write_item(1, 2, 3, 4) == written
+
+
+# ---- once
+
+
+def everything_that_is_replaced() -> list:
+    return [
+        *(getattr(module, name, None) for module, name in APEX_NAMES if name != "get_specs"),
+        filesystem_async._write_item, megatron_init._set_random_seed, schedules.torch, torch.Tensor.cuda,
+        torch.cuda.current_device, nlp_overrides.HAVE_APEX, list(log_noise_filters()),
+    ]  # fmt: skip
+
+
+def log_noise_filters():
+    from nemo.utils import logging as nemo_logging
+
+    return (found for found in nemo_logging._logger.filters if isinstance(found, log_noise._DropNoise))
+
+
+def test_applying_again_changes_nothing():
+    before = everything_that_is_replaced()
+    compat.apply()
+    assert everything_that_is_replaced() == before
+    assert len(list(log_noise_filters())) == 1
+
+
+@on_cpu
+def test_enabling_the_cpu_again_changes_nothing():
+    before = everything_that_is_replaced()
+    cpu.enable()
+    cpu.redirect_nemo()
+    assert everything_that_is_replaced() == before
+
+
+# ---- only while it is needed: each of these fails when a stand-in can be removed
+
+PROBE = """
+import importlib.util, inspect, json, os, re
+import torch
+from nemo.collections.nlp.models import nlp_model
+from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
+from nemo.collections.nlp.modules.common.megatron import build_model, megatron_init, utils
+from nemo.collections.nlp.parts import nlp_overrides
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.core.classes import modelPT
+
+def error_of(function, *args):
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error).__name__
+
+model = torch.nn.Linear(2, 2)
+print("PROBED " + json.dumps({
+    "strategy": error_of(nlp_overrides.NLPDDPStrategy),
+    "optimizer classes": [name for name in ("McoreDistributedOptimizer", "MegatronDistributedFusedAdam")
+                          if hasattr(nlp_overrides, name)],
+    "build_model": error_of(build_model._build_model if hasattr(build_model, "_build_model") else
+                            lambda: build_model.set_defaults_if_not_set_tensor_model_parallel_attributes),
+    "weight decay": error_of(utils.get_params_for_weight_decay_optimization, [model]),
+    "bert models": error_of(nlp_model.get_megatron_pretrained_bert_models),
+    "layer spec": error_of(megatron_gpt_model.get_specs, "", None, False),
+    "container version": error_of(megatron_gpt_model.MegatronGPTModel._enable_nvidia_optimizations, model),
+    "writer": inspect.signature(filesystem_async._write_item).parameters.__contains__("transforms"),
+    "cuda in schedules": '"cuda"' in inspect.getsource(schedules),
+    "cuda of ModelPT": "cuda" in vars(modelPT.ModelPT),
+    "seeds need a GPU": "device_count() > 0" in inspect.getsource(megatron_init._set_random_seed),
+    "random states are CUDA's": "torch.cuda" in inspect.getsource(random._set_cuda_rng_state),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """What NeMo, megatron-core and torch do in a process without this library."""
+    environment = {key: value for key, value in os.environ.items() if key != "NVIDIA_PYTORCH_VERSION"}
+    process = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment, timeout=300
+    )
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("PROBED ")] or [process.stderr[-2000:]]
+    return json.loads(line.removeprefix("PROBED "))
+
+
+@without_apex
+@pytest.mark.parametrize(
+    "what, found",
+    [
+        ("strategy", "ImportError"), ("optimizer classes", []), ("build_model", "AttributeError"),
+        ("weight decay", "NameError"),
+    ],
+)  # fmt: skip
+def test_nemo_still_needs_apex(bare, what, found):
+    assert bare[what] == found
+
+
+@without_te
+@pytest.mark.parametrize("what, found", [("bert models", "NameError"), ("layer spec", "NameError")])
+def test_nemo_still_needs_transformer_engine(bare, what, found):
+    assert bare[what] == found
+
+
+def test_nemo_still_needs_the_version_of_a_container(bare):
+    assert bare["container version"] == "TypeError"
+
+
+def test_megatron_still_calls_the_writer_of_an_older_torch(bare):
+    assert bare["writer"]
+    assert "_write_item(stream, " in inspect.getsource(filesystem_async)
+
+
+@pytest.mark.parametrize(
+    "what", ["cuda in schedules", "cuda of ModelPT", "seeds need a GPU", "random states are CUDA's"]
+)
+def test_the_libraries_still_name_cuda_outright(bare, what):
+    assert bare[what]
+
+
+# ---- that they do what they stand for
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    rms = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
+    layer = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="LayerNorm")
+    model = torch.nn.ModuleDict(
+        {
+            "linear": torch.nn.Linear(8, 8),
+            "rms": Norm(rms, 8),
+            "layer": Norm(layer, 8),
+            "of megatron": WrappedTorchLayerNorm(layer, 8),
+        }
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = utils.get_params_for_weight_decay_optimization([model])
+    assert [names[id(parameter)] for parameter in decayed["params"]] == ["linear.weight"]
+    assert "weight_decay" not in decayed and spared["weight_decay"] == 0
+    assert {names[id(parameter)] for parameter in spared["params"]} == set(names.values()) - {"linear.weight"}
+
+
+@without_apex
+def test_no_optimizer_is_taken_for_apex_s():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    assert not isinstance(optimizer, nlp_overrides.MegatronDistributedFusedAdam)
+
+
+@without_te
+def test_another_layer_spec_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"model\.name: the layer spec 'te_gpt_hyena' needs Transformer Engine"):
+        megatron_gpt_model.get_specs("te_gpt_hyena", None, True)
+
+
+@on_cpu
+def test_random_states_are_tracked_on_the_cpu():
+    Utils.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(5)
+    torch.manual_seed(1)
+
+    def draw():
+        return torch.rand(3).tolist()
+
+    outside = [draw(), draw(), draw()]
+    torch.manual_seed(1)
+    woven = [draw()]
+    with get_cuda_rng_tracker().fork():
+        first_inside = draw()
+    woven.append(draw())
+    with get_cuda_rng_tracker().fork():
+        second_inside = draw()
+    woven.append(draw())
+    assert woven == outside  # the fork leaves the outer stream where it was
+    assert first_inside != second_inside and first_inside not in outside
+    model_parallel_cuda_manual_seed(5)
+    with get_cuda_rng_tracker().fork():
+        assert draw() == first_inside
+    Utils.destroy_model_parallel()
+
+
+@on_cpu
+def test_names_of_cuda_lead_to_the_cpu():
+    assert device.current_device() == torch.device("cpu") == torch.cuda.current_device()
+    assert torch.zeros(1).cuda().device.type == "cpu"
+    assert torch.nn.Linear(1, 1).cuda().weight.device.type == "cpu"
+    assert schedules.torch.zeros(1, device="cuda").device.type == "cpu"
+    assert torch.cuda.LongTensor([1]).dtype == torch.int64
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.Event().record()
+    torch.cuda.synchronize()
+
+
+@on_cpu
+def test_the_absence_of_a_gpu_stays_visible():
+    assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
+
+
+def test_log_lines_without_use_are_dropped():
+    keep = log_noise._DropNoise().filter
+    record = functools.partial(logging.LogRecord, "nemo", logging.WARNING, __file__, 1, args=(), exc_info=None)
+    assert not keep(record(msg="The model: GPT() does not have field.name: tp_only_amax_red in its cfg."))
+    assert keep(record(msg="the validation set has 3 prompts"))
