@@ -35,3 +35,14 @@ def tiny_nemo(tiny_hf, tmp_path_factory):
         script = Path(__file__).parent.parent / "examples/nlp/gpt/convert_hf_to_nemo.py"
         subprocess.run([sys.executable, script, "--input", tiny_hf, "--output", path], check=True)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_no_process_group():
+    """Loading a model joins a process group; the next module starts without one."""
+    yield
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

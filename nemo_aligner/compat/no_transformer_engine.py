@@ -11,13 +11,13 @@ from nemo.utils import logging
 def apply() -> None:
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 
+    # MegatronBaseModel matches a pattern against this variable, which only NVIDIA's containers set (TypeError on None).
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "")
     if megatron_gpt_model.HAVE_TE:
         return
     _skip_bert_models()
     _use_own_layer_spec(megatron_gpt_model)
     _keep_weight_decay_off_own_norm()
-    # MegatronBaseModel matches a pattern against this variable, which only NVIDIA's containers set (TypeError on None).
-    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "")
 
 
 def _skip_bert_models() -> None:

@@ -157,6 +157,15 @@ def test_optimizers_of_apex_need_apex(files, optimizer, monkeypatch):
     check_rs_config(config(f"model.optim.name={optimizer}"))
 
 
+def test_bf16_with_main_weights_needs_apex(files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    on_gpu = ("trainer.accelerator=gpu", "trainer.precision=bf16", "model.megatron_amp_O2=True")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refusal(*on_gpu) == "model.megatron_amp_O2=True needs Apex, which is not installed; set it to False"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_rs_config(config(*on_gpu))
+
+
 def test_a_gpu_configuration_without_a_gpu(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = refusal("trainer.accelerator=gpu")

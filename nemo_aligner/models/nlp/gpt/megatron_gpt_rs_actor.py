@@ -225,12 +225,12 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             `prompt_lengths` int64 [B]; `is_end` bool [B], whether the row ended within its own budget of tokens.
 
         Raises:
-            ValueError: if a prompt and `max_length` more tokens exceed a learned position table.
+            ValueError: if a prompt is empty, or if one and `max_length` more tokens exceed a learned position table.
         """
         prompts = inference_batch["text"].to(current_device())
         prompt_lengths = inference_batch["length"].to(current_device())
         max_length, min_length = self._length_params["max_length"], self._length_params["min_length"]
-        self._check_context(int(prompt_lengths.max()), max_length)
+        self._check_prompt_lengths(prompt_lengths, max_length)
         if self._sampling_generator is None:
             self.seed_sampling()
         strategy = TrackLengthGPTModelTextGenerationStrategy(self, prompt_lengths, max_length, min_length)
@@ -246,22 +246,21 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             generator=self._sampling_generator,
         )
         response_lengths = strategy.get_lengths()
-        tokens = tokens[:, : int(response_lengths.max())]
-        padding = torch.arange(tokens.size(1), device=tokens.device) >= response_lengths[:, None]
         return {
-            "response_tokens": tokens.masked_fill(padding, self.tokenizer.eos_id),
+            "response_tokens": tokens[:, : int(response_lengths.max())],
             "response_lengths": response_lengths,
             "prompt_lengths": prompt_lengths,
             "is_end": strategy.get_is_end(),
         }
 
-    def _check_context(self, longest_prompt: int, max_length: int) -> None:
-        context = self.cfg.encoder_seq_length
-        if self.cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute" and (
-            longest_prompt + max_length > context
-        ):
+    def _check_prompt_lengths(self, prompt_lengths: torch.Tensor, max_length: int) -> None:
+        shortest, longest, context = int(prompt_lengths.min()), int(prompt_lengths.max()), self.cfg.encoder_seq_length
+        if shortest < 1:
+            raise ValueError("an empty prompt cannot be continued: every prompt needs at least one token")
+        has_position_table = self.cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+        if has_position_table and longest + max_length > context:
             raise ValueError(
-                f"a prompt of {longest_prompt} tokens and rs.length_params.max_length={max_length} exceed the model's "
+                f"a prompt of {longest} tokens and rs.length_params.max_length={max_length} exceed the model's "
                 f"{context} positions; lower max_length or model.data.seq_length"
             )
 
