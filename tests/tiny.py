@@ -80,8 +80,8 @@ def load_actor(nemo_path: Path, world_size: int = 1, rs: dict | None = None, **m
         for key, value in model_overrides.items():
             OmegaConf.update(cfg, key, value, force_add=True)
     trainer = Trainer(
-        devices=world_size, num_nodes=1, accelerator="cpu" if device.on_cpu() else "gpu", strategy=NLPDDPStrategy(), logger=False,
-        enable_checkpointing=False,
+        devices=world_size, num_nodes=1, accelerator="cpu" if device.on_cpu() else "gpu", strategy=NLPDDPStrategy(),
+        logger=False, enable_checkpointing=False,
     )  # fmt: skip
     return load_from_nemo(MegatronGPTRSModel, cfg, trainer, restore_path=str(nemo_path))
 

@@ -36,7 +36,8 @@ def test_two_steps(tiny_nemo, tmp_path, optimizer):
     command = [
         sys.executable, ROOT / "examples/nlp/gpt/train_gpt_rs_actor.py", "trainer.num_nodes=1", "trainer.devices=1",
         "trainer.rs.val_check_interval=2", f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
-        f"pretrained_checkpoint.restore_from_path={tiny_nemo}", f"model.rs.reward.target={tmp_path / 'reward.py'}:reward",
+        f"pretrained_checkpoint.restore_from_path={tiny_nemo}",
+        f"model.rs.reward.target={tmp_path / 'reward.py'}:reward",
         f"model.data.data_prefix={{train: [{prompts}], validation: [{prompts}], test: [{prompts}]}}",
         "model.encoder_seq_length=128", "model.rs.length_params.max_length=16", "model.global_batch_size=4",
         "model.rs.num_rollout_samples=4", "model.rs.rollout_micro_batch_size=2",
