@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -44,18 +45,21 @@ def convert(source_path: str | Path, output_path: str | Path, precision: str = "
     cpu.enable()
     output_path = Path(output_path)
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    # beside the output, so that a finished archive is moved into place and an interrupted one leaves nothing behind
+    with tempfile.TemporaryDirectory(dir=output_path.parent) as folder:
         source.tokenizer.save_pretrained(folder)
         cfg = model_config(source.config, tokenizer_config(folder), precision, dist_ckpt_format)
         trainer = Trainer(
             devices=1, num_nodes=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False,
             enable_checkpointing=False,
         )  # fmt: skip
+        destroy_num_microbatches_calculator()  # an earlier model's sizes, on which NeMo would insist
         model = ConvertedGPTModel(cfg, trainer)
         _copy_weights(source, model.get_model_module_list()[0])
         with open_dict(model.cfg):  # these two were for the conversion only
             model.cfg.use_cpu_initialization, model.cfg.perform_initialization = False, True
-        model.save_to(str(output_path))
+        model.save_to(str(Path(folder, output_path.name)))
+        Path(folder, output_path.name).replace(output_path)
 
 
 def model_config(

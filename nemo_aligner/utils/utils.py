@@ -90,12 +90,14 @@ def load_from_nemo(
     elif model_cfg is None:
         model_cfg = load_checkpoint_model_config(restore_path)
     check_archive(restore_path)
+    model_cfg = model_cfg.copy()
+    wanted_format = model_cfg.get("dist_ckpt_format", "torch_dist")
     with open_dict(model_cfg):
         model_cfg.pop("target", None)  # NeMo would build the class that wrote the archive instead of `cls`
+        # NeMo reads in the format that it is configured to write
+        model_cfg.dist_ckpt_format = load_checkpoint_model_config(restore_path).get("dist_ckpt_format", "torch_dist")
     destroy_num_microbatches_calculator()  # NeMo insists that every model of a process has the sizes of the first
     connector = CustomSaveRestoreConnector(load_base_model_only=load_base_model_only)
-    if os.path.isdir(restore_path):
-        connector.model_extracted_dir = restore_path
     model = cls.restore_from(
         restore_path=restore_path,
         trainer=trainer,
@@ -103,6 +105,9 @@ def load_from_nemo(
         save_restore_connector=connector,
         strict=strict,
     )
+    for cfg in (model_cfg, model.cfg):
+        with open_dict(cfg):
+            cfg.dist_ckpt_format = wanted_format
     return (model, model_cfg) if return_updated_cfg else model
 
 

@@ -156,8 +156,8 @@ def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(workplace):
 
 
 def test_ctrl_c_ends_a_run_at_once_and_keeps_its_rollouts(workplace):
-    # 6 prompts are one reward call each, 3 seconds long; the interrupt comes after the first of them
-    slow = ("model.rs.num_rollout_samples=6", "model.rs.reward.kwargs={seconds: 3}", "trainer.rs.val_check_interval=0")
+    # 6 prompts are one reward call each, 5 seconds long; the interrupt comes after the first of them
+    slow = ("model.rs.num_rollout_samples=6", "model.rs.reward.kwargs={seconds: 5}", "trainer.rs.val_check_interval=0")
     process = subprocess.Popen(
         command("interrupted", *slow), cwd=workplace, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -169,7 +169,7 @@ def test_ctrl_c_ends_a_run_at_once_and_keeps_its_rollouts(workplace):
     interrupted_at = time.monotonic()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output[-3000:]
-    assert time.monotonic() - interrupted_at < 9  # the call that is under way is waited for, the other four are not
+    assert time.monotonic() - interrupted_at < 16  # the call that is under way is waited for, the other four are not
     assert "Traceback" not in output
     (message,) = [line for line in output.splitlines() if "interrupted" in line and "rollouts so far" in line]
     assert message.endswith("interrupted/rollouts")

@@ -93,6 +93,17 @@ def test_so_does_the_zarr_format(tiny_hf, tmp_path):
     assert_same(restore(tmp_path / "actor.nemo"), parameters_of(actor))
 
 
+def test_an_archive_is_read_in_its_own_format_and_written_in_the_configured_one(saved, tmp_path):
+    path, parameters = saved
+    cfg = load_and_override_model_config(str(path), OmegaConf.create({"dist_ckpt_format": "zarr", "rs": rs_config()}))
+    actor = restore(path, cfg)
+    assert_same(actor, parameters)
+    actor.save_to(str(tmp_path / "actor.nemo"))
+    with tarfile.open(tmp_path / "actor.nemo") as archive:
+        assert any(name.endswith(".zarray") for name in archive.getnames())
+    assert_same(restore(tmp_path / "actor.nemo"), parameters)
+
+
 def test_the_tokenizer_travels_in_the_archive(saved, tiny_nemo):
     path, _ = saved
     files = load_checkpoint_model_config(str(path)).tokenizer.files
@@ -168,7 +179,11 @@ def test_a_missing_path_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.97])
-@pytest.mark.parametrize("load", [restore, lambda path: load_checkpoint_model_config(str(path))])
+@pytest.mark.parametrize(
+    "load",
+    [restore, lambda path: restore(path, OmegaConf.create()), lambda path: load_checkpoint_model_config(str(path))],
+    ids=["stored config", "given config", "config alone"],
+)
 def test_a_truncated_archive_is_named(saved, tmp_path, share, load):
     whole = saved[0].read_bytes()
     (tmp_path / "cut.nemo").write_bytes(whole[: int(share * len(whole))])
