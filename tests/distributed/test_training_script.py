@@ -161,6 +161,8 @@ def test_ctrl_c_ends_a_run_at_once_and_keeps_its_rollouts(workplace):
     process = subprocess.Popen(
         command("interrupted", *slow), cwd=workplace, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # a shell starts its background jobs, which this suite may be one of, deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     first_rollouts = workplace / "interrupted/rollouts/train_rank0.jsonl"
     while process.poll() is None and not (first_rollouts.exists() and first_rollouts.stat().st_size):
