@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_aligner.testing.utils import Utils
+from nemo_aligner.utils.utils import extract_value_from_ckpt
 from tests.tiny import load_actor
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,8 +49,6 @@ def command(log_dir: str, *overrides: str) -> list[str]:
         "trainer.num_nodes": 1, "trainer.devices": 1, "trainer.accelerator": "cpu", "trainer.precision": 32,
         "trainer.rs.max_steps": 2, "trainer.rs.val_check_interval": 2,
         "exp_manager.explicit_log_dir": log_dir, "exp_manager.name": "tiny",
-        "exp_manager.checkpoint_callback_params.save_top_k": 0,
-        "+exp_manager.checkpoint_callback_params.save_last": False,
         "pretrained_checkpoint.restore_from_path": "tiny.nemo",
         "model.data.data_prefix": "{train: [train.jsonl], validation: [val.jsonl], test: [val.jsonl]}",
         "model.rs.reward.target": "reward.py:last_token",
@@ -94,6 +93,15 @@ def finished_run(workplace):
     process = run_script(workplace, "finished")
     assert process.returncode == 0, process.stderr[-3000:]
     return workplace / "finished"
+
+
+def test_the_best_and_the_last_checkpoint_carry_the_counters(finished_run):
+    names = [path.name for path in (finished_run / "checkpoints").iterdir() if path.is_dir()]
+    assert len(names) == 2 and sum(name.endswith("-last") for name in names) == 1
+    for name in names:
+        assert extract_value_from_ckpt("step", name) == 2
+        assert extract_value_from_ckpt("consumed_samples", name) == 2 * G
+        assert extract_value_from_ckpt("rs_optimization_step", name) == 2 * K
 
 
 def test_every_rollout_is_on_disk_and_k_of_each_prompt_are_kept(finished_run):
