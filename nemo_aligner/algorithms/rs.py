@@ -284,9 +284,7 @@ class RSTrainer:
         """
         if not rollout_batches:
             raise ValueError("there are no rollouts to report on: the dataset gave no micro-batch")
-        sums = sum(_sums_over_rows(batch) for batch in rollout_batches).to(current_device())
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        num_rows, lengths, prompt_lengths, num_judged, rewards, ended, fit = sums.tolist()
+        num_rows, lengths, prompt_lengths, num_judged, rewards, ended, fit = _sums_over_replicas(rollout_batches)
         return {
             "table": _example(rollout_batches[0], self.model.tokenizer),
             "global_response_lengths_mean": lengths / num_rows,
@@ -298,9 +296,7 @@ class RSTrainer:
         }
 
     def _selection_metrics(self, kept: list[dict]) -> dict:
-        sums = sum(_sums_over_rows(batch) for batch in kept).to(current_device())
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        num_rows, lengths, _, num_judged, rewards, _, fit = sums.tolist()
+        num_rows, lengths, _, num_judged, rewards, _, fit = _sums_over_replicas(kept)
         return {
             "selected_rewards_mean": rewards / num_judged if num_judged else float("nan"),
             "selected_response_lengths_mean": lengths / num_rows,
@@ -483,6 +479,13 @@ def _records(dataset, batch: dict, num_rows: int) -> list[dict]:
         return [{}] * num_rows
     records = [dataset.record(index) for index in batch["prompt_index"].tolist()]
     return [record for record in records for _ in range(num_rows // len(records))]
+
+
+def _sums_over_replicas(rollout_batches: list[dict]) -> list[float]:
+    """`_sums_over_rows` of all batches of all replicas; every rank calls it."""
+    sums = sum(_sums_over_rows(batch) for batch in rollout_batches).to(current_device())
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    return sums.tolist()
 
 
 def _sums_over_rows(batch: dict) -> torch.Tensor:

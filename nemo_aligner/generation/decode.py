@@ -55,11 +55,11 @@ def generate(
             drawn_B = sample(logits_BV, tokens_BW[:, :t], sampling_params, generator)
             drawn_B = torch.where(is_done_B, eod_id, drawn_B)
             tokens_BW[:, t] = torch.where(generated_B >= 0, drawn_B, tokens_BW[:, t])
-        _broadcast_from_last_stage(tokens_BW, t)
+        tokens_BW[:, t] = _from_last_stage(tokens_BW[:, t])
         if is_last_stage:
             is_end_B = strategy.end_of_generation_condition(tokens_BW[:, : t + 1], tokens_BW[:, t], eod_id, end_strings)
             is_done_B |= (generated_B >= 0) & (is_end_B | (generated_B + 1 >= max_length))
-        if _all_done(is_done_B):
+        if _from_last_stage(is_done_B.all()):
             break
     return tokens_BW
 
@@ -104,24 +104,14 @@ class _CachedForward:
         return gather_from_tensor_model_parallel_region(outputs[0]["logits"]).float()
 
 
-def _broadcast_from_last_stage(tokens_BW: torch.Tensor, t: int) -> None:
+def _from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """The last pipeline stage's values, whose shape and dtype all stages know: no header precedes them."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return
-    column = tokens_BW[:, t].contiguous()
+        return tensor
+    tensor = tensor.contiguous()
     torch.distributed.broadcast(
-        column,
+        tensor,
         parallel_state.get_pipeline_model_parallel_last_rank(),
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
-    tokens_BW[:, t] = column
-
-
-def _all_done(is_done_B: torch.Tensor) -> bool:
-    done = is_done_B.all()
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            done,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return bool(done)
+    return tensor

@@ -82,20 +82,17 @@ def load_from_nemo(
         ConfigError: if it is not a complete checkpoint.
     """
     assert restore_path is not None and os.path.exists(restore_path), f"restore_path: {restore_path} does not exist"
+    stored_cfg = load_checkpoint_model_config(restore_path)
+    stored_format = stored_cfg.get("dist_ckpt_format", "torch_dist")
     if modify_config_fn is not None:
-        stored_cfg = load_checkpoint_model_config(restore_path)
         takes_tree_flag = "add_cfg_to_tree" in inspect.signature(modify_config_fn).parameters
         extra = {"add_cfg_to_tree": False} if takes_tree_flag else {}
         model_cfg = modify_config_fn(stored_cfg, model_cfg, **extra)
-    elif model_cfg is None:
-        model_cfg = load_checkpoint_model_config(restore_path)
-    check_archive(restore_path)
-    model_cfg = model_cfg.copy()
+    model_cfg = (stored_cfg if model_cfg is None else model_cfg).copy()
     wanted_format = model_cfg.get("dist_ckpt_format", "torch_dist")
     with open_dict(model_cfg):
         model_cfg.pop("target", None)  # NeMo would build the class that wrote the archive instead of `cls`
-        # NeMo reads in the format that it is configured to write
-        model_cfg.dist_ckpt_format = load_checkpoint_model_config(restore_path).get("dist_ckpt_format", "torch_dist")
+        model_cfg.dist_ckpt_format = stored_format  # NeMo reads in the format that it is configured to write
     destroy_num_microbatches_calculator()  # NeMo insists that every model of a process has the sizes of the first
     connector = CustomSaveRestoreConnector(load_base_model_only=load_base_model_only)
     model = cls.restore_from(

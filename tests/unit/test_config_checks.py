@@ -80,7 +80,9 @@ def test_a_yaml_file_documents_exactly_the_known_keys(name):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
 def test_every_yaml_file_loads_and_resolves(path):
     with initialize_config_dir(str(path.parent), version_base=None):
-        OmegaConf.resolve(compose(path.stem))
+        cfg = compose(path.stem)
+    OmegaConf.resolve(cfg)
+    assert not OmegaConf.missing_keys(cfg)
 
 
 # ---- mistakes
