@@ -7,27 +7,34 @@ replicas, R = G * K / DP rows that a replica trains on per RS step, S padded tok
 import time
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import pandas as pd
 import torch
 from megatron.core import parallel_state
-from nemo.utils import logging
+from nemo.utils import AppState, logging
 from tqdm import tqdm
 
+from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX, example, global_rollout_metrics, selection_metrics
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.distributed import ScopedTimer, pad_list, pad_tensors_to_max_global_seq_len
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.ppo_utils import create_mask, select_topk
 from nemo_aligner.utils.rollout_log import RolloutLog
+from nemo_aligner.utils.server_utils import RewardError
 from nemo_aligner.utils.text_generation_utils import has_content
 from nemo_aligner.utils.timers import max_over_ranks
 from nemo_aligner.utils.train_utils import clip_gradients
 from nemo_aligner.utils.trainer_utils import check_progress, compute_num_steps_per_epoch
+from nemo_aligner.utils.unscored_rollouts import UnscoredRollouts
 from nemo_aligner.utils.utils import clear_memory, cpu_dict
 
 MAX_TABLE_ROWS = 100
 # First number of the key from which the random stream of a phase is derived.
 TRAINING_STREAM, VALIDATION_STREAM = 0, 1
+# While one replica waits for rewards, all ranks meet this often: their process groups give up on a rank that stays away
+# from a collective for some minutes.
+MEETING_INTERVAL_S = 60.0
 
 
 class RSTrainer:
@@ -53,12 +60,13 @@ class RSTrainer:
         num_rollouts_per_prompt: int,
         top_n_rollouts: int,
         rm,
-        rollout_log: RolloutLog | None = None,
+        rollout_dir: Path | None = None,
     ):
         """
         Args:
             rm: scores rollouts: `rm.infer_rm(rollout_batch).result()` gives float32 [rows, 1].
-            rollout_log: where every rollout is written, if anywhere.
+            rollout_dir: where every rollout is written; None takes `rollouts` in the folder that NeMo's exp_manager
+                has set up, and writes nothing if there is none.
 
         Raises:
             ConfigError: if the sizes do not fit each other.
@@ -75,10 +83,16 @@ class RSTrainer:
         self.num_rollouts_per_prompt = num_rollouts_per_prompt
         self.top_n_rollouts = top_n_rollouts
         self.rm = rm
-        self.rollout_log = rollout_log
+        if rollout_dir is None and AppState().log_dir is not None:
+            rollout_dir = Path(AppState().log_dir, "rollouts")
+        self.rollout_log = self.unscored = None
+        if rollout_dir is not None:
+            rank, end_strings = torch.distributed.get_rank(), model._sampling_params["end_strings"]
+            self.rollout_log = RolloutLog(rollout_dir, model.tokenizer, end_strings, rank)
+            self.unscored = UnscoredRollouts(rollout_dir, rank)
         self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)
         self.timer = ScopedTimer(reduction="mean", sync_cuda=True, buffer_size=1)
-        self.step = self.rs_optimization_step = self.consumed_samples = 0
+        self.step = self.rs_optimization_step = self.consumed_samples = self._saved_step = 0
         columns = ["step", "prompt", "response", "reward"]
         self.train_df, self.val_df = pd.DataFrame(columns=columns), pd.DataFrame(columns=columns)
         self.num_prompts_per_step = train_dataloader.batch_sampler.global_batch_size
@@ -116,10 +130,18 @@ class RSTrainer:
     # The loop
 
     def fit(self) -> None:
-        """Roll out, score, select, train, validate, save, until the steps, the epochs or the time are used up."""
+        """Roll out, score, select, train, validate, save, until the steps, the epochs or the time are used up.
+
+        Raises:
+            RewardError: if rewards could not be had. A checkpoint is written before, so that the next start begins with
+                the rollouts that were left.
+        """
+        self._saved_step = self.step
         try:
             self.run_timer.start_time()
-            if self.step == 0 and self.cfg.get("val_at_start", False):
+            if self.unscored is not None and self.unscored.load("val", self.step):
+                self._finish_step({}, run_val=True, save_model=self.cfg.save_interval > 0)
+            elif self.step == 0 and self.cfg.get("val_at_start", False):
                 self.log_rollouts(self.run_validation(), "val")
             dataloader_iter = None
             with _progress_bar(total=self.max_steps, initial=self.step, desc="RS steps", unit="step") as progress:
@@ -132,6 +154,11 @@ class RSTrainer:
                     logging.info(f"RS step {self.step}/{self.max_steps}: {summary}")
                     if run_time_exceeded:
                         return
+        except RewardError:
+            self.model.finish_inference()
+            if self.cfg.save_interval > 0 and self.step > self._saved_step:
+                self.save()
+            raise
         finally:
             self.logger.finalize()
 
@@ -153,6 +180,13 @@ class RSTrainer:
         run_val, save_model, is_train_end = check_progress(
             self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0, run_time_exceeded
         )
+        val_metrics = self._finish_step(train_metrics, run_val, save_model, is_train_end)
+        return _summary(train_metrics, val_metrics), run_time_exceeded
+
+    def _finish_step(
+        self, train_metrics: dict, run_val: bool, save_model: bool, is_train_end: bool = False
+    ) -> dict[str, float]:
+        """Validate, log timings and save, as asked for; returns the validation's metrics."""
         val_metrics = {}
         if run_val:
             with self.timer("validation_time"):
@@ -167,7 +201,7 @@ class RSTrainer:
                 **timings,
             }
             self.save({key: torch.tensor(value) for key, value in candidates.items()}, is_train_end)
-        return _summary(train_metrics, val_metrics), run_time_exceeded
+        return val_metrics
 
     def log_rollouts(self, metrics: dict, split: str) -> None:
         """Log the metrics of a rollout phase and one example of it, under `train_rollouts/` or `val_rollouts/`."""
@@ -209,35 +243,88 @@ class RSTrainer:
 
         Returns:
             Rollout batches (training: the kept rows; validation: all) and the metrics of all rows.
+
+        Raises:
+            RewardError: on every rank of the job, if rewards could not be had; the rollouts are on disk.
         """
         split = "val" if is_validation else "train"
+        num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
-        under_way = []
+        stored = iter(self.unscored.load(split, self.step) if self.unscored is not None else ())
+        under_way, scored, kept = [], [], []
         try:
             microbatches = islice(dataloader_iter, num_microbatches)
             for batch in _progress_bar(microbatches, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
-                rollouts = self._generate(batch, 1 if is_validation else self.num_rollouts_per_prompt)
+                rollouts = self._take_stored(stored, batch, num_rollouts) or self._generate(batch, num_rollouts)
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
-                under_way.append((rollouts, self.rm.infer_rm({**rollouts, "records": records})))
-            scored, kept = [], []
+                is_scored = "rewards" in rollouts
+                under_way.append((rollouts, None if is_scored else self.rm.infer_rm({**rollouts, "records": records})))
             while under_way:
                 rollouts, future = under_way[0]
-                rollouts["rewards"] = future.result().flatten().to(rollouts["response_tokens"].device)
-                rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
+                if future is not None:
+                    self._add_rewards(rollouts, future)
                 under_way.pop(0)
                 scored.append(rollouts)
                 kept.append(rollouts if is_validation else self._select(rollouts))
                 kept_rows = () if is_validation else kept[-1].pop("row").tolist()
-                self._write_to_log(split, rollouts, kept_rows)
+                if future is not None:  # else an earlier start wrote them
+                    self._write_to_log(split, rollouts, kept_rows)
+        except RewardError as error:
+            raise self._keep_for_next_start(split, scored + [rollouts for rollouts, _ in under_way], error) from error
         except BaseException:
             for rollouts, _ in under_way:
                 self._write_to_log(split, rollouts)
             raise
+        if self.unscored is not None:
+            self.unscored.remove(split, self.step)
         metrics = self.compute_global_rollout_metrics(scored)
         if not is_validation:
-            metrics.update(self._selection_metrics(kept))
-            metrics["table"] = _example(kept[0], self.model.tokenizer)
+            metrics.update(selection_metrics(kept))
+            metrics["table"] = example(kept[0], self.model.tokenizer)
         return kept, metrics
+
+    def _take_stored(self, stored: Iterator[dict], batch: dict, num_rollouts: int) -> dict | None:
+        """The next of the rollouts that an earlier start could not have scored, if there are any.
+
+        Raises:
+            RuntimeError: if they are of other prompts than this batch.
+        """
+        rollouts = next(stored, None)
+        if rollouts is None:
+            return None
+        prompts = batch["text"].repeat_interleave(num_rollouts, dim=0)
+        if not torch.equal(rollouts["prompt_tokens"], prompts):
+            raise RuntimeError(
+                f"{self.unscored.folder}: the unscored rollouts of step {self.step} answer other prompts than this run "
+                "visits there; start with the settings they were made with, or delete the files unscored_*"
+            )
+        return {key: value.to(current_device()) for key, value in rollouts.items()}
+
+    def _add_rewards(self, rollouts: dict, future) -> None:
+        """Wait for a micro-batch's `rewards` [rows], and its parts if it is a sum.
+
+        Raises:
+            RewardError: on every rank of the job.
+        """
+        _wait_on_all_ranks(future)
+        failure = None
+        try:
+            rewards = future.result()
+        except RewardError as error:
+            failure = error
+        failure = _failure_of_any_replica(failure)
+        if failure is not None:
+            raise failure
+        for name, part in {"rewards": rewards, **_parts(future)}.items():
+            rollouts[name] = part.flatten().to(rollouts["response_tokens"].device)
+        rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
+
+    def _keep_for_next_start(self, split: str, rollout_batches: list[dict], error: RewardError) -> RewardError:
+        """Put the phase's rollouts on disk; returns the error with a mention of that."""
+        if self.unscored is None:
+            return error
+        path = self.unscored.save(split, self.step, [cpu_dict(rollouts) for rollouts in rollout_batches])
+        return RewardError(f"{error}; the rollouts are in {path}; the same command started again scores them first")
 
     def _generate(self, batch: dict, num_rollouts: int) -> dict:
         """Rollouts of the prompts in `batch` from one `infer` call, `num_rollouts` neighbouring rows for each."""
@@ -274,8 +361,6 @@ class RSTrainer:
         if self.rollout_log is not None:
             self.rollout_log.write(split, self.step, cpu_dict(rollouts), kept_rows)
 
-    # Metrics
-
     def compute_global_rollout_metrics(self, rollout_batches: list[dict]) -> dict:
         """Means over the rows of all replicas, and one row of this rank under `table`.
 
@@ -284,24 +369,8 @@ class RSTrainer:
         """
         if not rollout_batches:
             raise ValueError("there are no rollouts to report on: the dataset gave no micro-batch")
-        num_rows, lengths, prompt_lengths, num_judged, rewards, ended, fit = _sums_over_replicas(rollout_batches)
-        return {
-            "table": _example(rollout_batches[0], self.model.tokenizer),
-            "global_response_lengths_mean": lengths / num_rows,
-            "global_prompt_lengths": prompt_lengths / num_rows,
-            "global_rewards": rewards / num_judged if num_judged else float("nan"),
-            "fraction_finished": ended / num_rows,
-            "fraction_fit": fit / num_rows,
-            "fraction_unjudged": 1 - num_judged / num_rows,
-        }
-
-    def _selection_metrics(self, kept: list[dict]) -> dict:
-        num_rows, lengths, _, num_judged, rewards, _, fit = _sums_over_replicas(kept)
-        return {
-            "selected_rewards_mean": rewards / num_judged if num_judged else float("nan"),
-            "selected_response_lengths_mean": lengths / num_rows,
-            "selected_fraction_fit": fit / num_rows,
-        }
+        table = example(rollout_batches[0], self.model.tokenizer)
+        return {"table": table, **global_rollout_metrics(rollout_batches)}
 
     # Training
 
@@ -378,6 +447,7 @@ class RSTrainer:
         counters = {key: torch.tensor(value, dtype=torch.int64) for key, value in self.state_dict().items()}
         self.ckpt_callback.custom_save({**(extra_candidates or {}), **counters}, is_train_end=is_train_end)
         self.model.finish_training()
+        self._saved_step = self.step
 
     def state_dict(self) -> dict[str, int]:
         return {
@@ -481,42 +551,28 @@ def _records(dataset, batch: dict, num_rows: int) -> list[dict]:
     return [record for record in records for _ in range(num_rows // len(records))]
 
 
-def _sums_over_replicas(rollout_batches: list[dict]) -> list[float]:
-    """`_sums_over_rows` of all batches of all replicas; every rank calls it."""
-    sums = sum(_sums_over_rows(batch) for batch in rollout_batches).to(current_device())
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    return sums.tolist()
+def _wait_on_all_ranks(future) -> None:
+    """Return when every replica has its reward, or the failure. Collective over the job."""
+    while True:
+        # futures of foreign kinds wait in `result()`
+        is_done = future.wait(MEETING_INTERVAL_S) if hasattr(future, "wait") else True
+        all_done = torch.tensor([is_done], dtype=torch.int64, device=current_device())
+        torch.distributed.all_reduce(all_done, torch.distributed.ReduceOp.MIN)
+        if all_done.item():
+            return
 
 
-def _sums_over_rows(batch: dict) -> torch.Tensor:
-    """fp64 [7]: rows, response lengths, prompt lengths, judged rows, their rewards, ended and fit rows; no padding."""
-    rewards = batch["rewards"].flatten().double()
-    counts = ~batch["is_padding"] if "is_padding" in batch else torch.ones_like(rewards, dtype=torch.bool)
-    is_judged = ~rewards.isnan()
-    none = torch.zeros_like(rewards)
-    per_row = torch.stack(
-        [
-            torch.ones_like(rewards),
-            (batch["response_lengths"] - batch["prompt_lengths"]).double(),
-            batch["prompt_lengths"].double(),
-            is_judged.double(),
-            torch.where(is_judged, rewards, 0.0),
-            batch.get("is_end", none).double(),
-            batch.get("is_fit", none).double(),
-        ]
-    )
-    return per_row[:, counts].sum(dim=1)
+def _parts(future) -> dict[str, torch.Tensor]:
+    return {f"{PART_PREFIX}{name}": part for name, part in getattr(future, "parts", {}).items()}
 
 
-def _example(batch: dict, tokenizer) -> dict:
-    """Texts and reward of the first row."""
-    prompt_length, response_length = int(batch["prompt_lengths"][0]), int(batch["response_lengths"][0])
-    tokens = batch["response_tokens"][0].tolist()
-    return {
-        "reward": batch["rewards"].flatten()[0].item(),
-        "prompt": tokenizer.ids_to_text(tokens[:prompt_length]),
-        "response": tokenizer.ids_to_text(tokens[prompt_length:response_length]),
-    }
+def _failure_of_any_replica(failure: RewardError | None) -> RewardError | None:
+    """The first replica's failure, on every rank, so that all of them stop. Collective over the job."""
+    messages = [None] * parallel_state.get_data_parallel_world_size()
+    group = parallel_state.get_data_parallel_group()
+    torch.distributed.all_gather_object(messages, None if failure is None else str(failure), group=group)
+    message = next((message for message in messages if message is not None), None)
+    return failure or (None if message is None else RewardError(message))
 
 
 def _round_up_width(tokens: torch.Tensor, multiple: int, pad_value: int) -> torch.Tensor:

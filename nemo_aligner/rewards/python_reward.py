@@ -31,7 +31,8 @@ import inspect
 import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -41,7 +42,13 @@ from omegaconf import OmegaConf
 
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.errors import ConfigError
-from nemo_aligner.utils.server_utils import FutureResult, RewardError, is_replica_source, one_line, share_from_source
+from nemo_aligner.utils.server_utils import (
+    BackgroundResult,
+    RewardError,
+    is_replica_source,
+    one_line,
+    share_from_source,
+)
 
 __all__ = ["PythonRewardModel", "RewardError", "load_reward_function", "score"]
 
@@ -50,74 +57,86 @@ ROLLOUT_KEYS = ("response_tokens", "response_lengths", "prompt_lengths", "is_end
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def load_reward_function(target: str, kwargs: Mapping | None = None) -> Callable:
+@dataclass(frozen=True)
+class _Source:
+    """Where the configuration names a function; `key` is the section of `target` and `kwargs`."""
+
+    key: str
+    target: str
+
+    def error(self, problem: str, remedy: str) -> ConfigError:
+        return ConfigError(one_line(f"{self.key}.target={self.target!r}: {problem}; {remedy}", limit=1000))
+
+
+def load_reward_function(target: str, kwargs: Mapping | None = None, key: str = "model.rs.reward") -> Callable:
     """Find the user's function and settle what it is called with. Needs no model and no process group.
 
     Args:
         target: `package.module.function` or `path/to/file.py:function`; a relative path starts at the working
             directory.
         kwargs: constant keyword arguments of the function.
+        key: the section of the configuration that they come from, for messages.
 
     Returns:
-        A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on what the function takes.
+        A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on what the function takes,
+        which its attribute `columns` names.
 
     Raises:
-        ConfigError: (a ValueError) one line with `model.rs.reward.target`, its value and the remedy, if the target is
+        ConfigError: (a ValueError) one line with the key, its value and the remedy, if the target is
             malformed, cannot be found or imported, is no function, or cannot be called with these arguments.
     """
-    function = _resolve(target)
-    constants = _plain_dict(target, kwargs)
-    columns = _accepted_columns(target, function, constants)
+    source = _Source(key, target)
+    function = _resolve(source)
+    constants = _plain_dict(source, kwargs)
+    columns = _accepted_columns(source, function, constants)
 
     def reward_function(prompts, responses, **available):
         return function(prompts, responses, **{name: available[name] for name in columns}, **constants)
 
+    reward_function.columns = tuple(columns)
     return reward_function
 
 
-def _target_error(target, problem: str, remedy: str) -> ConfigError:
-    return ConfigError(one_line(f"model.rs.reward.target={target!r}: {problem}; {remedy}", limit=1000))
-
-
-def _resolve(target: str) -> Callable:
+def _resolve(source: _Source) -> Callable:
+    target = source.target
     remedy = 'write "package.module.function" or "path/to/file.py:function"'
     if not isinstance(target, str):
-        raise _target_error(target, "is not a string", remedy)
+        raise source.error("is not a string", remedy)
     path, is_file, name = target.rpartition(":")
     if not is_file:
         path, _, name = target.rpartition(".")
     well_formed = path.endswith(".py") if is_file else all(part.isidentifier() for part in path.split("."))
     if not well_formed or not name.isidentifier() or target.endswith(".py"):
-        raise _target_error(target, "names no function", remedy)
+        raise source.error("names no function", remedy)
 
-    module = _import_file(target, Path(path).expanduser()) if is_file else _import_module(target, path)
+    module = _import_file(source, Path(path).expanduser()) if is_file else _import_module(source, path)
     if not hasattr(module, name):
-        raise _target_error(target, f"{path} has no attribute {name!r}", "correct the function's name")
+        raise source.error(f"{path} has no attribute {name!r}", "correct the function's name")
     function = getattr(module, name)
     if not callable(function) or inspect.isclass(function):
         found = "class" if inspect.isclass(function) else type(function).__name__
-        raise _target_error(target, f"is a {found}, which cannot score responses", "name a function")
+        raise source.error(f"is a {found}, which cannot score responses", "name a function")
     return function
 
 
-def _import_module(target: str, name: str) -> ModuleType:
+def _import_module(source: _Source, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             remedy = "install it, put its folder on PYTHONPATH, or name the file as path/to/file.py:function"
-            raise _target_error(target, f"there is no module {missing!r}", remedy) from error
-        raise _import_failure(target, name, error) from error
+            raise source.error(f"there is no module {missing!r}", remedy) from error
+        raise _import_failure(source, name, error) from error
 
 
-def _import_file(target: str, file: Path) -> ModuleType:
+def _import_file(source: _Source, file: Path) -> ModuleType:
     if not file.is_file():
-        raise _target_error(target, f"there is no file {file.resolve()}", "correct the path")
+        raise source.error(f"there is no file {file.resolve()}", "correct the path")
     try:
         return _execute_file(file.resolve())
     except Exception as error:
-        raise _import_failure(target, str(file), error) from error
+        raise _import_failure(source, str(file), error) from error
 
 
 @functools.cache
@@ -130,28 +149,26 @@ def _execute_file(file: Path) -> ModuleType:
     return module
 
 
-def _import_failure(target: str, name: str, error: Exception) -> ConfigError:
-    return _target_error(target, f"importing {name} raised {type(error).__name__}: {error}", "mend that module")
+def _import_failure(source: _Source, name: str, error: Exception) -> ConfigError:
+    return source.error(f"importing {name} raised {type(error).__name__}: {error}", "mend that module")
 
 
-def _plain_dict(target: str, kwargs: Mapping | None) -> dict:
+def _plain_dict(source: _Source, kwargs: Mapping | None) -> dict:
     if OmegaConf.is_config(kwargs):
         kwargs = OmegaConf.to_container(kwargs, resolve=True)
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise _target_error(
-            target, f"model.rs.reward.kwargs is {kwargs!r}", "give a mapping of argument names to values"
-        )
+        raise source.error(f"{source.key}.kwargs is {kwargs!r}", "give a mapping of argument names to values")
     return dict(kwargs)
 
 
-def _accepted_columns(target: str, function: Callable, constants: dict) -> list[str]:
+def _accepted_columns(source: _Source, function: Callable, constants: dict) -> list[str]:
     """Which of `OPTIONAL_COLUMNS` the function takes. Raises `ConfigError` if it cannot be called at all."""
     try:
         signature = inspect.signature(function)
     except ValueError as error:
-        raise _target_error(target, "its arguments cannot be inspected", "wrap it in a Python function") from error
+        raise source.error("its arguments cannot be inspected", "wrap it in a Python function") from error
     parameters = signature.parameters.values()
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     by_keyword = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -160,23 +177,20 @@ def _accepted_columns(target: str, function: Callable, constants: dict) -> list[
 
     taken = [name for name in constants if name in OPTIONAL_COLUMNS]
     if taken:
-        raise _target_error(
-            target, f"model.rs.reward.kwargs sets {taken}, which the trainer passes itself", "remove them from kwargs"
+        raise source.error(
+            f"{source.key}.kwargs sets {taken}, which the trainer passes itself", "remove them from kwargs"
         )
     unknown = [name for name in constants if name not in by_keyword]
     if unknown and not takes_any:
         free = [name for name in by_keyword if name not in OPTIONAL_COLUMNS]
-        raise _target_error(
-            target, f"model.rs.reward.kwargs sets {unknown}, which the function does not take", f"it takes {free}"
-        )
+        raise source.error(f"{source.key}.kwargs sets {unknown}, which the function does not take", f"it takes {free}")
     columns = [name for name in OPTIONAL_COLUMNS if takes_any or name in by_keyword]
     try:
         signature.bind([], [], **dict.fromkeys(columns), **constants)
     except TypeError as error:
-        raise _target_error(
-            target,
+        raise source.error(
             f"it cannot be called with (prompts, responses) and the keywords {[*columns, *constants]}: {error}",
-            f"two arguments are filled by position; set others in model.rs.reward.kwargs or name {OPTIONAL_COLUMNS}",
+            f"two arguments are filled by position; set others in {source.key}.kwargs or name {OPTIONAL_COLUMNS}",
         ) from error
     return columns
 
@@ -358,12 +372,8 @@ def _host_copy(value):
     return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
-class PythonRewardFuture(FutureResult):
-    """Rewards under way."""
-
-    def __init__(self, future: Future | None):
-        """`future` gives float32 [B]; None on every rank but the replica's source rank."""
-        self._future = future
+class PythonRewardFuture(BackgroundResult):
+    """Rewards under way; its future gives float32 [B]."""
 
     def result(self) -> torch.Tensor:
         """Wait for the rewards. Collective over the replica, in the order of the `infer_rm` calls.
@@ -374,4 +384,4 @@ class PythonRewardFuture(FutureResult):
         Raises:
             RewardError: on every rank of the replica, with the same message.
         """
-        return share_from_source(lambda: self._future.result()).unsqueeze(-1).to(current_device())
+        return share_from_source(lambda: self.future.result()).unsqueeze(-1).to(current_device())

@@ -1,36 +1,72 @@
-"""Named connections to Triton inference servers."""
+"""Named connections to Triton inference servers, whose failures are outlasted as far as the caller's patience goes.
 
+Requests are idempotent, so one that failed is sent again: as long as the server gives no answer, until a deadline; when
+its answers are bad, a few times. What came back, and where from, is in the error that ends the attempts.
+"""
+
+import re
+import threading
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
+import gevent
 import numpy as np
+import tenacity
 from nemo.utils import logging
 from pytriton.client import ModelClient
-from pytriton.client.exceptions import PyTritonClientTimeoutError
+from pytriton.client.exceptions import PyTritonClientInferenceServerError, PyTritonClientTimeoutError
 from pytriton.client.warnings import NotSupportedTimeoutWarning
 from tritonclient.utils import InferenceServerException
 
-# A request may queue at the server behind those of all other replicas.
-INFERENCE_TIMEOUT_S = 600_000
-# A server that has answered before gets this long to answer again before a request to it fails.
-RETURN_TIMEOUT_S = 300
-NUM_THREADS = 32
+from nemo_aligner.utils.server_utils import RewardError, one_line
+
+INIT_TIMEOUT_S = 6000
+REQUEST_TIMEOUT_S = 600
+RETRY_DEADLINE_S = 3600
+# An answered request that failed will most likely fail again; these attempts take about 20 seconds.
+MAX_BAD_ANSWERS = 6
+# What proxies in front of a server answer while it is away.
+UNAVAILABLE_STATUS = ("502", "503", "504")
+MAX_REQUESTS_AT_ONCE = 32
+
+Check = Callable[[dict[str, np.ndarray]], None]
 
 # PyTriton finds it strange that an answer may take longer than the server's start.
 warnings.filterwarnings("ignore", category=NotSupportedTimeoutWarning)
 
 
+class NoAnswer(Exception):
+    """The server could not be reached, or did not answer in time."""
+
+
+class BadAnswer(Exception):
+    """The server answered with an error, or with something else than was asked for."""
+
+
 class HTTPCommunicator:
     """Sends batches to servers that speak the KServe v2 protocol over HTTP with binary tensors.
 
-    Its clients hold threads: `close()` it.
+    Requests are under way in threads of their own until `close()`.
     """
 
-    def __init__(self, init_timeout_s: float = 6000):
-        """`init_timeout_s`: how long `add_server_by_name` waits for a server to come up, in seconds."""
+    def __init__(
+        self,
+        init_timeout_s: float = INIT_TIMEOUT_S,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+        retry_deadline_s: float = RETRY_DEADLINE_S,
+    ):
+        """
+        Args:
+            init_timeout_s: how long `add_server_by_name` waits for a server to come up, in seconds.
+            request_timeout_s: how long one attempt waits for its answer.
+            retry_deadline_s: how long after its first attempt a request without an answer is still sent again.
+        """
         self.init_timeout_s = init_timeout_s
-        self.connections: dict[str, tuple[str, int, BackgroundClient]] = {}
+        self.request_timeout_s = request_timeout_s
+        self.retry_deadline_s = retry_deadline_s
+        self.connections: dict[str, tuple[str, int, PersistentClient]] = {}
 
     @classmethod
     def create_http_communicator_from_dict(cls, servers: dict[str, tuple[str, int]]) -> "HTTPCommunicator":
@@ -48,8 +84,9 @@ class HTTPCommunicator:
             TimeoutError: it did not come up in `init_timeout_s` seconds.
         """
         if not self.is_ready(server_name, ip, port, self.init_timeout_s):
-            raise TimeoutError(no_answer(server_name, ip, port, self.init_timeout_s))
-        self.connections[server_name] = (ip, port, BackgroundClient(_url(ip, port), server_name))
+            raise TimeoutError(not_there(server_name, ip, port, self.init_timeout_s))
+        client = PersistentClient(_url(ip, port), server_name, self.request_timeout_s, self.retry_deadline_s)
+        self.connections[server_name] = (ip, port, client)
 
     @staticmethod
     def is_ready(server_name: str, ip: str, port: int, wait_s: float) -> bool:
@@ -69,52 +106,163 @@ class HTTPCommunicator:
         for name, (ip, port, _) in self.connections.items():
             logging.info(f"inference server {name!r} at {_url(ip, port)}")
 
-    def send_data_to_server(self, server_name: str, data: dict[str, np.ndarray], batching: bool = True) -> Future:
+    def send_data_to_server(
+        self,
+        server_name: str,
+        data: Mapping[str, np.ndarray],
+        batching: bool = True,
+        *,
+        further: Mapping[str, np.ndarray] | None = None,
+        check: Check | None = None,
+    ) -> Future:
         """Send arrays and return at once; the future's `result()` is a dict of arrays.
 
-        `batching=False` sends a single sample, without a batch dimension, and its answer has none either.
+        Args:
+            batching: False sends a single sample, without a batch dimension, and its answer has none either.
+            further: arrays for servers that take them; each is left out where the server does not declare its name.
+            check: raises `ValueError` for an answer that is of no use.
+
+        The future raises `RewardError`, one line with the address, what was asked and what came back.
         """
         _, _, client = self.connections[server_name]
-        return client.send(data, batching)
+        return client.send(data, batching, further or {}, check or (lambda reply: None))
 
     def close(self) -> None:
-        """Close every client and return at once. Requests not yet begun are dropped, those under way end unheard."""
+        """Close every client and return at once. Requests under way end unheard."""
         for _, _, client in self.connections.values():
             client.close()
         self.connections.clear()
 
 
-class BackgroundClient:
-    """Requests to one model, each in a thread and over a connection of its own.
+class PersistentClient:
+    """Requests to one model, each in a thread and over a connection of its own, sent again until they succeed.
 
-    PyTriton's `FuturesModelClient` does the same, but a process that fails without closing it never ends: its threads
-    wait for more work. A connection per request costs a millisecond and cannot go stale during a training phase.
+    PyTriton's `FuturesModelClient` has threads too, but a process that fails without closing it never ends: they wait
+    for more work. A connection per request costs a millisecond and cannot go stale during a training phase.
     """
 
-    def __init__(self, url: str, model_name: str):
+    def __init__(self, url: str, model_name: str, request_timeout_s: float, retry_deadline_s: float):
         self.url = url
         self.model_name = model_name
-        self._executor = ThreadPoolExecutor(NUM_THREADS)
+        self.request_timeout_s = request_timeout_s
+        self.retry_deadline_s = retry_deadline_s
+        self._closed = threading.Event()
+        self._slots = threading.Semaphore(MAX_REQUESTS_AT_ONCE)
 
-    def send(self, data: dict[str, np.ndarray], batching: bool) -> Future:
+    def send(self, data: Mapping[str, np.ndarray], batching: bool, further: Mapping, check: Check) -> Future:
         """Start a request; see `HTTPCommunicator.send_data_to_server`."""
-        return self._executor.submit(self._request, data, batching)
-
-    def _request(self, data: dict[str, np.ndarray], batching: bool) -> dict[str, np.ndarray]:
-        with ModelClient(
-            self.url, self.model_name, init_timeout_s=RETURN_TIMEOUT_S, inference_timeout_s=INFERENCE_TIMEOUT_S
-        ) as client:
-            return client.infer_batch(**data) if batching else client.infer_sample(**data)
+        future = Future()
+        # A daemon, so that a server that hangs cannot keep this process from ending.
+        threading.Thread(target=self._fulfil, args=(future, data, batching, further, check), daemon=True).start()
+        return future
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """Send nothing again."""
+        self._closed.set()
+
+    def _fulfil(self, future: Future, data, batching: bool, further: Mapping, check: Check) -> None:
+        try:
+            with self._slots:
+                future.set_result(self._request_until_answered(data, batching, further, check))
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            gevent.get_hub().destroy(destroy_loop=True)  # tritonclient made one for this thread
+
+    def _request_until_answered(self, data, batching: bool, further: Mapping, check: Check) -> dict[str, np.ndarray]:
+        first_sent = time.monotonic()
+        num_bad_answers = 0
+
+        def attempt() -> dict[str, np.ndarray]:
+            nonlocal num_bad_answers
+            remaining = first_sent + self.retry_deadline_s - time.monotonic()
+            try:
+                return self._request(data, batching, further, check, min(self.request_timeout_s, max(remaining, 1.0)))
+            except BadAnswer:
+                num_bad_answers += 1
+                raise
+
+        try:
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type((NoAnswer, BadAnswer)),
+                wait=tenacity.wait_exponential(multiplier=0.5, max=15) + tenacity.wait_random(0, 0.5),
+                stop=tenacity.stop_any(
+                    tenacity.stop_before_delay(self.retry_deadline_s),
+                    tenacity.stop_when_event_set(self._closed),
+                    lambda state: num_bad_answers >= MAX_BAD_ANSWERS,
+                ),
+                sleep=tenacity.sleep_using_event(self._closed),
+                before_sleep=self._log_retry,
+                reraise=True,
+            )(attempt)
+        except (NoAnswer, BadAnswer) as error:
+            asked = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in data.items())
+            raise RewardError(
+                f"{self._server()} gave no usable answer to a request ({asked}) in "
+                f"{time.monotonic() - first_sent:.0f} s; last: {error}"
+            ) from error
+
+    def _request(self, data, batching: bool, further: Mapping, check: Check, timeout_s: float) -> dict[str, np.ndarray]:
+        """One attempt.
+
+        Raises:
+            NoAnswer, BadAnswer: with what happened, in one line.
+        """
+        # A new client asks whether the model is ready; the patience for that is in the repetition.
+        with ModelClient(self.url, self.model_name, init_timeout_s=1, inference_timeout_s=timeout_s) as client:
+            try:
+                declared = {spec.name for spec in client.model_config.inputs}
+                arrays = {**data, **{name: array for name, array in further.items() if name in declared}}
+                reply = client.infer_batch(**arrays) if batching else client.infer_sample(**arrays)
+                check(reply)
+            except PyTritonClientInferenceServerError as error:
+                if not isinstance(error.__cause__, InferenceServerException):
+                    raise BadAnswer(one_line(str(error))) from error
+                status, message = error.__cause__.status(), error.__cause__.message()
+                kind = NoAnswer if status in UNAVAILABLE_STATUS else BadAnswer
+                raise kind(f"the server's error {status}, {_last_error(message)}") from error
+            except InferenceServerException as error:  # while asking whether the model is ready
+                raise NoAnswer(one_line(str(error))) from error
+            except PyTritonClientTimeoutError as error:
+                raise NoAnswer(_reason(error, timeout_s)) from error
+            except OSError as error:
+                raise NoAnswer(one_line(f"{type(error).__name__}: {error}")) from error
+            except Exception as error:  # whatever a server that speaks another protocol makes the client stumble over
+                raise BadAnswer(one_line(f"{type(error).__name__}: {error}")) from error
+        return reply
+
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
+        if state.attempt_number & (state.attempt_number - 1):  # an hour of outage is not worth thousands of lines
+            return
+        logging.warning(
+            f"{self._server()}: {state.outcome.exception()}; attempt {state.attempt_number} failed, next one in "
+            f"{state.next_action.sleep:.1f} s"
+        )
+
+    def _server(self) -> str:
+        return f"the server of {self.model_name!r} at {self.url}"
 
 
-def no_answer(server_name: str, ip: str, port: int, waited_s: float) -> str:
-    """One line for a server that did not come up."""
+def _last_error(server_message: str) -> str:
+    """The line of a server's answer, tracebacks and all, that says what went wrong."""
+    errors = re.findall(r"^[\w.]+(?:Error|Exception): .*$", server_message, flags=re.MULTILINE)
+    return errors[-1] if errors else one_line(server_message)
+
+
+def _reason(error: PyTritonClientTimeoutError, timeout_s: float) -> str:
+    """PyTriton calls every trouble of the network a timeout."""
+    if isinstance(error.__cause__, TimeoutError):
+        return f"no answer in {timeout_s:.0f} s"
+    if isinstance(error.__cause__, OSError):
+        return one_line(f"{type(error.__cause__).__name__}: {error.__cause__}")
+    return "no server answers there, or it has not loaded the model"
+
+
+def not_there(server_name: str, ip: str, port: int, waited_s: float, key: str = "remote_rm") -> str:
+    """One line for a server that did not come up; `key` is the section of the configuration that names it."""
     return (
         f"no model {server_name!r} at {_url(ip, port)} after {waited_s:.0f} s; start the server, or correct "
-        "remote_rm.reward_model.name, .ip and .port"
+        f"{key}.reward_model.name, .ip and .port"
     )
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.algorithms.rs import check_sizes
 from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
-from nemo_aligner.rewards.python_reward import load_reward_function
+from nemo_aligner.rewards.build import check_rewards
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
 
@@ -20,7 +20,7 @@ TRAINER_RS_KEYS = {
 MODEL_RS_KEYS = {
     "rollout_micro_batch_size", "num_rollout_samples", "forward_micro_batch_size", "num_rollouts_per_prompt",
     "top_n_rollouts", "val_rollout_micro_batch_size", "num_val_samples", "offload_adam_states", "sampling_params",
-    "length_params", "loss_normalization", "reward",
+    "length_params", "loss_normalization", "reward", "rewards",
 }  # fmt: skip
 SAMPLING_KEYS = {
     "use_greedy", "temperature", "top_k", "top_p", "repetition_penalty", "add_BOS", "all_probs", "compute_logprob",
@@ -52,7 +52,8 @@ def check_rs_config(cfg: DictConfig) -> None:
     _check_lengths(cfg.model)
     _check_sampling(cfg.model.rs.sampling_params)
     _check_data(cfg.model)
-    _check_reward(cfg)
+    for warning in check_rewards(cfg):
+        logging.warning(warning)
     for key, silent in WITHOUT_EFFECT:
         value = OmegaConf.select(cfg, key, default=silent)
         if value != silent:
@@ -185,16 +186,3 @@ def _check_data(model: DictConfig) -> None:
             f"model.data.data_prefix: the {num_prompts} training prompts are fewer than one step of "
             f"model.rs.num_rollout_samples={num_per_step}; lower it or add prompts"
         )
-
-
-def _check_reward(cfg: DictConfig) -> None:
-    target, kwargs = (OmegaConf.select(cfg, f"model.rs.reward.{key}") for key in ("target", "kwargs"))
-    if target is None and kwargs is not None:
-        raise ConfigError(
-            f"model.rs.reward.kwargs={kwargs} is set, but not model.rs.reward.target; give the latter as "
-            "package.module.function or path/to/file.py:function"
-        )
-    if target is None and cfg.get("remote_rm") is None:
-        raise ConfigError("neither model.rs.reward.target (a Python function) nor remote_rm (a server) is set: set one")
-    if target is not None:
-        load_reward_function(target, kwargs)

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX
 from nemo_aligner.rewards.python_reward import decode_rollouts
 from nemo_aligner.utils.server_utils import is_replica_source
 
@@ -13,7 +14,7 @@ class RolloutLog:
 
     A line has `step`, `prompt_index` (row of the dataset), `prompt`, `response`, `num_tokens` (of the response, with
     its ending), `finished` (ended by itself), `reward` (null if it could not be judged, or was never scored) and `kept`
-    (chosen for training).
+    (chosen for training). If the reward is a sum, each of its parts stands under `reward_<name>`.
     """
 
     def __init__(self, folder: str | Path, tokenizer, end_strings=(), rank: int = 0):
@@ -30,12 +31,12 @@ class RolloutLog:
         padding = rollouts.get("is_padding")
         texts = decode_rollouts(rollouts, self.tokenizer, self.end_strings)
         rewards = rollouts["rewards"].flatten().tolist() if "rewards" in rollouts else None
+        parts = {name: part.tolist() for name, part in rollouts.items() if name.startswith(PART_PREFIX)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"{split}_rank{self.rank}.jsonl", "a", encoding="utf-8") as file:
             for row, prompt_index in enumerate(rollouts["prompt_index"].tolist()):
                 if padding is not None and padding[row]:
                     continue
-                reward = None if rewards is None or math.isnan(rewards[row]) else rewards[row]
                 line = {
                     "step": step,
                     "prompt_index": prompt_index,
@@ -43,7 +44,12 @@ class RolloutLog:
                     "response": texts["responses"][row],
                     "num_tokens": len(texts["response_tokens"][row]),
                     "finished": texts["finished"][row],
-                    "reward": reward,
+                    "reward": None if rewards is None else _or_null(rewards[row]),
+                    **{name: _or_null(part[row]) for name, part in parts.items()},
                     "kept": row in kept,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _or_null(reward: float) -> float | None:
+    return None if math.isnan(reward) else reward

@@ -3,6 +3,7 @@
 Symbols: B rows of a request, S token width. A replica is the model-parallel group; its source rank speaks for it.
 """
 
+import concurrent.futures
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,6 +26,18 @@ class FutureResult(ABC):
     @abstractmethod
     def result(self) -> Any:
         """Wait for the value. May be a collective call; the subclass says so."""
+
+
+class BackgroundResult(FutureResult):
+    """The value of a future on the replica's source rank, or its failure, for the whole replica."""
+
+    def __init__(self, future: concurrent.futures.Future | None):
+        """`future`: None on every rank but the source rank."""
+        self.future = future
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds until the value, or the failure, is there; whether it is. Local."""
+        return self.future is None or not concurrent.futures.wait([self.future], timeout_s).not_done
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -104,15 +117,68 @@ def process_inputs(inputs: dict, tokenize_func: Callable) -> tuple[torch.Tensor,
         ValueError: an input is missing, empty or of a wrong shape or dtype, a length not in 1..S, or an id below 0.
     """
     if inputs.get("sentences") is not None:
-        tokens, lengths = tokenize_func(decode_bytes_ndarray(inputs["sentences"]).tolist())
+        tokens, lengths = tokenize_func(read_sentences(inputs["sentences"]))
         lengths = lengths.unsqueeze(-1)
+        _check_request(tokens, lengths)
     else:
-        missing = [name for name in ("tokens", "sequence_lengths") if inputs.get(name) is None]
-        if missing:
-            raise ValueError(f"send either sentences, or tokens and sequence_lengths; missing: {', '.join(missing)}")
-        tokens, lengths = (_integers(name, inputs[name]) for name in ("tokens", "sequence_lengths"))
-    _check_request(tokens, lengths)
+        tokens, lengths = read_tokens(inputs)
     return tokens.to(current_device()), lengths.to(current_device())
+
+
+def read_sentences(sentences: np.ndarray) -> list[str]:
+    """UTF-8 bytes [B, 1] → B strings. Raises `ValueError` for another shape or text that is not UTF-8."""
+    if sentences.ndim != 2 or sentences.shape[1] != 1:
+        raise ValueError(f"sentences must be [B, 1], got shape {sentences.shape}")
+    return [text.decode("utf-8") for text in sentences[:, 0]]
+
+
+def read_tokens(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tokens` [B, S] and `sequence_lengths` [B, 1] of a request, int64 on the CPU; raises like `process_inputs`."""
+    missing = [name for name in ("tokens", "sequence_lengths") if inputs.get(name) is None]
+    if missing:
+        raise ValueError(f"send either sentences, or tokens and sequence_lengths; missing: {', '.join(missing)}")
+    tokens, lengths = (_integers(name, inputs[name]) for name in ("tokens", "sequence_lengths"))
+    _check_request(tokens, lengths)
+    return tokens, lengths
+
+
+def check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Raise `ValueError` if an id of `tokens` is not in the vocabulary."""
+    if tokens.max() >= vocab_size:
+        raise ValueError(f"tokens holds the id {tokens.max()}; the vocabulary has {vocab_size} entries")
+
+
+def check_request_size(num_rows: int, width: int, max_request_tokens: int) -> None:
+    """Raise `ValueError` for a request whose rows, padded to `width`, hold more than `max_request_tokens` tokens."""
+    if num_rows * width > max_request_tokens:
+        raise ValueError(
+            f"a request of {num_rows} rows, {width} wide, is larger than inference.max_request_tokens="
+            f"{max_request_tokens} of this server"
+        )
+
+
+def answer_separately(requests: list[dict], read: Callable, score: Callable[[list], list]) -> list:
+    """Answer merged requests so that one which cannot be answered leaves the others alone.
+
+    Args:
+        requests: the inputs of each request.
+        read: checks one request and returns what `score` takes of it; what it raises is the answer to that request.
+        score: takes what was read of all sound requests together, returns an answer, or an exception, for each.
+
+    Returns:
+        An answer or an exception for each request, in order.
+    """
+    answers, sound, contents = [None] * len(requests), [], []
+    for index, request in enumerate(requests):
+        try:
+            contents.append(read(request))
+            sound.append(index)
+        except Exception as error:
+            answers[index] = error
+    if sound:
+        for index, answer in zip(sound, score(contents), strict=True):
+            answers[index] = answer
+    return answers
 
 
 def _integers(name: str, array: np.ndarray) -> torch.Tensor:

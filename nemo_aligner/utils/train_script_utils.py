@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import traceback
 import types
 
 from megatron.core import parallel_state
@@ -14,11 +15,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.trainer import call
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.trainer.trainer import Trainer
+from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_aligner import compat
 from nemo_aligner.compat import adam_step, cpu
+from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.server_utils import RewardError
 from nemo_aligner.utils.utils import custom_save_ckpt_func, extract_value_from_ckpt
 
 compat.apply()
@@ -38,6 +42,25 @@ def exit_on_config_error():
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def exit_on_reward_error():
+    """Turn a `RewardError` into its one line on rank 0's stderr and exit code 1.
+
+    If a user's function raised, its traceback stands before that line.
+    """
+    try:
+        yield
+    except RewardError as error:
+        cause = error
+        while isinstance(cause, RewardError):
+            cause = cause.__cause__
+        if rank_zero_only.rank == 0:
+            if cause is not None and not isinstance(cause, (NoAnswer, BadAnswer)):
+                traceback.print_exception(cause)
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer:

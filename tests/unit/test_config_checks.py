@@ -3,7 +3,9 @@
 import importlib.util
 import io
 import json
+import socket
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nemo_aligner.rewards import build
 from nemo_aligner.utils import config_checks
 from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
 from nemo_aligner.utils.errors import ConfigError
@@ -267,17 +270,81 @@ def test_rewards_must_come_from_somewhere(files):
     assert "model.rs.reward.kwargs={'a': 1} is set, but not model.rs.reward.target" in refusal(
         "model.rs.reward.target=null", "model.rs.reward.kwargs={a: 1}"
     )
-    check_rs_config(config("model.rs.reward.target=null"))  # the reward server of remote_rm
     message = refusal("model.rs.reward.target=null", "~remote_rm")
     assert message.startswith("neither model.rs.reward.target (a Python function) nor remote_rm (a server) is set")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    written = []
+    monkeypatch.setattr(config_checks.logging, "warning", written.append)
+    return written
+
+
+def test_a_server_that_is_not_there_is_noticed_before_a_model_is_loaded(files, warnings):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    remote = ("model.rs.reward.target=null", f"remote_rm.reward_model.port={port}")
+    not_there = f"no model 'reward_model' at http://localhost:{port} after 1 s; start the server, or correct "
+    message = refusal(*remote, "remote_rm.wait_for_server_s=1")
+    assert message.startswith(not_there + "remote_rm.reward_model.name, .ip and .port; remote_rm.wait_for_server_s")
+    patient = config(*remote, "~remote_rm.wait_for_server_s")  # files of the original do not have that key
+    started = time.monotonic()
+    check_rs_config(patient)
+    assert time.monotonic() - started < 10
+    assert len(warnings) == 1 and "waiting for up to 6000 s more once the policy is loaded" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("remote_rm.reward_model.port=http", "remote_rm.reward_model.port='http' must be a port number"),
+        ("remote_rm.reward_model.port=70000", "remote_rm.reward_model.port=70000 must be a port number"),
+        ("remote_rm.reward_model.ip=null", "remote_rm.reward_model.ip=None must be a host"),
+        ("remote_rm.request_timeout_s=0", "remote_rm.request_timeout_s=0 must be a number of seconds above 0"),
+        ("+remote_rm.deadline=5", "remote_rm.deadline is not a known key; there are"),
+        ("remote_rm.pad_to_length=0", "remote_rm.pad_to_length=0 must be a number of tokens, or null"),
+    ],
+)
+def test_settings_of_the_reward_server(files, override, message):
+    assert message in refusal("model.rs.reward.target=null", override)
+
+
+def test_settings_of_several_rewards(files, warnings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(build.HTTPCommunicator, "is_ready", lambda *server: asked.append(server) or True)
+    single = "model.rs.reward.target=null"
+
+    def several(entries):
+        return f"model.rs.rewards={{{entries}}}"
+
+    check_rs_config(
+        config(
+            single,
+            several("fit: {weight: 0.5, target: 'reward.py:reward'}, judge: {weight: -1, remote_rm: '${remote_rm}'}"),
+            "remote_rm.pad_to_length=8",
+        )
+    )
+    assert asked == [("reward_model", "localhost", 5555, 5)]
+    assert len(warnings) == 1 and "model.rs.rewards.judge.remote_rm.pad_to_length=8 is less than" in warnings[0]
+    for entries, message in (
+        ("a: 1", "model.rs.rewards.a=1 must be a mapping"),
+        ("a: {target: 'reward.py:reward'}", "model.rs.rewards.a.weight=None must be a number"),
+        ("a: {weight: 1}", "model.rs.rewards.a needs either target (a Python function) or remote_rm (a server)"),
+        ("a: {weight: 1, target: x, remote_rm: {}}", "model.rs.rewards.a needs either target"),
+        ("a: {weight: 1, targets: x}", "model.rs.rewards.a.targets is not a known key"),
+        ("a: {weight: 1, target: 'reward.py:score'}", "model.rs.rewards.a.target='reward.py:score'"),
+        ("a: {weight: 1, remote_rm: {reward_model: {name: m, ip: h}}}", "a.remote_rm.reward_model.port=None must be"),
+    ):
+        assert message in refusal(single, several(entries))
+    assert "are both set; move the former into the latter" in refusal(several("a: {weight: 1, target: x}"))
 
 
 # ---- warnings
 
 
-def test_settings_without_effect_are_mentioned(files, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(config_checks.logging, "warning", warnings.append)
+def test_settings_without_effect_are_mentioned(files, warnings):
     check_rs_config(config())
     assert warnings == []
     check_rs_config(config("trainer.max_time=00:01:00:00", "model.rs.sampling_params.compute_logprob=True"))

@@ -1,23 +1,22 @@
 """The reward client, alone and against a real Triton server on the loopback."""
 
-import os
-import socket
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import pytriton
 import torch
 from megatron.core import parallel_state
 from omegaconf import OmegaConf
-from pytriton.utils.distribution import get_libs_path
 
 from nemo_aligner.models.nlp.gpt import reward_critic_clients
 from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
+from nemo_aligner.servers import http_communicator
 from nemo_aligner.servers.http_communicator import HTTPCommunicator
 from nemo_aligner.utils.server_utils import RewardError
+from tests.hurtable_server import free_port, skip_if_triton_cannot_run
 
 TOKENS = torch.tensor([[5, 6, 7], [8, 9, 0]])
 LENGTHS = torch.tensor([3, 2])
@@ -55,28 +54,10 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def python(code, **options):
     """Start Python on `code` with the tests importable."""
     root = Path(__file__).parents[2]
     return subprocess.Popen([sys.executable, "-c", code], cwd=root, text=True, **options)
-
-
-def skip_if_triton_cannot_run():
-    """With an argument that it does not understand, the server prints how it is used."""
-    server = Path(pytriton.__file__).parent / "tritonserver" / "bin" / "tritonserver"
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(get_libs_path())}
-    try:
-        answer = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"the Triton server does not start on this machine: {error}")
-    if "Usage" not in answer.stdout + answer.stderr:
-        pytest.skip(f"the Triton server does not start on this machine: {answer.stderr.strip()}")
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +111,23 @@ def test_rewards_come_back_in_the_order_of_the_requests(client):
     assert [reward.tolist() for reward in rewards] == [[[18.0 + 3 * step], [17.0 + 2 * step]] for step in range(5)]
 
 
-def test_a_refused_request_says_why_in_one_line_and_the_next_is_answered(client):
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(http_communicator, "MAX_BAD_ANSWERS", 1)
+
+
+def test_a_refused_request_says_why_in_one_line_and_the_next_is_answered(client, impatient):
     with pytest.raises(RewardError) as caught:
         client.infer_rm({**ROLLOUTS, "response_lengths": LENGTHS + 6}).result()
-    assert str(caught.value) == (
-        "the reward server failed: ValueError: sequence_lengths must lie in 1..8 (the width of tokens), got 8..9"
-    )
-    with pytest.raises(RewardError, match=r"ValueError: tokens holds the id 107; the vocabulary has 100 entries$"):
+    assert str(caught.value).endswith("sequence_lengths must lie in 1..8 (the width of tokens), got 8..9")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RewardError, match=r"tokens holds the id 107; the vocabulary has 100 entries$"):
         client.infer_rm({**ROLLOUTS, "response_tokens": TOKENS + 98}).result()
     assert client.infer_rm(ROLLOUTS).result().tolist() == [[18.0], [17.0]]
 
 
-def test_a_forward_pass_that_fails_is_reported_and_survived(client):
-    with pytest.raises(RewardError, match=r"^the reward server failed: MemoryError: no room$"):
+def test_a_forward_pass_that_fails_is_reported_and_survived(client, impatient):
+    with pytest.raises(RewardError, match=r"last: the server's error 500, MemoryError: no room$"):
         client.infer_rm({**ROLLOUTS, "response_tokens": TOKENS + 57}).result()
     assert client.infer_rm(ROLLOUTS).result().tolist() == [[18.0], [17.0]]
 
@@ -198,8 +183,8 @@ class Recorder:
         self.asked.append((name, ip, port, wait_s))
         return len(self.asked) >= self.ready_after
 
-    def send(self, name, data):
-        self.sent.append((name, data))
+    def send(self, name, data, further, check):
+        self.sent.append((name, data, further, check))
 
 
 def test_constructing_a_client_waits_for_the_server_in_slices(monkeypatch):
@@ -230,11 +215,43 @@ def test_constructing_a_client_gives_up_in_the_end(monkeypatch):
 )
 def test_what_is_sent(monkeypatch, pad_to_length, tokens):
     recorder = Recorder(monkeypatch)
-    RemoteGPTRMClient(client_config(5555, pad_to_length)).infer_rm({**ROLLOUTS, "prompt_lengths": LENGTHS})
-    ((name, data),) = recorder.sent
+    more = {
+        "prompt_lengths": LENGTHS - 1,
+        "is_end": torch.tensor([True, False]),
+        "records": [{"text": "ä", "answer": 3}, {}],
+    }
+    RemoteGPTRMClient(client_config(5555, pad_to_length)).infer_rm({**ROLLOUTS, **more})
+    ((name, data, further, _),) = recorder.sent
     assert name == "reward_model" and set(data) == {"tokens", "sequence_lengths"}
     assert data["tokens"].tolist() == tokens and data["sequence_lengths"].tolist() == [[3], [2]]
     assert {array.dtype for array in data.values()} == {np.dtype(np.int64)}
+    assert further["prompt_lengths"].tolist() == [[2], [1]] and further["prompt_lengths"].dtype == np.int64
+    assert further["finished"].tolist() == [[True], [False]] and further["finished"].dtype == bool
+    assert [json.loads(row[0]) for row in further["records"]] == more["records"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "complaint"),
+    [
+        ({"rewards": np.ones((2, 1), dtype=np.float32)}, None),
+        ({"rewards": np.array([[1.0], [np.nan]]), "judged": np.array([[True], [False]])}, None),
+        ({"rewards": np.array([[1.0], [np.nan]])}, "the reward of rollout 1 of 2 is nan"),
+        ({"rewards": np.array([[-np.inf], [0.0]])}, "the reward of rollout 0 of 2 is -inf"),
+        ({"rewards": np.array([[np.nan], [np.nan]]), "judged": np.array([[False], [True]])}, "rollout 1 of 2 is nan"),
+        (
+            {"rewards": np.ones((2, 2))},
+            r"rewards are float64 \[2, 2\]; one number for each rollout is wanted",
+        ),
+        ({"rewards": np.array([["good"], ["bad"]])}, r"rewards are <U4 \[2, 1\]"),
+        ({"values": np.ones((2, 1))}, r"the reply has no rewards, but \['values'\]"),
+    ],
+)
+def test_what_may_come_back(reply, complaint):
+    if complaint is None:
+        reward_critic_clients.check_rewards(reply, 2)
+    else:
+        with pytest.raises(ValueError, match=complaint):
+            reward_critic_clients.check_rewards(reply, 2)
 
 
 def test_rollouts_wider_than_a_request_are_refused(monkeypatch):

@@ -15,7 +15,6 @@ from nemo_aligner.rewards.python_reward import PythonRewardModel, RewardError, l
 from nemo_aligner.testing.utils import Utils
 from nemo_aligner.utils.distributed import Timer
 from nemo_aligner.utils.errors import ConfigError
-from nemo_aligner.utils.rollout_log import RolloutLog
 
 EOS = 9  # not 0, and not 1: a mask padded with it, or with whatever it is padded with by default, would show
 
@@ -183,7 +182,7 @@ class OutOfTimeAfter(Timer):
 
 def make_trainer(
     prompts=((1,), (2,), (3,), (4,)), n=2, k=1, g=2, mbs=1, gbs=2, model=None, rm=None, val_prompts=((5,),), val_mbs=1,
-    num_val=1, replaced=(), answers=None, run_timer=None, rollout_log=None, **cfg,
+    num_val=1, replaced=(), answers=None, run_timer=None, rollout_dir=None, **cfg,
 ):  # fmt: skip
     events = []
     model = model or FakeModel(answers, events)
@@ -215,7 +214,7 @@ def make_trainer(
         num_rollouts_per_prompt=n,
         top_n_rollouts=k,
         rm=rm or SecondTokenReward(events),
-        rollout_log=rollout_log,
+        rollout_dir=rollout_dir,
     )
 
 
@@ -618,13 +617,98 @@ def reward_of_nan(prompts, responses):
 )
 def test_a_failing_reward_stops_before_training_and_keeps_the_rollouts(function, message, tmp_path):
     rm = PythonRewardModel(load_reward_function(f"{__name__}.{function}"), Tokenizer())
-    trainer = make_trainer(rm=rm, rollout_log=RolloutLog(tmp_path, Tokenizer()))
+    trainer = make_trainer(rm=rm, rollout_dir=tmp_path)
     with pytest.raises(RewardError, match=message):
         trainer.fit()
     rm.close()
     assert trainer.logger.finalized == 1
-    assert trainer.model.batches == [] and trainer.step == 0
-    assert [line["reward"] for line in logged_rollouts(tmp_path)] == [None] * 4
+    assert trainer.model.batches == [] and trainer.step == 0 and trainer.ckpt_callback.saved == []
+    assert [batch["response_tokens"].shape for batch in kept_for_later(tmp_path, "train", 0)] == [(2, 3), (2, 3)]
+
+
+def kept_for_later(folder, split, step):
+    return torch.load(folder / f"unscored_{split}_step{step}_rank0.pt", weights_only=True)
+
+
+class FlakyReward(SecondTokenReward):
+    """Fails for the requests with these numbers, counted from 0."""
+
+    def __init__(self, failing):
+        super().__init__()
+        self.failing = failing
+
+    def infer_rm(self, rollouts):
+        future = super().infer_rm(rollouts)
+        if len(self.batches) - 1 in self.failing:
+            future.result = self.fail
+        return future
+
+    def fail(self):
+        raise RewardError("the server is away")
+
+
+ANSWERS = {0: ([50, EOS], [60, EOS], [70, EOS]), 1: ([71, EOS], [61, EOS], [51, EOS])}
+
+
+def run_until_scored(folder, failing, **cfg):
+    """A run whose requests of these numbers fail, and its second start; the two trainers."""
+    cfg = {"k": 2, "val_check_interval": 1, "save_interval": 2, **cfg}
+    first = make_trainer(rm=FlakyReward(failing), rollout_dir=folder, answers=ANSWERS, **cfg)
+    with pytest.raises(
+        RewardError, match=r"the server is away; the rollouts are in .*unscored_\w+_rank0\.pt"
+    ):
+        first.fit()
+    second = make_trainer(rm=SecondTokenReward(), rollout_dir=folder, model=first.model, **cfg)
+    if first.ckpt_callback.saved:
+        saved, _ = first.ckpt_callback.saved[-1]
+        second.load_state_dict({key: int(saved[key]) for key in second.state_dict()})
+    return first, second
+
+
+def trained_tokens(*trainers):
+    return [batch["response_tokens"].tolist() for batch in trainers[-1].model.batches]
+
+
+def test_rollouts_that_could_not_be_scored_are_scored_first_by_the_next_start(tmp_path):
+    undisturbed = make_trainer(
+        rm=SecondTokenReward(), rollout_dir=tmp_path / "whole", answers=ANSWERS, k=2, val_check_interval=1,
+        save_interval=2,
+    )  # fmt: skip
+    undisturbed.fit()
+
+    # Requests 0 and 1 are those of step 0, 2 its validation's, 3 and 4 those of step 1.
+    first, second = run_until_scored(tmp_path / "broken", failing={4})
+    assert first.step == 1 and len(first.model.requests) == 5
+    assert [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]  # outside its interval of 2
+    kept = kept_for_later(tmp_path / "broken", "train", 1)
+    assert ["rewards" in batch for batch in kept] == [True, False]
+    assert len(logged_rollouts(tmp_path / "broken")) == 6, "those of the second micro-batch have no reward yet"
+
+    second.fit()
+    assert len(first.model.requests) == 6, "only the last validation is generated anew"
+    assert len(second.rm.batches) == 2 and second.rm.batches[0]["response_tokens"].shape[0] == 2
+    assert list((tmp_path / "broken").glob("unscored_*")) == []
+    assert trained_tokens(first, second) == trained_tokens(undisturbed)
+    for split in ("train", "val"):
+        assert logged_rollouts(tmp_path / "broken", split) == logged_rollouts(tmp_path / "whole", split)
+
+
+def test_a_validation_that_could_not_be_scored_is_finished_first(tmp_path):
+    first, second = run_until_scored(tmp_path, failing={2})
+    assert first.step == 1 and [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]
+    num_generated = len(first.model.requests)
+    second.fit()
+    # two micro-batches of step 1 and its validation; that of step 0 was there
+    assert len(first.model.requests) == num_generated + 3
+    assert [step for step, _ in second.logger.of("val_rollouts/")] == [1, 2]
+    assert "val_global_rewards" in second.ckpt_callback.saved[0][0]
+
+
+def test_rollouts_of_other_prompts_are_not_taken_for_this_runs(tmp_path):
+    _, second = run_until_scored(tmp_path, failing={0})
+    second.train_dataloader.dataset.prompts = ((7,), (8,), (7,), (8,))
+    with pytest.raises(RuntimeError, match="the unscored rollouts of step 0 answer other prompts"):
+        second.fit()
 
 
 def logged_rollouts(folder, split="train") -> list[dict]:
@@ -641,7 +725,7 @@ class InterruptedModel(FakeModel):
 
 
 def test_rollouts_are_on_disk_after_an_interrupt_in_the_middle(tmp_path):
-    trainer = make_trainer(g=4, model=InterruptedModel(), rollout_log=RolloutLog(tmp_path, Tokenizer()))
+    trainer = make_trainer(g=4, model=InterruptedModel(), rollout_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert trainer.logger.finalized == 1 and trainer.model.batches == []
@@ -652,9 +736,7 @@ def test_rollouts_are_on_disk_after_an_interrupt_in_the_middle(tmp_path):
 
 def test_the_log_has_every_rollout_with_reward_and_choice(tmp_path):
     answers = {0: ([20, EOS], [30, 31, 32]), 1: ([99, EOS], [40, EOS])}
-    trainer = make_trainer(
-        prompts=((1,), (2, 2)), answers=answers, rollout_log=RolloutLog(tmp_path, Tokenizer()), val_check_interval=1
-    )
+    trainer = make_trainer(prompts=((1,), (2, 2)), answers=answers, rollout_dir=tmp_path, val_check_interval=1)
     trainer.fit()
     lines = sorted(logged_rollouts(tmp_path), key=lambda line: line["prompt_index"])
     columns = ("step", "prompt_index", "prompt", "response", "num_tokens", "finished", "reward", "kept")

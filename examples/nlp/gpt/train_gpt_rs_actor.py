@@ -25,14 +25,13 @@ from nemo_aligner.data.nlp.builders import (
     collate_with_pad_to_max_batch,
 )
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
-from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
-from nemo_aligner.rewards.python_reward import PythonRewardModel, load_reward_function
+from nemo_aligner.rewards.build import build_reward
 from nemo_aligner.utils.distributed import Timer
-from nemo_aligner.utils.rollout_log import RolloutLog
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
     add_custom_checkpoint_callback,
     exit_on_config_error,
+    exit_on_reward_error,
     extract_optimizer_scheduler_from_ptl_model,
     init_distributed,
     init_peft,
@@ -48,7 +47,7 @@ OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
 
 @hydra_runner(config_path="../../../configs", config_name="gpt_rs_actor")
 def main(cfg) -> None:
-    with exit_on_config_error():
+    with exit_on_config_error(), exit_on_reward_error():
         train(cfg)
 
 
@@ -73,7 +72,6 @@ def train(cfg) -> None:
     logger.log_hyperparams(OmegaConf.to_container(cfg))
 
     rm = build_reward(cfg, model.tokenizer)
-    end_strings = cfg.model.rs.sampling_params.end_strings
     rs_trainer = RSTrainer(
         cfg=cfg.trainer.rs,
         model=model,
@@ -87,7 +85,7 @@ def train(cfg) -> None:
         num_rollouts_per_prompt=cfg.model.rs.num_rollouts_per_prompt,
         top_n_rollouts=cfg.model.rs.top_n_rollouts,
         rm=rm,
-        rollout_log=RolloutLog(log_dir / "rollouts", model.tokenizer, end_strings, trainer.global_rank),
+        rollout_dir=log_dir / "rollouts",
     )
     if resumed_state is not None:
         rs_trainer.load_state_dict(resumed_state)
@@ -142,15 +140,6 @@ def dummy_dataloader(cfg, train_ds):
     """Stands in where Lightning's set-up wants a loader of training rows, which rollouts have yet to make."""
     batch_size = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
     return torch.utils.data.DataLoader(train_ds, batch_size=batch_size)
-
-
-def build_reward(cfg, tokenizer):
-    """What scores rollouts: the configured Python function, else the remote reward model."""
-    target = OmegaConf.select(cfg, "model.rs.reward.target")
-    if target is None:
-        return RemoteGPTRMClient(cfg.remote_rm)
-    function = load_reward_function(target, OmegaConf.select(cfg, "model.rs.reward.kwargs"))
-    return PythonRewardModel(function, tokenizer, cfg.model.rs.sampling_params.end_strings)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,25 @@ Only the source rank of each replica talks to the server; answers and failures a
 rank is left waiting for another. Symbols: B rollouts, S token width.
 """
 
-import re
+import json
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from pytriton.client.exceptions import PyTritonClientInferenceServerError
 
 from nemo_aligner.compat.device import current_device
-from nemo_aligner.servers.http_communicator import HTTPCommunicator, no_answer
-from nemo_aligner.utils.server_utils import FutureResult, RewardError, is_replica_source, one_line, share_from_source
+from nemo_aligner.servers.http_communicator import (
+    INIT_TIMEOUT_S,
+    REQUEST_TIMEOUT_S,
+    RETRY_DEADLINE_S,
+    HTTPCommunicator,
+    not_there,
+)
+from nemo_aligner.utils.server_utils import BackgroundResult, is_replica_source, share_from_source
 
 # While the server comes up, the other ranks of a replica wait in one collective after the other, each no longer than
 # this: their process group gives up on a single one after some minutes.
@@ -36,22 +42,9 @@ def get_future_result(future: Any, *keys: str) -> torch.Tensor | list[torch.Tens
     Raises:
         RewardError: on every rank of the replica, if the request failed or a key is missing from the reply.
     """
-    arrays = share_from_source(lambda: _pick(_reply(future), keys))
+    arrays = share_from_source(lambda: _pick(future.result(), keys))
     tensors = [torch.from_numpy(array).to(current_device()) for array in arrays]
     return tensors[0] if len(tensors) == 1 else tensors
-
-
-def _reply(future: Any) -> dict[str, np.ndarray]:
-    try:
-        return future.result()
-    except PyTritonClientInferenceServerError as error:
-        raise RewardError(f"the reward server failed: {_last_error(str(error))}") from error
-
-
-def _last_error(server_message: str) -> str:
-    """The line of a server's answer, tracebacks and all, that says what went wrong."""
-    errors = re.findall(r"^[\w.]+(?:Error|Exception): .*$", server_message, flags=re.MULTILINE)
-    return errors[-1] if errors else one_line(server_message)
 
 
 def _pick(reply: dict[str, np.ndarray], keys: tuple[str, ...]) -> list[np.ndarray]:
@@ -61,48 +54,42 @@ def _pick(reply: dict[str, np.ndarray], keys: tuple[str, ...]) -> list[np.ndarra
     return [np.array(reply[key]) for key in keys]
 
 
-class RMFutureResult(FutureResult):
+class RMFutureResult(BackgroundResult):
     """Rewards under way."""
 
-    def __init__(self, rm_future: Any, num_rows: int | None = None):
-        """
-        Args:
-            rm_future: what `HTTPCommunicator.send_data_to_server` returned; None on other ranks than the source.
-            num_rows: B, if the reply is to be checked.
-        """
-        self.rm_future = rm_future
-        self.num_rows = num_rows
+    def __init__(self, rm_future: Future | None):
+        """`rm_future`: what `HTTPCommunicator.send_data_to_server` returned; None on other ranks than the source."""
+        super().__init__(rm_future)
 
     def result(self) -> torch.Tensor:
         """Wait for the rewards. Collective over the replica, in the order of the `infer_rm` calls.
 
         Returns:
-            float32 [B, 1] on this process's device, the same on every rank of the replica.
+            float32 [B, 1] on this process's device, the same on every rank of the replica; NaN: could not be judged.
 
         Raises:
             RewardError: on every rank of the replica, with the same message.
         """
-        rewards = get_future_result(self.rm_future, "rewards").float()
-        if self.num_rows is not None and rewards.shape != (self.num_rows, 1):
-            raise RewardError(
-                f"the reward server sent rewards of shape {tuple(rewards.shape)} for {self.num_rows} rollouts; it has "
-                "to send one number for each, [B, 1]"
-            )
-        return rewards
+        return get_future_result(self.future, "rewards").float()
 
 
 @dataclass
 class RemoteGPTRMClient:
     """Sends rollouts to the reward server. Constructing it waits until the server is up; collective over the replica.
 
-    `cfg` is the section `remote_rm`: `reward_model.{name, ip, port}` and `pad_to_length`.
+    `cfg` is the section `remote_rm`: `reward_model.{name, ip, port}`, `pad_to_length`, and, each with a default,
+    `wait_for_server_s`, `request_timeout_s` and `retry_deadline_s`.
     """
 
     cfg: DictConfig
 
     def __post_init__(self):
         self.pad_to_length = self.cfg.pad_to_length
-        self.communicator = HTTPCommunicator()
+        self.communicator = HTTPCommunicator(
+            init_timeout_s=self.cfg.get("wait_for_server_s", INIT_TIMEOUT_S),
+            request_timeout_s=self.cfg.get("request_timeout_s", REQUEST_TIMEOUT_S),
+            retry_deadline_s=self.cfg.get("retry_deadline_s", RETRY_DEADLINE_S),
+        )
         deadline = time.monotonic() + self.communicator.init_timeout_s
         while not share_from_source(lambda: self._connect(deadline)):
             pass
@@ -111,7 +98,7 @@ class RemoteGPTRMClient:
         server = self.cfg.reward_model
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise TimeoutError(no_answer(server.name, server.ip, server.port, self.communicator.init_timeout_s))
+            raise TimeoutError(not_there(server.name, server.ip, server.port, self.communicator.init_timeout_s))
         if not HTTPCommunicator.is_ready(server.name, server.ip, server.port, min(CONNECT_SLICE_S, remaining)):
             return False
         self.communicator.add_server_by_name(server.name, ip=server.ip, port=server.port)
@@ -122,7 +109,9 @@ class RemoteGPTRMClient:
         """Request the rewards of B rollouts and return at once. Local.
 
         Args:
-            rollout_batch: `response_tokens` [B, S] int64 and `response_lengths` [B] int64, on any device.
+            rollout_batch: `response_tokens` [B, S] int64 and `response_lengths` [B] int64, on any device. A server that
+                scores with a Python function is also sent `prompt_lengths` [B] int64, `is_end` [B] bool and `records`,
+                B dicts, where present.
 
         Raises:
             AssertionError: S exceeds `pad_to_length`; on every rank, as all ranks of a replica hold the same tokens.
@@ -134,15 +123,59 @@ class RemoteGPTRMClient:
                 f"rollouts are {width} tokens wide, more than remote_rm.pad_to_length={self.pad_to_length}"
             )
         if not is_replica_source():
-            return RMFutureResult(None, num_rows)
+            return RMFutureResult(None)
         if self.pad_to_length is not None:
             tokens = torch.nn.functional.pad(tokens, (0, self.pad_to_length - width))
         request = {
             "tokens": tokens.cpu().numpy().astype(np.int64),
-            "sequence_lengths": rollout_batch["response_lengths"].unsqueeze(-1).cpu().numpy().astype(np.int64),
+            "sequence_lengths": _column(rollout_batch["response_lengths"]),
         }
-        return RMFutureResult(self.communicator.send_data_to_server(self.cfg.reward_model.name, request), num_rows)
+        future = self.communicator.send_data_to_server(
+            self.cfg.reward_model.name,
+            request,
+            further=_further_inputs(rollout_batch),
+            check=lambda reply: check_rewards(reply, num_rows),
+        )
+        return RMFutureResult(future)
 
     def close(self) -> None:
         """Close the connections. Local; nothing happens on ranks that have none."""
         self.communicator.close()
+
+
+def check_rewards(reply: dict[str, np.ndarray], num_rows: int) -> None:
+    """Refuse a reply that is not one number for each of `num_rows` rollouts.
+
+    A server may say with `judged` (bool [B, 1]) which rollouts it could not judge; only these may have NaN.
+
+    Raises:
+        ValueError: one line with what the reply holds.
+    """
+    if "rewards" not in reply:
+        raise ValueError(f"the reply has no rewards, but {sorted(reply)}")
+    rewards = reply["rewards"]
+    if rewards.shape != (num_rows, 1) or not np.issubdtype(rewards.dtype, np.number):
+        raise ValueError(
+            f"rewards are {rewards.dtype} {list(rewards.shape)}; one number for each rollout is wanted, [{num_rows}, 1]"
+        )
+    judged = reply.get("judged", np.ones_like(rewards, dtype=bool))
+    bad = ~np.isfinite(rewards) & judged
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"the reward of rollout {row} of {num_rows} is {rewards[row, 0]}")
+
+
+def _further_inputs(rollouts: dict) -> dict[str, np.ndarray]:
+    further = {}
+    if "prompt_lengths" in rollouts:
+        further["prompt_lengths"] = _column(rollouts["prompt_lengths"])
+    if "is_end" in rollouts:
+        further["finished"] = rollouts["is_end"].unsqueeze(-1).cpu().numpy()
+    if "records" in rollouts:
+        lines = [[json.dumps(record, ensure_ascii=False).encode()] for record in rollouts["records"]]
+        further["records"] = np.array(lines, dtype=np.object_)
+    return further
+
+
+def _column(numbers: torch.Tensor) -> np.ndarray:
+    return numbers.unsqueeze(-1).cpu().numpy().astype(np.int64)

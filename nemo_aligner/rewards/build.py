@@ -1,0 +1,143 @@
+"""What scores rollouts, as the configuration says: a Python function, a server, or a weighted sum of such."""
+
+import numbers
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
+from nemo_aligner.rewards.python_reward import PythonRewardModel, load_reward_function
+from nemo_aligner.rewards.weighted_sum import WeightedSum
+from nemo_aligner.servers.http_communicator import INIT_TIMEOUT_S, HTTPCommunicator, not_there
+from nemo_aligner.utils.errors import ConfigError
+
+PART_KEYS = {"weight", "target", "kwargs", "remote_rm"}
+REMOTE_KEYS = {"reward_model", "pad_to_length", "wait_for_server_s", "request_timeout_s", "retry_deadline_s"}
+# A server that is not there is reported after this long, whether or not the run goes on waiting for it.
+PROBE_S = 5.0
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One reward of the configuration: a Python function (`target`) or a server (`remote_rm`, its section)."""
+
+    key: str
+    target: str | None
+    kwargs: DictConfig | None
+    remote_key: str
+    remote_rm: DictConfig | None
+    weight: float = 1.0
+
+    def build(self, tokenizer, end_strings) -> PythonRewardModel | RemoteGPTRMClient:
+        if self.target is None:
+            return RemoteGPTRMClient(self.remote_rm)
+        function = load_reward_function(self.target, self.kwargs, self.key)
+        return PythonRewardModel(function, tokenizer, end_strings)
+
+
+def build_reward(cfg: DictConfig, tokenizer) -> PythonRewardModel | RemoteGPTRMClient | WeightedSum:
+    """Connect to servers, load functions. Collective over the replica."""
+    sources = reward_sources(cfg)
+    end_strings = cfg.model.rs.sampling_params.end_strings
+    if "" in sources:
+        return sources[""].build(tokenizer, end_strings)
+    return WeightedSum(
+        {name: (source.weight, source.build(tokenizer, end_strings)) for name, source in sources.items()}
+    )
+
+
+def reward_sources(cfg: DictConfig) -> dict[str, RewardSource]:
+    """Every configured reward by its name; a single one has the name "".
+
+    Raises:
+        ConfigError: if none, or both one and several, are configured, or an entry is neither function nor server.
+    """
+    target, kwargs = (OmegaConf.select(cfg, f"model.rs.reward.{key}") for key in ("target", "kwargs"))
+    several = OmegaConf.select(cfg, "model.rs.rewards")
+    if target is None and kwargs is not None:
+        raise ConfigError(
+            f"model.rs.reward.kwargs={kwargs} is set, but not model.rs.reward.target; give the latter as "
+            "package.module.function or path/to/file.py:function"
+        )
+    if not several:
+        if target is None and cfg.get("remote_rm") is None:
+            raise ConfigError(
+                "neither model.rs.reward.target (a Python function) nor remote_rm (a server) is set: set one"
+            )
+        return {"": RewardSource("model.rs.reward", target, kwargs, "remote_rm", cfg.get("remote_rm"))}
+    if target is not None:
+        raise ConfigError("model.rs.reward.target and model.rs.rewards are both set; move the former into the latter")
+    return {name: _part(name, entry) for name, entry in several.items()}
+
+
+def _part(name: str, entry) -> RewardSource:
+    key = f"model.rs.rewards.{name}"
+    if not isinstance(entry, DictConfig):
+        raise ConfigError(f"{key}={entry!r} must be a mapping: weight, and target (and kwargs) or remote_rm")
+    unknown = set(entry) - PART_KEYS
+    if unknown:
+        raise ConfigError(f"{key}.{min(unknown)} is not a known key; there are {', '.join(sorted(PART_KEYS))}")
+    weight = entry.get("weight")
+    if not isinstance(weight, numbers.Real) or isinstance(weight, bool):
+        raise ConfigError(f"{key}.weight={weight!r} must be a number")
+    if (entry.get("target") is None) == (entry.get("remote_rm") is None):
+        raise ConfigError(f"{key} needs either target (a Python function) or remote_rm (a server)")
+    return RewardSource(
+        key, entry.get("target"), entry.get("kwargs"), f"{key}.remote_rm", entry.get("remote_rm"), float(weight)
+    )
+
+
+def check_rewards(cfg: DictConfig) -> list[str]:
+    """Refuse rewards that cannot work: functions are imported, servers are asked for; returns warnings.
+
+    Raises:
+        ConfigError: one line with the key and the fix.
+    """
+    warnings = []
+    for source in reward_sources(cfg).values():
+        if source.target is not None:
+            load_reward_function(source.target, source.kwargs, source.key)
+            continue
+        _check_remote(source.remote_key, source.remote_rm)
+        width, longest = source.remote_rm.get("pad_to_length"), cfg.model.data.seq_length
+        if width is not None and width < longest:
+            warnings.append(
+                f"{source.remote_key}.pad_to_length={width} is less than model.data.seq_length={longest}: a longer "
+                "rollout will stop the run"
+            )
+    if rank_zero_only.rank == 0:
+        for source in reward_sources(cfg).values():
+            if source.target is None:
+                warnings.extend(_ask_for_server(source.remote_key, source.remote_rm))
+    return warnings
+
+
+def _check_remote(key: str, remote: DictConfig) -> None:
+    unknown = set(remote) - REMOTE_KEYS
+    if unknown:
+        raise ConfigError(f"{key}.{min(unknown)} is not a known key; there are {', '.join(sorted(REMOTE_KEYS))}")
+    server = remote.get("reward_model") or {}
+    for name, kind, wanted in (("name", str, "a model's name"), ("ip", str, "a host"), ("port", int, "a port number")):
+        value = server.get(name)
+        if not isinstance(value, kind) or not value or (name == "port" and not 0 < value < 65536):
+            raise ConfigError(f"{key}.reward_model.{name}={value!r} must be {wanted}")
+    for name in ("wait_for_server_s", "request_timeout_s", "retry_deadline_s"):
+        value = remote.get(name, 1)
+        if not isinstance(value, numbers.Real) or not value > 0:
+            raise ConfigError(f"{key}.{name}={value!r} must be a number of seconds above 0")
+    width = remote.get("pad_to_length")
+    if width is not None and (not isinstance(width, int) or width < 1):
+        raise ConfigError(f"{key}.pad_to_length={width!r} must be a number of tokens, or null")
+
+
+def _ask_for_server(key: str, remote: DictConfig) -> list[str]:
+    """Raises if the server is not there and would not be waited for; else what there is to warn of."""
+    server, patience = remote.reward_model, remote.get("wait_for_server_s", INIT_TIMEOUT_S)
+    waited = min(patience, PROBE_S)
+    if HTTPCommunicator.is_ready(server.name, server.ip, server.port, waited):
+        return []
+    line = not_there(server.name, server.ip, server.port, waited, key)
+    if patience <= PROBE_S:
+        raise ConfigError(f"{line}; {key}.wait_for_server_s lets the run wait for longer")
+    return [f"{line}; waiting for up to {patience:.0f} s more once the policy is loaded"]

@@ -1,0 +1,49 @@
+"""Rollouts that a run could not have scored, kept on disk for the next start of the same command."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from nemo_aligner.utils.server_utils import is_replica_source, share_from_source
+
+
+class UnscoredRollouts:
+    """One file for each phase that ended without all of its rewards: `<folder>/unscored_<split>_step<s>_rank<r>.pt`.
+
+    r is the replica's source rank, which alone reads and writes.
+    """
+
+    def __init__(self, folder: str | Path, rank: int):
+        self.folder = Path(folder)
+        self.rank = rank
+
+    def save(self, split: str, step: int, rollout_batches: list[dict]) -> Path:
+        """Write the phase's rollout micro-batches (dicts of CPU tensors), scored or not, and sync them to disk. Local.
+
+        Returns:
+            The file, the same on all ranks of a replica.
+        """
+        path = self._path(split, step)
+        if is_replica_source():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with open(partial, "wb") as file:
+                torch.save(rollout_batches, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        return path
+
+    def load(self, split: str, step: int) -> list[dict]:
+        """The micro-batches that were kept for this phase; empty if there are none. Collective over the replica."""
+        path = self._path(split, step)
+        return share_from_source(lambda: torch.load(path, weights_only=True) if path.exists() else [])
+
+    def remove(self, split: str, step: int) -> None:
+        """Forget the phase, as its rollouts have been scored. Local."""
+        if is_replica_source():
+            self._path(split, step).unlink(missing_ok=True)
+
+    def _path(self, split: str, step: int) -> Path:
+        return self.folder / f"unscored_{split}_step{step}_rank{self.rank}.pt"
