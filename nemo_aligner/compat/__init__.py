@@ -8,11 +8,21 @@ for a run that asks for the CPU, whether it is called before NeMo is imported or
 
 def apply() -> None:
     """Adapt the libraries to what is installed. Called by the modules that import NeMo's models; idempotent."""
-    from nemo_aligner.compat import adam_step, cpu, device, log_noise, no_apex, no_transformer_engine, torch_version
+    from nemo_aligner.compat import (
+        adam_step,
+        cpu,
+        device,
+        log_noise,
+        no_apex,
+        no_transformer_engine,
+        resume,
+        torch_version,
+    )  # fmt: skip
 
     no_apex.apply()
     no_transformer_engine.apply()
     torch_version.apply()
+    resume.apply()
     adam_step.apply()
     log_noise.apply()
     if device.on_cpu():

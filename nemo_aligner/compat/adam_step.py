@@ -16,8 +16,11 @@ def apply() -> None:
         return
 
     def optim_state_to_sharding_state(optim_state_dict, id_to_sharded_param_map, exclude_keys=()):
+        # torch hands out the optimizer's own dicts
+        states_of = {param_id: dict(state) for param_id, state in optim_state_dict["state"].items()}
+        optim_state_dict["state"] = states_of
         for group in optim_state_dict["param_groups"]:
-            states = [optim_state_dict["state"].get(param_id, {}) for param_id in group["params"]]
+            states = [states_of.get(param_id, {}) for param_id in group["params"]]
             steps = {float(state.pop("step")) for state in states if "step" in state}
             if len(steps) > 1:
                 raise ValueError(f"parameters of one group have taken different numbers of optimizer steps: {steps}")

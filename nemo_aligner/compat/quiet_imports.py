@@ -4,7 +4,10 @@ They concern names that some later release will drop and packages whose place `c
 run can act on. Warnings about a run's own settings are left alone.
 """
 
+import os
 import warnings
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # checkpoints are written by forks
 
 for category in (DeprecationWarning, FutureWarning):
     warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron|nemo|pytorch_lightning|hydra)\.")

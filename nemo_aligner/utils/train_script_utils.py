@@ -20,10 +20,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from nemo_aligner import compat
 from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
+from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.server_utils import RewardError
-from nemo_aligner.utils.utils import custom_save_ckpt_func, extract_value_from_ckpt
 
 compat.apply()
 
@@ -31,7 +31,6 @@ compat.apply()
 DISTRIBUTED_OPTIMIZER_KEYS = (
     "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
 )  # fmt: skip
-COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
 
 
 @contextlib.contextmanager
@@ -205,12 +204,9 @@ def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict[str, int] |
     """The RS counters of the checkpoint that the trainer resumes from, or None if it starts fresh.
 
     Raises:
-        ValueError: if the checkpoint's name lacks one of them.
+        ValueError: if they are neither in the checkpoint nor in its name.
     """
-    path = ptl_trainer.ckpt_path
-    if path is None:
-        return None
-    return {name: extract_value_from_ckpt(name, str(path)) for name in COUNTERS}
+    return None if ptl_trainer.ckpt_path is None else read_counters(ptl_trainer.ckpt_path)
 
 
 class FakeScheduler:

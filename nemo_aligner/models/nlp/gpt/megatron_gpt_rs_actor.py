@@ -51,12 +51,18 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.distributed_adam_offload_manager: AbstractContextManager | None = None
         self._inference_mode = InferenceMode(self)
         self._sampling_generator: torch.Generator | None = None
+        self.rs_trainer_state: dict[str, int] | None = None
 
     def _build_tokenizer(self):
         if self.cfg.tokenizer.get("files") is None:
             super()._build_tokenizer()
         else:
             self.tokenizer = build_packed_tokenizer(self)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Add the trainer's counters, which whoever saves has put into `rs_trainer_state`."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rs_trainer"] = self.rs_trainer_state
 
     # Training
 

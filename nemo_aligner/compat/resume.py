@@ -1,0 +1,60 @@
+"""Resuming with NeMo 2.0 and a torch that is newer than it."""
+
+import collections
+import typing
+from pathlib import Path
+
+
+def apply() -> None:
+    _allow_configs_in_checkpoints()
+    _resume_after_a_kill()
+
+
+def _allow_configs_in_checkpoints() -> None:
+    """torch 2.6 and newer load nothing but tensors and plain containers, and Lightning stores the model's config.
+
+    megatron-core 0.9 leaves `weights_only` to that default. Removal: with a NeMo that stores a plain dict.
+    """
+    import torch
+    from omegaconf import DictConfig, ListConfig, base, nodes
+
+    torch.serialization.add_safe_globals(
+        [
+            DictConfig, ListConfig, base.ContainerMetadata, base.Metadata, nodes.AnyNode, nodes.ValueNode, typing.Any,
+            collections.defaultdict, dict, int, list,
+        ]
+    )  # fmt: skip
+
+
+def _resume_after_a_kill() -> None:
+    """NeMo refuses to resume if its only last checkpoint is half written, or if there are two of them.
+
+    The first is what a kill in the middle of the first save leaves, the second what it leaves between the end of a save
+    and the removal of the checkpoint before. Here the newest complete one is found for it. Removal: with the first NeMo
+    that does so itself.
+    """
+    from nemo.utils import exp_manager, logging
+
+    from nemo_aligner.utils.checkpoints import newest_complete_checkpoint
+
+    check_resume = exp_manager.check_resume
+    if check_resume.__module__ == __name__:
+        return
+
+    def check_resume_after_a_kill(
+        trainer, log_dir, resume_if_exists=False, resume_past_end=False, resume_ignore_no_checkpoint=False,
+        dirpath=None, resume_from_checkpoint=None,
+    ):  # fmt: skip
+        folder = Path(dirpath or Path(log_dir, "checkpoints"))
+        newest = newest_complete_checkpoint(folder) if resume_if_exists else None
+        if newest is not None:
+            resume_if_exists, resume_from_checkpoint = False, str(newest)
+        elif resume_if_exists and resume_ignore_no_checkpoint:
+            resume_if_exists = False
+            logging.info(f"no complete checkpoint in {folder}: starting from {resume_from_checkpoint or 'scratch'}")
+        check_resume(
+            trainer, log_dir, resume_if_exists, resume_past_end, resume_ignore_no_checkpoint, dirpath,
+            resume_from_checkpoint,
+        )  # fmt: skip
+
+    exp_manager.check_resume = check_resume_after_a_kill
