@@ -4,8 +4,6 @@ Global rank 0 answers requests; all other ranks wait for its signal and join it 
 and the end of that pass nothing may fail on rank 0 alone, so a request is checked before the signal is given.
 """
 
-import os
-import sysconfig
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,23 +12,26 @@ from datetime import timedelta
 import numpy as np
 import torch
 from nemo.utils import logging
-from pytriton.decorators import batch, group_by_keys
 from pytriton.exceptions import PyTritonUnrecoverableError
-from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
+from pytriton.model_config import Tensor
 
+from nemo_aligner.servers import triton_endpoint
 from nemo_aligner.servers.constants import ServerSignal
+from nemo_aligner.servers.triton_endpoint import MAX_BATCH, MAX_REQUEST_TOKENS  # noqa: F401
 from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.distributed import run_distributed_inference
 from nemo_aligner.utils.server_utils import (
+    answer_separately,
     calculate_inference_batch_padding_multiple,
+    check_ids,
+    check_request_size,
     lock_method,
     pad_batch_and_strip_sequence,
     process_inputs,
 )
 
+# The value of `inference.address` that opens the server to every machine which can reach this one.
 ENDPOINT_BIND_ADDRESS = "0.0.0.0"
-MAX_BATCH = 9999999
 
 # Between two rollouts lies a whole training phase, in which the other ranks wait for the next signal.
 IDLE_TIMEOUT = timedelta(days=365)
@@ -50,6 +51,9 @@ class RewardModelServer:
             this; None leaves the width alone.
         max_queue_delay_microseconds: how long a request may wait to be merged with others.
         vocab_size: ids at or above are refused; None checks nothing. On a GPU such an id would end the whole server.
+        address: where to listen; the default answers this machine alone.
+        max_length: longest row that the model can take; None checks nothing.
+        max_request_tokens: limit of a request's rows times its width.
     """
 
     infer_fn: Callable
@@ -61,6 +65,9 @@ class RewardModelServer:
     strip_sequence_length_to_multiple: int | None
     max_queue_delay_microseconds: int = 2000
     vocab_size: int | None = None
+    address: str = triton_endpoint.LOOPBACK
+    max_length: int | None = None
+    max_request_tokens: int = MAX_REQUEST_TOKENS
 
     def __post_init__(self):
         self.lock = threading.Lock()
@@ -82,16 +89,50 @@ class RewardModelServer:
             ValueError: the request is malformed; it is answered with an error and the server goes on.
             PyTritonUnrecoverableError: the forward pass failed while other ranks take part; the server ends.
         """
+        return self._score([self._read(inputs)])[0]
+
+    @lock_method("self.lock")
+    def answer(self, requests: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray] | Exception]:
+        """Score merged requests in one batch.
+
+        Like `infer`, but a malformed request is answered with its `ValueError`, and if the forward pass failed while no
+        other rank took part, the answer to each sound one is that exception.
+        """
+        return answer_separately(requests, self._read, self._score_if_possible)
+
+    def _read(self, inputs: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids [B, S] and lengths [B, 1] of one request, if the model can run them."""
+        if inputs.get("sentences") is not None:
+            check_request_size(len(inputs["sentences"]), self.max_length or 1, self.max_request_tokens)
         tokens, lengths = process_inputs(inputs, self.tokenize_func)
-        if self.vocab_size is not None and tokens.max() >= self.vocab_size:
-            raise ValueError(f"tokens holds the id {tokens.max()}; the vocabulary has {self.vocab_size} entries")
-        num_rows = len(tokens)
-        multiple = calculate_inference_batch_padding_multiple(num_rows, self.model_forward_micro_batch_size)
+        check_request_size(*tokens.shape, self.max_request_tokens)
+        if self.vocab_size is not None:
+            check_ids(tokens, self.vocab_size)
+        if self.max_length is not None and lengths.max() > self.max_length:
+            raise ValueError(f"a row has {lengths.max()} tokens; the model takes at most {self.max_length}")
+        return tokens[:, : self.max_length], lengths
+
+    def _score_if_possible(self, contents: list) -> list[dict[str, np.ndarray] | Exception]:
+        try:
+            return self._score(contents)
+        except PyTritonUnrecoverableError:
+            raise
+        except Exception as error:
+            logging.warning("the forward pass failed", exc_info=True)
+            return [error] * len(contents)
+
+    def _score(self, contents: list[tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
+        """The rewards of several requests, whose rows are padded to a common width and run together."""
+        width = max(tokens.shape[1] for tokens, _ in contents)
+        tokens = torch.cat([torch.nn.functional.pad(ids, (0, width - ids.shape[1])) for ids, _ in contents])
+        lengths = torch.cat([lengths for _, lengths in contents])
+        multiple = calculate_inference_batch_padding_multiple(len(tokens), self.model_forward_micro_batch_size)
         model_inputs, _, _ = pad_batch_and_strip_sequence(
             tokens, lengths, multiple, self.strip_sequence_length_to_multiple
         )
-        rewards = self._forward_on_all_ranks(model_inputs)
-        return {"rewards": np.asarray(rewards[:num_rows], dtype=np.float32)}
+        rewards = self._forward_on_all_ranks(model_inputs)[: len(tokens)]
+        ends = np.cumsum([len(lengths) for _, lengths in contents])[:-1]
+        return [{"rewards": rows} for rows in np.split(np.asarray(rewards, dtype=np.float32), ends)]
 
     def _forward_on_all_ranks(self, model_inputs: dict[str, torch.Tensor]) -> np.ndarray:
         torch.distributed.broadcast(torch.tensor([ServerSignal.FORWARD]), src=0, group=self._signal_group)
@@ -133,38 +174,22 @@ class RewardModelServer:
         sizes = self.inference_micro_batch_size
         sizes = [sizes] if isinstance(sizes, int) else list(sizes)
         num_replicas = parallel_state.get_data_parallel_world_size()
-        batcher = DynamicBatcher(
-            max_queue_delay_microseconds=self.max_queue_delay_microseconds,
-            preferred_batch_size=[size * num_replicas for size in sizes],
-        )
-        _let_triton_find_python()
-        endpoint = TritonConfig(
-            allow_http=True,
-            allow_grpc=False,
-            allow_metrics=False,
-            http_address=ENDPOINT_BIND_ADDRESS,
-            http_port=self.port,
-        )
-        with Triton(config=endpoint) as triton:
-            triton.bind(
-                model_name=self.model_name,
-                infer_func=group_by_keys(batch(self.infer)),
+        try:
+            triton_endpoint.serve(
+                self.answer,
                 inputs=[
                     Tensor(name="sentences", shape=(-1,), dtype=bytes, optional=True),
                     Tensor(name="tokens", shape=(-1,), dtype=np.int64, optional=True),
                     Tensor(name="sequence_lengths", shape=(-1,), dtype=np.int64, optional=True),
                 ],
                 outputs=[Tensor(name="rewards", shape=(1,), dtype=np.float32)],
-                config=ModelConfig(max_batch_size=MAX_BATCH, batcher=batcher),
+                model_name=self.model_name,
+                address=self.address,
+                port=self.port,
+                max_queue_delay_microseconds=self.max_queue_delay_microseconds,
+                preferred_batch_sizes=[size * num_replicas for size in sizes],
             )
-            logging.info(f"serving reward model {self.model_name!r} on port {self.port}")
-            triton.serve()
-        if self._failure is not None:
-            raise RuntimeError(f"the reward server ended: {self._failure}") from self._failure
-        logging.info("the reward server has stopped")
-
-
-def _let_triton_find_python() -> None:
-    """Triton's worker loads the first libpython on the path of libraries, which can belong to another Python."""
-    folders = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
-    os.environ["LD_LIBRARY_PATH"] = ":".join(folder for folder in folders if folder)
+        except RuntimeError as error:
+            if self._failure is None:
+                raise
+            raise RuntimeError(f"the reward server ended: {self._failure}") from error

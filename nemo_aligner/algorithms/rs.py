@@ -333,6 +333,8 @@ class RSTrainer:
             for key, value in batch.items()
             if isinstance(value, torch.Tensor) and value.size(0) == batch["length"].size(0)
         }
+        if "prompt_index" in batch:
+            repeated["rollout_id"] = _rollout_ids(batch["prompt_index"], num_rollouts)
         output = self.model.infer(repeated)
         device = output["response_tokens"].device
         num_rows = repeated["length"].size(0)
@@ -541,6 +543,12 @@ def _summary(train_metrics: dict, val_metrics: dict) -> str:
 
 def _group_numbers(num_rows: int, rows_per_group: int) -> torch.Tensor:
     return torch.arange(num_rows) // rows_per_group
+
+
+def _rollout_ids(prompt_index: torch.Tensor, num_rollouts: int) -> torch.Tensor:
+    """int64 [B * N, 2]: each rollout's prompt in the dataset, and its number among those of the prompt."""
+    number = torch.arange(num_rollouts).repeat(len(prompt_index))
+    return torch.stack([prompt_index.repeat_interleave(num_rollouts), number], dim=1)
 
 
 def _records(dataset, batch: dict, num_rows: int) -> list[dict]:

@@ -2,7 +2,8 @@
 
 `apply()` closes the gaps that a missing Apex or Transformer Engine and a newer torch leave, each only if it is there:
 on an NVIDIA container, where nothing is missing, NeMo runs untouched. `cpu.enable()` redirects CUDA names to the CPU
-for a run that asks for the CPU, whether it is called before NeMo is imported or after.
+for a run that asks for the CPU, whether it is called before NeMo is imported or after. `checkpoint_pickles` changes
+nothing: it reads the pickles of an archive before the libraries do, which would run what is in them.
 """
 
 
@@ -10,6 +11,7 @@ def apply() -> None:
     """Adapt the libraries to what is installed. Called by the modules that import NeMo's models; idempotent."""
     from nemo_aligner.compat import (
         adam_step,
+        checkpoint_writer,
         cpu,
         device,
         log_noise,
@@ -22,6 +24,7 @@ def apply() -> None:
     no_apex.apply()
     no_transformer_engine.apply()
     torch_version.apply()
+    checkpoint_writer.apply()
     resume.apply()
     adam_step.apply()
     log_noise.apply()

@@ -25,18 +25,19 @@ def generate(
     min_length: int,
     end_strings: list[str],
     sampling_params: SamplingParams,
-    generator: torch.Generator | None,
+    uniform_BL: torch.Tensor,
 ) -> torch.Tensor:
     """Prompts with their responses, int64 [B, W] on every rank of the replica; a row's tail holds the end-of-text id.
 
-    All ranks of a replica call it together with the same arguments and generators in the same state. The strategy is
-    told of every position and knows afterwards where each row ended.
+    All ranks of a replica call it together with the same arguments. The strategy is told of every position and knows
+    afterwards where each row ended.
 
     Args:
         model: a `MegatronGPTModel` without virtual pipeline stages, prepared for inference.
         prompts_BP: int64 [B, at least P] on the device; not modified.
         prompt_lengths_B: int64 [B] on the device.
         min_length: tokens that a row generates before it may end; the strategy has to know it too.
+        uniform_BL: float64 [B, max_length] on the device, from which each row's tokens are drawn; `random_streams`.
     """
     eod_id = model.tokenizer.eos_id
     width = int(prompt_lengths_B.max()) + max_length
@@ -52,7 +53,8 @@ def generate(
             logits_BV[:, model.tokenizer.vocab_size :] = -torch.inf
             too_short_B = generated_B < min_length
             logits_BV[:, end_ids] = logits_BV[:, end_ids].masked_fill(too_short_B[:, None], -torch.inf)
-            drawn_B = sample(logits_BV, tokens_BW[:, :t], sampling_params, generator)
+            uniform_B = uniform_BL.gather(1, generated_B.clamp(min=0, max=max_length - 1)[:, None]).squeeze(1)
+            drawn_B = sample(logits_BV, tokens_BW[:, :t], sampling_params, uniform_B)
             drawn_B = torch.where(is_done_B, eod_id, drawn_B)
             tokens_BW[:, t] = torch.where(generated_B >= 0, drawn_B, tokens_BW[:, t])
         tokens_BW[:, t] = _from_last_stage(tokens_BW[:, t])

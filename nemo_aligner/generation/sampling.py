@@ -3,8 +3,10 @@
 Shapes: logits_BV float32 over the vocabulary, B rows, V ids; a filtered id has logit -inf.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -28,12 +30,22 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
 
+def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], length: int) -> torch.Tensor:
+    """Each row's own random numbers in [0, 1), float64 [B, length] on the CPU.
+
+    They are a function of `key` and the row's id alone, not of the batch that the row is in, the number of replicas, or
+    what was drawn before. Key and ids are non-negative.
+    """
+    return torch.from_numpy(np.stack([np.random.default_rng([*key, *row_id]).random(length) for row_id in row_ids]))
+
+
 def sample(
-    logits_BV: torch.Tensor, previous_BT: torch.Tensor, params: SamplingParams, generator: torch.Generator | None
+    logits_BV: torch.Tensor, previous_BT: torch.Tensor, params: SamplingParams, uniform_B: torch.Tensor
 ) -> torch.Tensor:
     """The next token of each row, int64 [B].
 
-    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far), top-k, top-p, draw.
+    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far), top-k, top-p, draw. What is
+    drawn depends on the logits and `uniform_B`, float64 in [0, 1), alone.
     """
     if not params.use_greedy and params.temperature != 1.0:
         logits_BV = logits_BV / params.temperature
@@ -45,7 +57,7 @@ def sample(
         logits_BV = keep_top_k(logits_BV, params.top_k)
     if 0.0 < params.top_p < 1.0:
         logits_BV = keep_top_p(logits_BV, params.top_p)
-    return draw(logits_BV, generator)
+    return draw(logits_BV, uniform_B)
 
 
 def penalize_repetition(logits_BV: torch.Tensor, previous_BT: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -67,12 +79,12 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
     return logits_BV.masked_fill(reached_before.scatter(1, order, reached_before), -torch.inf)
 
 
-def draw(logits_BV: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One draw per row from softmax(logits), int64 [B].
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """One draw per row from softmax(logits), int64 [B]: where the cumulated probability first exceeds `uniform_B`.
 
-    The first of independent exponential clocks with rates p_v rings at v with probability p_v, so the arg max of
-    p_v / Exp(1) is the draw. Unlike `torch.multinomial` this does not stop the host until the device is done.
+    In float64, as float32 sums over a vocabulary are off by more than rare tokens are probable.
     """
-    probability = logits_BV.softmax(dim=-1)
-    clock = torch.empty_like(probability).exponential_(generator=generator)
-    return (probability / clock).argmax(dim=-1)
+    cumulated_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    # a little less than 1, so that rounding cannot reach past the last token
+    threshold_B = uniform_B * cumulated_BV[:, -1] * (1 - 2**-40)
+    return torch.searchsorted(cumulated_BV, threshold_B[:, None], right=True).squeeze(1)

@@ -319,6 +319,21 @@ def test_the_same_key_gives_the_same_rollouts(configured):
     assert [responses_of(actor.infer(batch)) for _ in range(2)][1] != first  # the stream goes on
 
 
+def test_a_rollout_depends_on_its_id_and_not_on_its_batch(configured):
+    actor = configured(max_length=16, use_greedy=False)
+    rows, ids = [[5, 6], [7], [5, 6], [9, 3, 4]], torch.tensor([[0, 0], [1, 0], [0, 1], [2, 0]])
+
+    def rollouts(picked):
+        actor.seed_sampling(3)
+        batch = prompt_batch([rows[row] for row in picked], actor.tokenizer.eos_id, 16)
+        return responses_of(actor.infer({**batch, "rollout_id": ids[picked]}))
+
+    together = rollouts([0, 1, 2, 3])
+    assert together[0] != together[2]
+    assert rollouts([3, 2]) == [together[3], together[2]]
+    assert rollouts([1]) == [together[1]]
+
+
 def test_low_temperature_and_top_k_one_are_greedy(configured):
     batch = prompt_batch(RAGGED, configured().tokenizer.eos_id, 10)
     greedy = responses_of(configured(max_length=10).infer(batch))

@@ -14,6 +14,7 @@ from nemo_aligner.generation.sampling import (
     keep_top_k,
     keep_top_p,
     penalize_repetition,
+    random_streams,
     sample,
 )
 
@@ -108,6 +109,10 @@ def many_rows(logits_V) -> torch.Tensor:
     return logits_V.expand(NUM_DRAWS, -1)
 
 
+def uniforms(seed: int) -> torch.Tensor:
+    return torch.rand(NUM_DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 PROBABILITIES = [0.05, 0.4, 0.15, 0.1, 0.29, 0.01]
 
 
@@ -127,7 +132,7 @@ PROBABILITIES = [0.05, 0.4, 0.15, 0.1, 0.29, 0.01]
 )
 def test_draws_follow_the_filtered_distribution(params, expected):
     logits = many_rows(torch.tensor(PROBABILITIES).log() + 3.0)
-    drawn = sample(logits, torch.zeros(NUM_DRAWS, 1, dtype=torch.int64), params, torch.Generator().manual_seed(1))
+    drawn = sample(logits, torch.zeros(NUM_DRAWS, 1, dtype=torch.int64), params, uniforms(1))
     assert drawn.dtype == torch.int64
     assert_drawn_from(drawn, expected)
 
@@ -136,24 +141,42 @@ def test_temperature_comes_before_the_repetition_penalty():
     # 4 / 2 = 2, which the penalty of 2 turns into 1
     params = SamplingParams(temperature=2.0, repetition_penalty=2.0)
     previous = torch.zeros(NUM_DRAWS, 1, dtype=torch.int64)
-    drawn = sample(many_rows(torch.tensor([4.0, 0.0])), previous, params, torch.Generator().manual_seed(2))
+    drawn = sample(many_rows(torch.tensor([4.0, 0.0])), previous, params, uniforms(2))
     assert_drawn_from(drawn, torch.tensor([1.0, 0.0]).softmax(0))
 
 
 def test_draw_never_takes_a_filtered_id():
     logits = many_rows(torch.tensor([-INF, 0.0, -INF, math.log(3.0)]))
-    assert_drawn_from(draw(logits, torch.Generator().manual_seed(3)), [0, 0.25, 0, 0.75])
+    assert_drawn_from(draw(logits, uniforms(3)), [0, 0.25, 0, 0.75])
 
 
-def test_rows_and_calls_are_independent():
-    logits = many_rows(torch.zeros(2))
-    generator = torch.Generator().manual_seed(4)
-    first, second = draw(logits, generator), draw(logits, generator)
-    assert_drawn_from(2 * first + second, [0.25] * 4)
-    assert_drawn_from(2 * first[:-1] + first[1:], [0.25] * 4)
+def test_a_draw_is_where_the_cumulated_probability_exceeds_the_number():
+    logits = from_probabilities([0.25, 0.0, 0.5, 0.25, 0.0]).repeat(7, 1)
+    numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-24, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, numbers).tolist() == [0, 0, 2, 2, 3, 3, 3]
 
 
-def test_a_generator_in_the_same_state_draws_the_same():
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(5))
-    draws = [draw(logits, torch.Generator().manual_seed(seed)).tolist() for seed in (6, 6, 7)]
-    assert draws[0] == draws[1] != draws[2]
+def test_rare_tokens_of_a_large_vocabulary_are_as_probable_as_they_should_be():
+    """One token with half of the probability before 100,000 that share the rest, where float32 sums would drift."""
+    logits = torch.full((1, 100_001), 0.0)
+    logits[0, 0] = math.log(100_000)
+    numbers = torch.tensor([0.0, 0.25, 0.499999, 0.750002, 1 - 2**-30], dtype=torch.float64)
+    drawn = torch.cat([draw(logits, number[None]) for number in numbers])
+    assert drawn.tolist() == [0, 0, 0, 50_001, 100_000]
+
+
+# Random streams
+
+
+def test_a_rows_stream_does_not_depend_on_the_batch_it_is_in():
+    together = random_streams((7, 3), [(0, 0), (0, 1), (5, 0)], 20)
+    alone = random_streams((7, 3), [(5, 0)], 20)
+    assert torch.equal(together[2:], alone)
+    assert together.dtype == torch.float64 and (together >= 0).all() and (together < 1).all()
+
+
+def test_streams_of_different_keys_and_rows_are_independent():
+    ids = [(row,) for row in range(NUM_DRAWS)]
+    first, second = random_streams((1, 2), ids, 2), random_streams((2, 1), ids, 2)
+    for one, other in ((first[:, 0], second[:, 0]), (first[:, 0], first[:, 1]), (first[:-1, 0], first[1:, 0])):
+        assert_drawn_from(2 * (one < 0.5).long() + (other < 0.5).long(), [0.25] * 4)

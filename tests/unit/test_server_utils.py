@@ -1,15 +1,22 @@
-"""Requests of the reward server: checked, padded, stripped; and the small helpers around them."""
+"""Requests of the reward server: let in, checked, padded, stripped; its configuration; and the small helpers."""
 
+import json
+import socket
 import threading
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from nemo_aligner.servers.constants import ServerSignal
+from nemo_aligner.servers.gate import Refused, check_header, split_body
+from nemo_aligner.servers.triton_endpoint import check_inference_config, check_port_is_free
 from nemo_aligner.utils import parallel_state
+from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.server_utils import (
     FutureResult,
+    answer_separately,
     calculate_inference_batch_padding_multiple,
     decode_bytes_ndarray,
     lock_method,
@@ -98,11 +105,129 @@ def test_sentences_win_over_tokens():
         (request([[1, 2], [3, 4]], [[2], [0]]), r"must lie in 1\.\.2 \(the width of tokens\), got 0\.\.2"),
         (request([[1, -7]], [[2]]), "negative id -7"),
         ({"sentences": np.array([[b"a"], [b""]], dtype=np.object_)}, r"must lie in 1\.\.1"),
+        ({"sentences": np.array([[b"a", b"b"]], dtype=np.object_)}, r"sentences must be \[B, 1\], got shape \(1, 2\)"),
+        ({"sentences": np.array([[b"a\xff"]], dtype=np.object_)}, "can't decode byte 0xff in position 1"),
     ],
 )
 def test_malformed_requests_are_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         process_inputs(inputs, letters)
+
+
+def test_sound_requests_are_scored_together_and_the_others_answered_in_their_places():
+    calls = []
+
+    def read(request):
+        return 1 / request
+
+    def score(contents):
+        calls.append(contents)
+        return [10 * content for content in contents]
+
+    first, *errors, last = answer_separately([2, 0, "x", 4], read, score)
+    assert (first, last) == (5.0, 2.5) and calls == [[0.5, 0.25]]
+    assert [type(error) for error in errors] == [ZeroDivisionError, TypeError]
+    assert isinstance(answer_separately([0], read, score)[0], ZeroDivisionError) and len(calls) == 1
+
+
+def header(*shapes, **fields):
+    return json.dumps({"inputs": [{"name": "tokens", "shape": shape} for shape in shapes], **fields}).encode()
+
+
+def test_a_header_keeps_its_meaning_and_loses_its_ambiguity():
+    text = b'{"id": "7", "inputs": [{"shape": [999999999], "shape": [2, 3], "name": "tokens", "datatype": "INT64"}]}'
+    checked = check_header(text, body_size=6)
+    assert json.loads(checked) == {"id": "7", "inputs": [{"shape": [2, 3], "name": "tokens", "datatype": "INT64"}]}
+    assert checked.count(b"shape") == 1
+    assert split_body(b"headerpayload", "6") == (b"header", b"payload")
+    assert split_body(b"header", None) == (b"header", b"")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "the header is not JSON"),
+        (b"\xff", "the header is not JSON"),
+        (b"[" * 100_000, "the header is not JSON"),
+        (b"1" * 5000, "the header is not JSON"),
+        (b"[]", "the header must list inputs"),
+        (b"{}", "the header must list inputs"),
+        (header(), "the header must list inputs"),
+        (b'{"inputs": [1]}', "the header must list inputs"),
+        (b'{"inputs": [{}]}', "each input needs a shape"),
+        (header([1.0, 2]), "each input needs a shape"),
+        (header([True]), "each input needs a shape"),
+        (header([1] * 9), "each input needs a shape"),
+        (header([2, 2], [3, 2]), r"declares the shape \[3, 2\], the body has 5 bytes"),
+        (header([-2, -2]), r"declares the shape \[-2, -2\]"),
+        (header([0, 7]), r"declares the shape \[0, 7\]"),
+        (header([2**40, 2**40]), "the body has 5 bytes"),
+    ],
+)
+def test_headers_that_triton_might_not_survive(text, reason):
+    with pytest.raises(Refused, match=reason) as refused:
+        check_header(text, body_size=5)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("size", ["0", "14", "-1", "1e3", "", "9" * 30, "\u0663"])
+def test_sizes_that_do_not_fit_the_body(size):
+    with pytest.raises(Refused, match=r"must lie in 1\.\.13"):
+        split_body(b"headerpayload", size)
+
+
+SECTION = {"port": 5555, "model_name": "reward_model"}
+
+
+def test_a_section_of_the_configuration_in_order():
+    section = OmegaConf.create({"sizes": [2, 4], "inference": {**SECTION, "inference_micro_batch_size": "${sizes}"}})
+    settings = check_inference_config(section.inference, ("inference_micro_batch_size",))
+    assert settings == {**SECTION, "inference_micro_batch_size": [2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 1}, "inference.batch is not known; the keys are address, port, model_name, .*, strip_sequence"),
+        ({"port": 0}, "inference.port=0 must be a port, 1 to 65535"),
+        ({"port": 65536}, "inference.port=65536 must be a port"),
+        ({"port": "5555"}, "inference.port='5555' must be a port"),
+        ({"address": ""}, "inference.address='' must be an IPv4 address or name"),
+        ({"address": None}, "inference.address=None must be an IPv4 address or name"),
+        ({"model_name": "a b"}, "inference.model_name='a b' must be a name of letters"),
+        ({"max_queue_delay_microseconds": -1}, "inference.max_queue_delay_microseconds=-1 must be a whole number"),
+        ({"max_request_tokens": 0}, "inference.max_request_tokens=0 must be a positive whole number"),
+        ({"inference_micro_batch_size": 0}, "inference.inference_micro_batch_size=0 must be a positive whole number"),
+        ({"inference_micro_batch_size": []}, r"inference.inference_micro_batch_size=\[\] must be"),
+        ({"inference_micro_batch_size": [4, -1]}, r"inference.inference_micro_batch_size=\[4, -1\] must be"),
+        ({"inference_micro_batch_size": True}, "inference.inference_micro_batch_size=True must be"),
+        ({"strip_sequence_length_to_multiple": 0}, "inference.strip_sequence_length_to_multiple=0 must be"),
+    ],
+)
+def test_mistakes_in_the_section(change, message):
+    section = OmegaConf.create({**SECTION, **change})
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        check_inference_config(section, ("inference_micro_batch_size", "strip_sequence_length_to_multiple"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_of_the_section():
+    with pytest.raises(ConfigError, match=r"^inference\.port is not set$"):
+        check_inference_config(OmegaConf.create({"model_name": "reward_model"}))
+
+
+def test_a_port_must_be_free():
+    with socket.socket() as occupant:
+        occupant.bind(("127.0.0.1", 0))
+        port = occupant.getsockname()[1]
+        occupant.listen()
+        with pytest.raises(
+            ConfigError, match=rf"inference\.port={port}: cannot listen there \(Address already in use\)"
+        ):
+            check_port_is_free("127.0.0.1", port)
+    check_port_is_free("127.0.0.1", port)
+    with pytest.raises(ConfigError, match=r"inference\.address=192\.0\.2\.1, .* cannot listen there"):
+        check_port_is_free("192.0.2.1", port)
 
 
 @pytest.mark.parametrize(("rows", "multiple"), [(1, 4), (12, 4), (13, 12), (24, 12)])

@@ -1,17 +1,24 @@
-"""Hugging Face tokenizers that travel inside a `.nemo` archive.
+"""Hugging Face tokenizers that travel inside a `.nemo` archive, and tokenizers without their model.
 
 NeMo's `huggingface` tokenizer stores a name or path, so an archive made elsewhere finds no tokenizer. Here the config
 lists the tokenizer's own files (`tokenizer.files`, name -> path), each registered as an artifact of the archive.
 """
 
 import shutil
+import tarfile
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.nemo_archive import CONFIG_FILE
 
 # config key -> the name under which transformers looks for the file
 FILES = {"tokenizer_json": "tokenizer.json", "tokenizer_config_json": "tokenizer_config.json"}
+MEMBER = "nemo:"  # what a config puts before the name of a file in its own archive
 
 
 def tokenizer_config(folder: str | Path) -> dict:
@@ -32,7 +39,103 @@ def build_packed_tokenizer(model):
         if registered is None or not Path(registered).is_file():
             raise ValueError(f"model.tokenizer.files.{key}: no such file: {registered}; convert the model again")
         paths[key] = registered
+    return _from_packed_files(paths)
+
+
+def _from_packed_files(paths: dict[str, str | Path]):
     with tempfile.TemporaryDirectory() as folder:
         for key, name in FILES.items():
             shutil.copy(paths[key], Path(folder, name))
-        return get_nmt_tokenizer(library="huggingface", model_name=folder, use_fast=True)
+        return _from_hf_folder(folder)
+
+
+def _from_hf_folder(folder: str | Path):
+    return get_nmt_tokenizer(library="huggingface", model_name=str(folder), use_fast=True)
+
+
+def load_tokenizer(path: str | Path | None):
+    """A policy's tokenizer without the policy, in NeMo's wrapper (`eos_id`, `vocab_size`, `ids_to_text`, ...).
+
+    Args:
+        path: a `.nemo` archive, or the folder it was extracted to, of which only the config and the tokenizer's files
+            are read; or a Hugging Face folder.
+
+    Raises:
+        ConfigError: one line naming `tokenizer` and the path, if there is no tokenizer there or it has no end token.
+    """
+    if path is None:
+        raise ConfigError("tokenizer is not set; give the policy's .nemo file, or a folder with its tokenizer")
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ConfigError(f"tokenizer: {path} does not exist; give a .nemo file or a folder with a tokenizer")
+    if path.is_dir() and not (path / CONFIG_FILE).exists():
+        tokenizer = _load_hf_folder(path)
+    else:
+        tokenizer = _load_from_archive(path)
+    if getattr(tokenizer, "eos_id", None) is None:
+        raise ConfigError(f"tokenizer: the tokenizer in {path} has no end token; set eos_token in its config")
+    return tokenizer
+
+
+def _load_hf_folder(folder: Path):
+    try:
+        return _from_hf_folder(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer: {folder} holds no tokenizer that transformers can load") from error
+
+
+def _load_from_archive(path: Path):
+    with _members_of(path) as extract:
+        cfg = OmegaConf.load(extract(CONFIG_FILE)).get("tokenizer") or OmegaConf.create()
+        if cfg.get("files"):
+            return _from_packed_files({key: extract(cfg.files[key]) for key in FILES})
+        if cfg.get("library") == "sentencepiece" and str(cfg.get("model")).startswith(MEMBER):
+            return _from_sentencepiece(cfg, extract(cfg.model))
+    raise ConfigError(
+        f"tokenizer: {path} does not hold its tokenizer (library {cfg.get('library')}); give the Hugging Face folder "
+        "that it came from"
+    )
+
+
+def _from_sentencepiece(cfg: DictConfig, model: Path):
+    """As NeMo builds it for a GPT model."""
+    tokenizer = get_nmt_tokenizer(
+        library="sentencepiece", tokenizer_model=str(model), legacy=cfg.get("sentencepiece_legacy", True)
+    )
+    if cfg.get("additional_special_tokens") is not None:
+        tokenizer.add_special_tokens(OmegaConf.to_object(cfg.additional_special_tokens))
+    return tokenizer
+
+
+@contextmanager
+def _members_of(path: Path):
+    """Yields `extract(name)`, the path of one file of the archive or folder; "nemo:" before the name is ignored."""
+
+    def missing(name: str) -> ConfigError:
+        return ConfigError(f"tokenizer: {path} has no file {name}; give another .nemo file, or convert the model again")
+
+    def find(name: str) -> Path:
+        file = path / name.removeprefix(MEMBER)
+        if not file.is_file():
+            raise missing(file.name)
+        return file
+
+    if path.is_dir():
+        yield find
+        return
+    try:
+        with tarfile.open(path) as archive, tempfile.TemporaryDirectory() as folder:
+            members = {Path(member.name).name: member for member in archive if member.isfile()}
+
+            def extract(name: str) -> Path:
+                name = name.removeprefix(MEMBER)
+                if name not in members:
+                    raise missing(name)
+                file = Path(folder, name)
+                with archive.extractfile(members[name]) as source, open(file, "wb") as target:
+                    shutil.copyfileobj(source, target)
+                return file
+
+            yield extract
+    except (tarfile.TarError, EOFError) as error:
+        raise ConfigError(f"tokenizer: {path} is not a .nemo archive, or is truncated; copy it again") from error

@@ -18,7 +18,7 @@ from pytorch_lightning.trainer.trainer import Trainer
 from nemo_aligner import compat
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
-from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.sampling import SamplingParams, random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys
@@ -50,7 +50,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
         self.distributed_adam_offload_manager: AbstractContextManager | None = None
         self._inference_mode = InferenceMode(self)
-        self._sampling_generator: torch.Generator | None = None
+        self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
 
     def _build_tokenizer(self):
@@ -204,18 +204,23 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._inference_mode.leave()
 
     def seed_sampling(self, *key: int) -> None:
-        """Start the random stream of `infer` anew as a function of the model's seed, `key` and this replica.
+        """Start the random streams of `infer` anew as a function of the model's seed and `key`.
 
-        The ranks of a replica share a stream, different replicas have different ones. Called with the step, it lets a
-        resumed run draw what an uninterrupted one would have drawn.
+        Called with the step, it lets a resumed run draw what an uninterrupted one would have drawn.
         """
-        seed = (self.cfg.get("seed", 1234), *key, parallel_state.get_data_parallel_rank())
-        mixed = torch.Generator().manual_seed(0)
-        value = 0
-        for part in seed:
-            mixed.manual_seed((value ^ part) & (2**63 - 1))
-            value = int(torch.randint(2**62, (), generator=mixed))
-        self._sampling_generator = torch.Generator(current_device()).manual_seed(value)
+        self._sampling_key = (self.cfg.get("seed", 1234), *key)
+        self._num_rows_sampled = 0
+
+    def _random_streams(self, inference_batch: dict, length: int) -> torch.Tensor:
+        """float64 [B, length] on the device, the same on every rank of the replica."""
+        num_rows = inference_batch["length"].size(0)
+        if "rollout_id" in inference_batch:
+            row_ids = inference_batch["rollout_id"].tolist()
+        else:
+            replica = parallel_state.get_data_parallel_rank()
+            row_ids = [(replica, self._num_rows_sampled + row) for row in range(num_rows)]
+        self._num_rows_sampled += num_rows
+        return random_streams(self._sampling_key, row_ids, length).to(current_device())
 
     @torch.no_grad()
     def infer(self, inference_batch: dict) -> dict[str, torch.Tensor]:
@@ -223,7 +228,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         Args:
             inference_batch: `text` int64 [B, at least P], prompts right-padded with the end-of-document id, and
-                `length` int64 [B], on either device and left unmodified; other keys are ignored.
+                `length` int64 [B], on either device and left unmodified. Optionally `rollout_id` int64 [B, any], which
+                settles a row's random stream, wherever it is sampled; else the rows of a replica are counted. Other
+                keys are ignored.
 
         Returns:
             On the device of every rank of the replica: `response_tokens` int64 [B, S], each row its prompt, response,
@@ -237,8 +244,6 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         prompt_lengths = inference_batch["length"].to(current_device())
         max_length, min_length = self._length_params["max_length"], self._length_params["min_length"]
         self._check_prompt_lengths(prompt_lengths, max_length)
-        if self._sampling_generator is None:
-            self.seed_sampling()
         strategy = TrackLengthGPTModelTextGenerationStrategy(self, prompt_lengths, max_length, min_length)
         tokens = generate(
             self,
@@ -249,7 +254,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             min_length=min_length,
             end_strings=self._sampling_params["end_strings"],
             sampling_params=_sampling_params(self._sampling_params),
-            generator=self._sampling_generator,
+            uniform_BL=self._random_streams(inference_batch, max_length),
         )
         response_lengths = strategy.get_lengths()
         return {

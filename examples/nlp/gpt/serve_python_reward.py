@@ -1,0 +1,34 @@
+"""Serve a Python reward function over HTTP; see configs/inference_python_reward.yaml for every setting.
+
+    python examples/nlp/gpt/serve_python_reward.py reward.target=rewards.py:exact_match tokenizer=policy.nemo
+
+What a function is called with stands in nemo_aligner/rewards/python_reward.py. Neither a GPU nor a model is needed.
+Training finds the server through `remote_rm.reward_model`; a trainer on another machine needs
+inference.address=0.0.0.0 here.
+"""
+
+from nemo.core.config import hydra_runner
+
+from nemo_aligner.algorithms.python_reward_server import PythonRewardServer
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import load_tokenizer
+from nemo_aligner.rewards.python_reward import load_reward_function
+from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
+from nemo_aligner.utils.train_script_utils import exit_on_config_error
+
+
+@hydra_runner(config_path="../../../configs", config_name="inference_python_reward")
+def main(cfg) -> None:
+    with exit_on_config_error():
+        serve(cfg)
+
+
+def serve(cfg) -> None:
+    endpoint = check_inference_config(cfg.inference)
+    check_port_is_free(endpoint.get("address", LOOPBACK), endpoint["port"])
+    function = load_reward_function(cfg.reward.target, cfg.reward.kwargs, key="reward")
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    PythonRewardServer(function, tokenizer, end_strings=list(cfg.end_strings), **endpoint).run_server()
+
+
+if __name__ == "__main__":
+    main()

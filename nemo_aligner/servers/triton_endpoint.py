@@ -1,0 +1,218 @@
+"""Runs one scoring function behind an HTTP endpoint that speaks the KServe v2 protocol: PyTriton with our settings.
+
+Triton's batcher merges requests that arrive together. Each of them is answered by itself, with a result or an error.
+"""
+
+import os
+import re
+import signal
+import socket
+import sysconfig
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytriton.triton
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.models.model import Model
+from pytriton.triton import Triton, TritonConfig
+
+from nemo_aligner.servers.gate import Gate
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.server_utils import RewardError, one_line
+
+LOOPBACK = "127.0.0.1"
+MAX_BATCH = 9999999
+MAX_REQUEST_TOKENS = 4 * 2**20
+
+Request = dict[str, np.ndarray]
+
+
+def serve(
+    answer: Callable[[list[Request]], list[Request | Exception]],
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    *,
+    model_name: str,
+    address: str,
+    port: int,
+    max_queue_delay_microseconds: int,
+    preferred_batch_sizes: list[int] | None = None,
+) -> None:
+    """Answer requests at `http://<address>:<port>` until SIGINT or SIGTERM. To be called in the main thread.
+
+    Args:
+        answer: takes the inputs of all merged requests, returns outputs or an exception for each of them, in order. A
+            `ValueError` is the client's fault (400), any other exception the server's (500). Called in one thread.
+        inputs, outputs: the tensors, without the batch dimension. Inputs of different widths are merged too.
+        preferred_batch_sizes: rows that the batcher tries to collect.
+
+    Raises:
+        RuntimeError: Triton ended without being asked to.
+    """
+    _let_triton_find_python()
+    batcher = DynamicBatcher(
+        max_queue_delay_microseconds=max_queue_delay_microseconds, preferred_batch_size=preferred_batch_sizes
+    )
+    with _stop_signals() as received, Gate(address, port, model_name) as gate:
+        triton_port = _free_loopback_port()  # once the gate holds its own
+        endpoint = TritonConfig(
+            allow_http=True, allow_grpc=False, allow_metrics=False, http_address=LOOPBACK, http_port=triton_port
+        )
+        try:
+            with Triton(config=endpoint) as triton:
+                triton.bind(
+                    model_name=model_name,
+                    infer_func=lambda requests: [_as_outputs(each) for each in answer([dict(r) for r in requests])],
+                    inputs=inputs,
+                    outputs=outputs,
+                    config=ModelConfig(max_batch_size=MAX_BATCH, batcher=batcher),
+                )
+                with gate.running(triton_port):
+                    logging.info(f"serving {model_name!r} at http://{address}:{port}")
+                    triton.serve()
+        except KeyboardInterrupt:
+            pass  # while starting; once it serves, Triton catches it
+    if not received:
+        raise RuntimeError("the Triton server ended by itself; its log is above")
+    logging.info(f"{model_name!r} at http://{address}:{port} has stopped")
+
+
+@contextmanager
+def _stop_signals():
+    """Within the context SIGINT and SIGTERM raise `KeyboardInterrupt`; yields the list of those received."""
+    received = []
+
+    def interrupt(signum, frame):
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _let_triton_find_python() -> None:
+    """Triton's worker loads the first libpython on the path of libraries, which can belong to another Python."""
+    folders = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
+    os.environ["LD_LIBRARY_PATH"] = ":".join(folder for folder in folders if folder)
+
+
+def _free_loopback_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+# PyTriton 0.7.0 answers a merged batch as a whole: one request that fails fails them all. Triton itself can answer each
+# request with an error, so the code that PyTriton hands to Triton's worker is given a way to say so: an output named
+# "error" that holds the kind of the error and its message. It also never marks inputs as ragged, without which Triton
+# merges only requests of equal widths. Both can go when PyTriton offers them.
+_ERROR_ANSWERS = b"""
+
+_wrap_outputs = _wrap_response
+
+
+def _wrap_response(response, requested_outputs_names, model_outputs_dict):
+    if "error" not in response.data:
+        return _wrap_outputs(response, requested_outputs_names, model_outputs_dict)
+    kind, message = [part.decode() for part in response.data["error"][0]]
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, kind)))
+"""
+
+
+class _ModelOfSeparateRequests(Model):
+    def get_proxy_model_files(self) -> dict[str, bytes]:
+        files = super().get_proxy_model_files()
+        worker = f"file:{self.model_version}/model.py"
+        assert b"\ndef _wrap_response(response: Response, " in files[worker], "PyTriton has changed: see _ERROR_ANSWERS"
+        return {**files, worker: files[worker] + _ERROR_ANSWERS}
+
+    def get_model_config(self) -> dict:
+        config = super().get_model_config()
+        return {**config, "input": [{**tensor, "allow_ragged_batch": True} for tensor in config["input"]]}
+
+
+pytriton.triton.Model = _ModelOfSeparateRequests
+
+
+def _as_outputs(answer: Request | Exception) -> Request:
+    if not isinstance(answer, Exception):
+        return answer
+    kind = "INVALID_ARG" if isinstance(answer, ValueError) else "INTERNAL"
+    is_told = isinstance(answer, (ValueError, RewardError))  # by this library, so it needs no name of an exception
+    message = one_line(str(answer) if is_told else f"{type(answer).__name__}: {answer}", limit=1000)
+    return {"error": np.array([[kind.encode(), message.encode()]], dtype=np.object_)}
+
+
+def _is_size(value, least: int = 1) -> bool:
+    return type(value) is int and value >= least
+
+
+# key of the section `inference` -> test of its value, and what it must be
+_RULES = {
+    "address": (lambda value: isinstance(value, str) and value, "an IPv4 address or name of this machine"),
+    "port": (lambda value: _is_size(value) and value < 2**16, "a port, 1 to 65535"),
+    "model_name": (
+        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value, re.ASCII),
+        "a name of letters, digits, dots, dashes and underscores",
+    ),
+    "max_queue_delay_microseconds": (lambda value: _is_size(value, least=0), "a whole number, 0 or larger"),
+    "max_request_tokens": (_is_size, "a positive whole number"),
+    "inference_micro_batch_size": (
+        lambda value: _is_size(value) or (isinstance(value, list) and value and all(map(_is_size, value))),
+        "a positive whole number or a list of them",
+    ),
+    "strip_sequence_length_to_multiple": (
+        lambda value: value is None or _is_size(value),
+        "a positive whole number or null",
+    ),
+}
+ENDPOINT_KEYS = ("address", "port", "model_name", "max_queue_delay_microseconds", "max_request_tokens")
+REQUIRED_KEYS = ("port", "model_name")
+
+
+def check_inference_config(section: DictConfig, further_keys: Sequence[str] = ()) -> dict:
+    """The section `inference` of a server's configuration as a plain dict, once it is found to be in order.
+
+    Args:
+        further_keys: those that the section may have beside `ENDPOINT_KEYS`.
+
+    Raises:
+        ConfigError: one line naming a key that is unknown, missing or has a value that cannot be served with.
+    """
+    settings = OmegaConf.to_container(section, resolve=True)
+    known = (*ENDPOINT_KEYS, *further_keys)
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"inference.{key} is not known; the keys are {', '.join(known)}")
+    for key in REQUIRED_KEYS:
+        if key not in settings:
+            raise ConfigError(f"inference.{key} is not set")
+    for key, value in settings.items():
+        is_valid, wanted = _RULES[key]
+        if not is_valid(value):
+            raise ConfigError(f"inference.{key}={value!r} must be {wanted}")
+    return settings
+
+
+def check_port_is_free(address: str, port: int) -> None:
+    """Find out now, not after a model was loaded.
+
+    Raises:
+        ConfigError: one line, if this process cannot listen there.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        raise ConfigError(
+            f"inference.address={address}, inference.port={port}: cannot listen there ({error.strerror}); "
+            "stop what does, or give another port or address"
+        ) from error
