@@ -15,7 +15,7 @@ TEXTS = [
 ]
 
 
-def save_tiny_llama(folder: Path, seed: int = 0, **config) -> Path:
+def save_tiny_llama(folder: Path, seed: int = 0, model_class=LlamaForCausalLM, **config) -> Path:
     """Write a random Llama (4 layers, hidden 64, 4 heads in 2 groups) and a byte-level tokenizer to `folder`.
 
     The tokenizer has fewer entries than the model's vocabulary, as padded models do.
@@ -28,7 +28,7 @@ def save_tiny_llama(folder: Path, seed: int = 0, **config) -> Path:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
         "tie_word_embeddings": True, "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**{**defaults, **config})).save_pretrained(folder)
+    model_class(LlamaConfig(**{**defaults, **config})).save_pretrained(folder)
     return folder
 
 

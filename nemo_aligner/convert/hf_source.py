@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+CAUSAL_LM, SEQUENCE_CLASSIFICATION = "LlamaForCausalLM", "LlamaForSequenceClassification"
 # Hugging Face name -> llama.cpp's name of the same tensor; {i} is the layer.
 GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -65,7 +66,7 @@ class GGUFFile:
         if architecture != "llama":
             raise ValueError(f"{path}: GGUF architecture {architecture!r} is not supported; only 'llama' is")
         self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        self.config.architectures = ["LlamaForCausalLM"]
+        self.config.architectures = [CAUSAL_LM]
         self.config.tie_word_embeddings = "output.weight" not in self._tensors
         self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         self._restore_special_tokens()
@@ -139,7 +140,12 @@ def check_config(config: PretrainedConfig, path: str | Path) -> None:
     architecture = (config.architectures or ["unknown"])[0]
     scaling = getattr(config, "rope_scaling", None)
     checks = (
-        (architecture == "LlamaForCausalLM", "architectures", architecture, "only LlamaForCausalLM is supported"),
+        (
+            architecture in (CAUSAL_LM, SEQUENCE_CLASSIFICATION),
+            "architectures",
+            architecture,
+            f"only {CAUSAL_LM} and {SEQUENCE_CLASSIFICATION} (a reward model) are supported",
+        ),
         (
             not scaling or scaling.get("rope_type", scaling.get("type")) == "default",
             "rope_scaling",

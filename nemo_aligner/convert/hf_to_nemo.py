@@ -1,4 +1,4 @@
-"""Llama-family Hugging Face models to `.nemo` archives."""
+"""Llama-family Hugging Face models to `.nemo` archives: language models, and sequence classifiers as reward models."""
 
 import tempfile
 from pathlib import Path
@@ -14,9 +14,17 @@ from transformers import PretrainedConfig
 
 from nemo_aligner import compat
 from nemo_aligner.compat import cpu
-from nemo_aligner.convert.hf_source import check_config, open_source, require_fast_tokenizer
+from nemo_aligner.convert.hf_source import (
+    CAUSAL_LM,
+    SEQUENCE_CLASSIFICATION,
+    check_config,
+    open_source,
+    require_fast_tokenizer,
+)
 from nemo_aligner.convert.name_map import hf_names, pack
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer, tokenizer_config
+from nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model import MegatronGPTRewardModel
+from nemo_aligner.models.nlp.gpt.reward_model_classes import RewardModelType
 
 compat.apply()
 
@@ -30,11 +38,15 @@ class ConvertedGPTModel(MegatronGPTModel):
         self.tokenizer = build_packed_tokenizer(self)
 
 
+MODEL_CLASSES = {CAUSAL_LM: ConvertedGPTModel, SEQUENCE_CLASSIFICATION: MegatronGPTRewardModel}
+
+
 def convert(source_path: str | Path, output_path: str | Path, precision: str = "32", dist_ckpt_format="torch_dist"):
     """Write the model at `source_path` (a folder or a GGUF file) as the archive `output_path`.
 
-    Tensors are read one at a time into the Megatron model, so memory holds one copy of the weights. `precision` ("32"
-    or "bf16") is the dtype they are stored in.
+    A LlamaForCausalLM becomes a GPT model, a LlamaForSequenceClassification a reward model. Tensors are read one at a
+    time into the Megatron model, so memory holds one copy of the weights. `precision` ("32" or "bf16") is the dtype
+    they are stored in; a reward model's head stays in float32.
 
     Raises:
         ValueError: if the source cannot be represented, naming the file and the setting.
@@ -49,17 +61,20 @@ def convert(source_path: str | Path, output_path: str | Path, precision: str = "
     with tempfile.TemporaryDirectory(dir=output_path.parent) as folder:
         source.tokenizer.save_pretrained(folder)
         cfg = model_config(source.config, tokenizer_config(folder), precision, dist_ckpt_format)
-        trainer = Trainer(
-            devices=1, num_nodes=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False,
-            enable_checkpointing=False,
-        )  # fmt: skip
         destroy_num_microbatches_calculator()  # an earlier model's sizes, on which NeMo would insist
-        model = ConvertedGPTModel(cfg, trainer)
+        model = MODEL_CLASSES[source.config.architectures[0]](cfg, cpu_trainer())
         _copy_weights(source, model.get_model_module_list()[0])
         with open_dict(model.cfg):  # these two were for the conversion only
             model.cfg.use_cpu_initialization, model.cfg.perform_initialization = False, True
         model.save_to(str(Path(folder, output_path.name)))
         Path(folder, output_path.name).replace(output_path)
+
+
+def cpu_trainer() -> Trainer:
+    """What NeMo wants beside a model, for one process on the CPU."""
+    return Trainer(
+        devices=1, num_nodes=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False, enable_checkpointing=False
+    )
 
 
 def model_config(
@@ -102,7 +117,6 @@ def model_config(
             "position_embedding_type": "rope",
             "rotary_percentage": 1.0,
             "rotary_base": hf.rope_theta,
-            "share_embeddings_and_output_weights": hf.tie_word_embeddings,
             "override_vocab_size": hf.vocab_size,
             "make_vocab_size_divisible_by": 128,
             "apply_query_key_layer_scaling": False,
@@ -119,8 +133,23 @@ def model_config(
             "tokenizer": tokenizer,
             "data": {"seq_length": hf.max_position_embeddings},
             "optim": {"name": "adamw", "lr": 1e-6},
+            **_head_config(hf),
         }
     )
+
+
+def _head_config(hf: PretrainedConfig) -> dict:
+    """What the model ends in: a vocabulary, or one score per label."""
+    if hf.architectures[0] == CAUSAL_LM:
+        return {"share_embeddings_and_output_weights": hf.tie_word_embeddings}
+    if hf.num_labels == 1:
+        kind = {"reward_model_type": RewardModelType.BINARY_RANKING.value}
+    else:
+        kind = {
+            "reward_model_type": RewardModelType.REGRESSION.value,
+            "regression": {"num_attributes": hf.num_labels},
+        }
+    return {"share_embeddings_and_output_weights": False, **kind}
 
 
 @torch.no_grad()
@@ -128,7 +157,8 @@ def _copy_weights(source, gpt_model: torch.nn.Module) -> None:
     num_groups = source.config.num_key_value_heads
     parameters = list(gpt_model.named_parameters())
     for name, parameter in tqdm(parameters, desc="converting", unit="tensor"):
-        packed = pack([source.tensor(hf_name) for hf_name in hf_names(name)], num_groups)
+        tensors = [source.tensor(hf_name) for hf_name in hf_names(name)]
+        packed = pack(tensors, num_groups) if tensors else torch.zeros_like(parameter)
         if packed.shape != parameter.shape:
             raise ValueError(f"{source.path}: {name} has shape {tuple(packed.shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(packed)

@@ -1,4 +1,4 @@
-"""Which Hugging Face Llama tensor is which megatron-core parameter, and how the fused ones are packed.
+"""Which Hugging Face Llama tensor is which megatron-core parameter, and how the fused ones are packed and unpacked.
 
 Shapes: H hidden size, N query heads, G key/value groups, D channels per head, F FFN size, V vocabulary size.
 """
@@ -26,7 +26,9 @@ LAYER_NAMES = {
 MODEL_NAMES = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
-    "output_layer.weight": ("lm_head.weight",),
+    "output_layer.weight": ("lm_head.weight",),  # LlamaForCausalLM
+    "rm_head.weight": ("score.weight",),  # LlamaForSequenceClassification
+    "rm_head.bias": (),  # zero: the Hugging Face head has none
 }
 # Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
 _TRANSFORMER_ENGINE_NAMES = {
@@ -36,7 +38,7 @@ _TRANSFORMER_ENGINE_NAMES = {
 
 
 def hf_names(megatron_name: str) -> tuple[str, ...]:
-    """The Hugging Face tensors that make up a parameter of megatron-core's GPTModel.
+    """The Hugging Face tensors that make up a parameter of megatron-core's GPTModel or of our GPTRewardModel.
 
     Raises:
         KeyError: for a parameter that a Llama-family model does not have.
@@ -65,3 +67,19 @@ def pack_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_gr
     """[(N + 2 * G) * D, H]: for each group its query heads, then its key head, then its value head."""
     per_group = [x.unflatten(0, (num_groups, -1)) for x in (query, key, value)]
     return torch.cat(per_group, dim=1).flatten(0, 1)
+
+
+def unpack(packed: torch.Tensor, num_tensors: int, num_heads: int, num_groups: int) -> tuple[torch.Tensor, ...]:
+    """The inverse of `pack`: the `num_tensors` Hugging Face tensors of a parameter, as views where possible."""
+    if num_tensors == 3:
+        return unpack_qkv(packed, num_heads, num_groups)
+    return packed.chunk(num_tensors)
+
+
+def unpack_qkv(
+    packed: torch.Tensor, num_heads: int, num_groups: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_qkv`: query [N*D, H], key [G*D, H] and value [G*D, H]."""
+    heads = packed.unflatten(0, (num_groups, num_heads // num_groups + 2, -1))
+    per_group = heads.split((num_heads // num_groups, 1, 1), dim=1)
+    return tuple(x.flatten(0, 2) for x in per_group)

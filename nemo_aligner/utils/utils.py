@@ -1,11 +1,11 @@
 """Restoring models from `.nemo` archives, checkpoint names, batch sizes; and, re-exported, the tensor helpers."""
 
+import contextlib
 import inspect
 import os
-import re
-from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     reconfigure_num_microbatches_calculator,
@@ -13,10 +13,13 @@ from megatron.core.num_microbatches_calculator import (
 from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.utils import AppState
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_aligner.data.nlp.builders import collate_with_batch_max_sequence_length  # noqa: F401
+from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, extract_value_from_ckpt  # noqa: F401
 from nemo_aligner.utils.errors import ConfigError
-from nemo_aligner.utils.nemo_archive import check_archive
+from nemo_aligner.utils.nemo_archive import CONFIG_FILE, extract, naming, opened
+from nemo_aligner.utils.nemo_weights import check_model, check_sizes, read_weights
 from nemo_aligner.utils.optimizer_offload import (  # noqa: F401
     dist_adam_load_state_bucket_into_device,
     offload_distributed_adam,
@@ -38,23 +41,96 @@ from nemo_aligner.utils.tensors import (  # noqa: F401
 
 
 class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
-    """NeMo's connector; with `load_base_model_only` a reward model is restored from an archive that has no head."""
+    """NeMo's connector, for archives that nobody vouches for: extracted and checked by `nemo_archive`, never by NeMo.
+
+    With `load_base_model_only` a reward model is restored from an archive that has no head.
+    """
 
     def __init__(self, *args, load_base_model_only: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.load_base_model_only = load_base_model_only
 
-    def restore_from(self, *args, **kwargs):
-        if not self.load_base_model_only:
-            return super().restore_from(*args, **kwargs)
-        from nemo_aligner.models.nlp.gpt.gpt_reward_model import GPTRewardModel
+    def restore_from(
+        self, calling_cls, restore_path, override_config_path=None, map_location=None, strict=True,
+        return_config=False, trainer=None, validate_access_integrity=True,
+    ):  # fmt: skip
+        """As NeMo's, but `override_config_path` is a config or None.
 
-        before = GPTRewardModel.return_rm_head_in_state_dict
-        GPTRewardModel.return_rm_head_in_state_dict = False
-        try:
-            return super().restore_from(*args, **kwargs)
-        finally:
-            GPTRewardModel.return_rm_head_in_state_dict = before
+        Raises:
+            ConfigError: naming the member, key or parameter that is wrong, before any weights are loaded.
+        """
+        if return_config:
+            return load_checkpoint_model_config(restore_path)
+        without_head = _without_head() if self.load_base_model_only else contextlib.nullcontext()
+        with opened(restore_path) as checkpoint, without_head:
+            stored_cfg = checkpoint.config()
+            cfg = stored_cfg if override_config_path is None else override_config_path
+            with naming(checkpoint.where):
+                weights = read_weights(checkpoint.folder)
+                check_sizes(weights, cfg)
+            if weights.format is None:
+                weights.shapes = self.modify_state_dict(cfg, weights.shapes)
+            wanted_format = cfg.get("dist_ckpt_format", "torch_dist")
+            with open_dict(cfg):  # NeMo reads in the format that it is configured to write
+                cfg.dist_ckpt_format = weights.format or wanted_format
+
+            def check(model):
+                with naming(checkpoint.where):
+                    check_model(weights, model, strict, may_hold_more=self.load_base_model_only)
+
+            is_archive = self.model_extracted_dir is None
+            self.model_extracted_dir = str(checkpoint.folder)
+            try:
+                model = super().restore_from(
+                    _CheckedAfterBuilding(calling_cls, check), restore_path, cfg, map_location, strict, False, trainer,
+                    validate_access_integrity,
+                )  # fmt: skip
+            except CheckpointException as error:
+                reason = " ".join(str(next(iter(error.failures.values()))[0]).split())[:300]
+                raise ConfigError(f"{checkpoint.where}: the weights cannot be loaded ({reason})") from error
+            finally:
+                if is_archive:  # whose artifacts are taken out of it again when the model is saved
+                    self.model_extracted_dir = None
+                with open_dict(cfg):
+                    cfg.dist_ckpt_format = wanted_format
+            with open_dict(model.cfg):
+                model.cfg.dist_ckpt_format = wanted_format
+            return model
+
+    @staticmethod
+    def _unpack_nemo_file(path2file: str, out_folder: str, members=None) -> str:
+        extract(path2file, out_folder, only=None if members is None else {member.name for member in members})
+        return out_folder
+
+
+class _CheckedAfterBuilding:
+    """Stands for a model class in NeMo's restoring, which has no step between building a model and loading weights."""
+
+    def __init__(self, model_class, check):
+        self.model_class, self.check = model_class, check
+        self._set_model_restore_state = model_class._set_model_restore_state
+
+    def from_config_dict(self, config, trainer):
+        model = self.model_class.from_config_dict(config=config, trainer=trainer)
+        if not parallel_state.is_initialized():  # as NeMo does it a moment later
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
+            trainer.strategy.setup_environment()
+        self.check(model)
+        return model
+
+
+@contextlib.contextmanager
+def _without_head():
+    """Reward models do not ask a checkpoint for their head."""
+    from nemo_aligner.models.nlp.gpt.gpt_reward_model import GPTRewardModel
+
+    before = GPTRewardModel.return_rm_head_in_state_dict
+    GPTRewardModel.return_rm_head_in_state_dict = False
+    try:
+        yield
+    finally:
+        GPTRewardModel.return_rm_head_in_state_dict = before
 
 
 def load_from_nemo(
@@ -69,9 +145,11 @@ def load_from_nemo(
 ):
     """Restore a model of class `cls` from a `.nemo` archive or the folder it was extracted to.
 
+    Each process extracts the archive to a temporary folder of its own, which is gone when this returns or raises.
+
     Args:
         model_cfg: the config to build the model with; None takes the one in the archive.
-        strict: whether every parameter must be in the archive.
+        strict: whether the archive must hold nothing but the model's parameters. It must always hold all of them.
         modify_config_fn: called as `f(stored_cfg, model_cfg, add_cfg_to_tree=False)`, or without the last argument if
             it takes but two; returns the config to build the model with.
         load_base_model_only: restore a reward model from an archive without a head.
@@ -79,42 +157,35 @@ def load_from_nemo(
 
     Raises:
         AssertionError: if `restore_path` does not exist.
-        ConfigError: if it is not a complete checkpoint.
+        ConfigError: if it is not a complete checkpoint, or not of this model, or could do harm.
     """
     assert restore_path is not None and os.path.exists(restore_path), f"restore_path: {restore_path} does not exist"
-    stored_cfg = load_checkpoint_model_config(restore_path)
-    stored_format = stored_cfg.get("dist_ckpt_format", "torch_dist")
     if modify_config_fn is not None:
         takes_tree_flag = "add_cfg_to_tree" in inspect.signature(modify_config_fn).parameters
         extra = {"add_cfg_to_tree": False} if takes_tree_flag else {}
-        model_cfg = modify_config_fn(stored_cfg, model_cfg, **extra)
-    model_cfg = (stored_cfg if model_cfg is None else model_cfg).copy()
-    wanted_format = model_cfg.get("dist_ckpt_format", "torch_dist")
+        model_cfg = modify_config_fn(load_checkpoint_model_config(restore_path), model_cfg, **extra)
+    model_cfg = (load_checkpoint_model_config(restore_path) if model_cfg is None else model_cfg).copy()
     with open_dict(model_cfg):
         model_cfg.pop("target", None)  # NeMo would build the class that wrote the archive instead of `cls`
-        model_cfg.dist_ckpt_format = stored_format  # NeMo reads in the format that it is configured to write
     destroy_num_microbatches_calculator()  # NeMo insists that every model of a process has the sizes of the first
-    connector = CustomSaveRestoreConnector(load_base_model_only=load_base_model_only)
     model = cls.restore_from(
         restore_path=restore_path,
         trainer=trainer,
         override_config_path=model_cfg,
-        save_restore_connector=connector,
+        save_restore_connector=CustomSaveRestoreConnector(load_base_model_only=load_base_model_only),
         strict=strict,
     )
-    for cfg in (model_cfg, model.cfg):
-        with open_dict(cfg):
-            cfg.dist_ckpt_format = wanted_format
     return (model, model_cfg) if return_updated_cfg else model
 
 
 def load_checkpoint_model_config(restore_path: str) -> DictConfig:
-    """The model config stored in a `.nemo` archive or extracted folder."""
-    check_archive(restore_path)
-    connector = NLPSaveRestoreConnector()
-    if os.path.isdir(restore_path):
-        return OmegaConf.load(os.path.join(restore_path, connector.model_config_yaml))
-    return connector.restore_from(None, restore_path, return_config=True)
+    """The model config stored in a `.nemo` archive or extracted folder.
+
+    Raises:
+        ConfigError: if that is not a complete checkpoint, or its config not one that a model can be built from.
+    """
+    with opened(restore_path, only={CONFIG_FILE}) as checkpoint:
+        return checkpoint.config()
 
 
 def load_and_override_model_config(
@@ -153,19 +224,6 @@ def remove_overwritten_fields(base_config: DictConfig, overwrite_config: DictCon
             raise ConfigError(f"model.overwrite_base_config.{key} is {value!r}; give true or false")
 
 
-def extract_value_from_ckpt(key: str, ckpt_path: str) -> int:
-    """The integer behind `key=` in the last component of a checkpoint's path.
-
-    Raises:
-        ValueError: if the name has no such field.
-    """
-    name = Path(str(ckpt_path).rstrip("/")).name
-    found = re.search(rf"(?:^|[^A-Za-z0-9_]){re.escape(key)}=(\d+)(?:\.0+)?(?![\d.]*\d)", name)
-    if found is None:
-        raise ValueError(f"the checkpoint name {name!r} has no field {key}=<integer>")
-    return int(found.group(1))
-
-
 def configure_batch_sizes(mbs: int, gbs: int, dp: int = 1) -> None:
     """Reset Megatron's global calculator of micro-batches per step."""
     reconfigure_num_microbatches_calculator(
@@ -183,25 +241,3 @@ def set_autocast_gpu_dtype(precision) -> None:
         torch.set_autocast_dtype("cuda", torch.half)
     elif str(precision) in ("bf16", "bf16-mixed"):
         torch.set_autocast_dtype("cuda", torch.bfloat16)
-
-
-def custom_save_ckpt_func(
-    self, trainer, pl_module, monitor_candidates: dict, is_train_end: bool = False, save_top_only: bool = False
-) -> None:
-    """Save through NeMo's checkpoint callback: the top-k checkpoint, then the last one.
-
-    Args:
-        self: the `NeMoModelCheckpoint` callback.
-        monitor_candidates: metric name -> tensor; names of checkpoints and the choice of the best come from these.
-        is_train_end: also run the callback's end hook, which writes the final `.nemo`.
-        save_top_only: leave out the last checkpoint.
-    """
-    if self.monitor is None or self.monitor in monitor_candidates:
-        self._save_topk_checkpoint(trainer, monitor_candidates)
-    if not save_top_only:
-        self._save_last_checkpoint(trainer, monitor_candidates)
-    if is_train_end:
-        # With an interval the hook would save once more: it judges by Lightning's step, which does not advance here.
-        val_check_interval, trainer.val_check_interval = trainer.val_check_interval, 0
-        self.on_train_end(trainer, pl_module)
-        trainer.val_check_interval = val_check_interval

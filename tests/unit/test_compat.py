@@ -1,17 +1,21 @@
 """The stand-ins for what is not installed: only where something is missing, once, and only while it is needed."""
 
+import contextlib
 import functools
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
@@ -20,7 +24,10 @@ from nemo.collections.nlp.models import nlp_model
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 from nemo.collections.nlp.modules.common.megatron import build_model, megatron_init, utils
 from nemo.collections.nlp.parts import nlp_overrides
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nemo_aligner import compat
 from nemo_aligner.compat import cpu, device, log_noise, no_apex, no_transformer_engine, torch_version
@@ -222,6 +229,33 @@ def test_nemo_still_needs_the_version_of_a_container(bare):
 def test_megatron_still_calls_the_writer_of_an_older_torch(bare):
     assert bare["writer"]
     assert "_write_item(stream, " in inspect.getsource(filesystem_async)
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_torch_still_runs_pickles_of_checkpoints(tmp_path, monkeypatch):
+    """Of both kinds that no argument of a caller makes safe; why `checkpoint_pickles` reads them first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with contextlib.suppress(AttributeError):  # what it ran did not return metadata
+        filesystem.FileSystemReader(tmp_path).read_metadata()
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    content = io.BytesIO()
+    torch.save(Evil(), content)
+    content.seek(0)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.state_dict = {}
+    planner.load_bytes(types.SimpleNamespace(dest_index=MetadataIndex("extra")), content)
+    assert (tmp_path / "ran").exists()
+
+
+def test_megatron_and_nemo_still_leave_it_to_torch_what_pickles_may_do():
+    assert "weights_only" not in inspect.getsource(common.TorchCommonLoadStrategy)
+    assert "weights_only" not in inspect.getsource(SaveRestoreConnector._load_state_dict_from_disk)
 
 
 @pytest.mark.parametrize(

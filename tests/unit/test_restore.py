@@ -1,6 +1,9 @@
 """Weights, config and tokenizer come back from `.nemo` archives, our own and those that NeMo wrote."""
 
+import gzip
+import shutil
 import tarfile
+import tempfile
 
 import pytest
 import torch
@@ -11,11 +14,16 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import Meg
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from omegaconf import OmegaConf, open_dict
 from pytorch_lightning import Trainer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from nemo_aligner.compat import device
 from nemo_aligner.convert.hf_to_nemo import convert
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import tokenizer_config
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 from nemo_aligner.testing.utils import Utils
+from nemo_aligner.utils import nemo_weights
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.utils import load_and_override_model_config, load_checkpoint_model_config, load_from_nemo
 from tests.tiny import load_actor, rs_config
@@ -102,6 +110,36 @@ def test_an_archive_is_read_in_its_own_format_and_written_in_the_configured_one(
     with tarfile.open(tmp_path / "actor.nemo") as archive:
         assert any(name.endswith(".zarray") for name in archive.getnames())
     assert_same(restore(tmp_path / "actor.nemo"), parameters)
+
+
+@pytest.fixture
+def saved_by_torch(saved, tmp_path):
+    """The folder of an archive whose weights are one file, as NeMo writes those that it does not distribute."""
+    with tarfile.open(saved[0]) as archive:
+        archive.extractall(tmp_path / "by_torch", filter="data")
+    shutil.rmtree(tmp_path / "by_torch/model_weights")
+    torch.save(restore(saved[0]).state_dict(), tmp_path / "by_torch/model_weights.ckpt")
+    return tmp_path / "by_torch"
+
+
+def test_weights_in_one_file_restore_too(saved, saved_by_torch):
+    assert_same(restore(saved_by_torch), saved[1])
+
+
+def test_a_gzipped_archive_restores_and_is_saved_again(saved, tmp_path, temporary):
+    path, parameters = saved
+    (tmp_path / "gzipped.nemo").write_bytes(gzip.compress(path.read_bytes(), 1))
+    actor = restore(tmp_path / "gzipped.nemo")
+    assert_same(actor, parameters)
+    actor.save_to(str(tmp_path / "again.nemo"))  # takes the tokenizer out of the first archive
+    assert_same(restore(tmp_path / "again.nemo"), parameters)
+
+
+def test_a_model_from_a_folder_is_saved_with_its_tokenizer(saved, tmp_path, temporary):
+    with tarfile.open(saved[0]) as archive:
+        archive.extractall(tmp_path / "folder", filter="data")
+    restore(tmp_path / "folder").save_to(str(tmp_path / "again.nemo"))
+    assert_same(restore(tmp_path / "again.nemo"), saved[1])
 
 
 def test_the_tokenizer_travels_in_the_archive(saved, tiny_nemo):
@@ -194,6 +232,112 @@ def test_a_truncated_archive_is_named(saved, tmp_path, share, load):
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(ConfigError, match=f"{tmp_path} has no model_config.yaml"):
         restore(tmp_path)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where archives are extracted to; nothing may stay there."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        # before the model is built
+        ({"num_layers": 3}, ["self_attention.linear_proj.weight has the shape (4, 64, 64)", "num_layers=3"]),
+        ({"hidden_size": 128}, ["word_embeddings.weight has the shape (384, 64)", "hidden_size=128"]),
+        # before the weights are loaded
+        ({"ffn_hidden_size": 256}, ["linear_fc1.weight has the shape (4, 256, 64) in the weights, but (4, 512, 64)"]),
+        ({"bias": True}, ["the parameter model.decoder.layers.", "bias is missing from the weights (and"]),
+        ({"share_embeddings_and_output_weights": False}, ["model.output_layer.weight is missing from the weights"]),
+        ({"override_vocab_size": 512}, ["the tokenizer's 320 entries need 512 rows", "embedding table has 384"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("kind", ["archive", "torch.save"])
+def test_a_config_of_another_model(saved, saved_by_torch, temporary, kind, changes, parts):
+    path = saved[0] if kind == "archive" else saved_by_torch
+    cfg = load_checkpoint_model_config(str(path))
+    with open_dict(cfg):
+        cfg.update(changes)
+    with pytest.raises(ConfigError) as caught:
+        restore(path, cfg)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    if kind == "archive":
+        assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        (500, "the tokenizer has 500 entries, but the embedding table in the weights only 384 rows"),
+        (200, "the tokenizer's 200 entries need 256 rows, but the weights' embedding table has 384"),
+    ],
+)
+def test_a_tokenizer_of_another_model(saved, tmp_path, temporary, entries, message):
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(entries)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(tmp_path / "words")
+    cfg = load_checkpoint_model_config(str(saved[0]))
+    with open_dict(cfg):
+        cfg.tokenizer = tokenizer_config(tmp_path / "words")
+        cfg.pop("override_vocab_size")
+    with pytest.raises(ConfigError, match=message):
+        restore(saved[0], cfg)
+
+
+def test_parameters_that_the_model_does_not_have(saved, saved_by_torch, temporary, monkeypatch):
+    unknown = r"hold the parameter model\.{}, which the model does not have"
+    state = torch.load(saved_by_torch / "model_weights.ckpt", weights_only=True)
+    torch.save({**state, "model.rm_head.weight": torch.ones(1, 64)}, saved_by_torch / "model_weights.ckpt")
+    with pytest.raises(ConfigError, match=unknown.format(r"rm_head\.weight")):
+        restore(saved_by_torch)
+    wanted_by = nemo_weights._wanted_by
+
+    def without_the_last_norm(model):
+        tensors, *others = wanted_by(model)
+        del tensors["model.decoder.final_layernorm.weight"]
+        return tensors, *others
+
+    monkeypatch.setattr(nemo_weights, "_wanted_by", without_the_last_norm)
+    with pytest.raises(ConfigError, match=unknown.format(r"decoder\.final_layernorm\.weight")):
+        restore(saved[0])
+    assert_same(restore(saved[0], strict=False), saved[1])
+
+
+def test_a_damaged_tensor(saved, tmp_path, temporary):
+    with tarfile.open(saved[0]) as archive:
+        archive.extractall(tmp_path / "folder", filter="data")
+    (part,) = (tmp_path / "folder/model_weights").glob("__0_0.distcp")
+    data = bytearray(part.read_bytes())
+    start = data.rfind(b"PK\x03\x04", 0, data.index(b"/data/0"))  # what the zip says before a tensor's data
+    data[start : start + 4] = b"xxxx"
+    part.write_bytes(data)
+    with pytest.raises(ConfigError, match="the weights cannot be loaded"):
+        restore(tmp_path / "folder")
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_no_model_is_built_from_an_archive_with_a_program(saved, tmp_path, temporary, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open(saved[0]) as archive:
+        archive.extractall("folder", filter="data")
+    torch.save(Evil(), "folder/model_weights/common.pt")
+    with tarfile.open("bad.nemo", "w") as archive:
+        archive.add("folder", arcname=".")
+    monkeypatch.setattr(MegatronGPTRSModel, "__init__", lambda *args, **kwargs: pytest.fail("a model was built"))
+    for path in ("bad.nemo", "folder"):
+        with pytest.raises(ConfigError, match=r"common\.pt: it wants to use io\.open"):
+            restore(path)
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- archives of NeMo's own model

@@ -1,6 +1,8 @@
 """Convert a Llama-family Hugging Face model (a folder or a GGUF file) to a `.nemo` archive with its tokenizer inside.
 
 python examples/nlp/gpt/convert_hf_to_nemo.py --input path/to/folder_or_file.gguf --output model.nemo
+
+A LlamaForSequenceClassification folder becomes a reward model for serve_reward_model.py.
 """
 
 import argparse

@@ -1,0 +1,154 @@
+"""`.nemo` archives of Llama-family language models back to Hugging Face folders."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_aligner.compat import cpu
+from nemo_aligner.convert.hf_source import CAUSAL_LM
+from nemo_aligner.convert.hf_to_nemo import PRECISIONS, ConvertedGPTModel, cpu_trainer, model_config
+from nemo_aligner.convert.name_map import hf_names, unpack
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import FILES
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.nemo_archive import CONFIG_FILE, opened
+from nemo_aligner.utils.utils import load_from_nemo
+
+# Model key, what NeMo takes where it is missing, and what a Llama has.
+LLAMA_VALUES = (
+    ("mcore_gpt", False, (True,)),
+    ("name", "", ("", "te_gpt")),
+    ("normalization", "layernorm", ("rmsnorm",)),
+    ("layernorm_zero_centered_gamma", False, (False,)),
+    ("activation", "gelu", ("fast-swiglu", "swiglu")),
+    ("bias", True, (False,)),
+    ("qkv_bias", False, (False,)),
+    ("qk_layernorm", False, (False,)),
+    ("window_size", None, (None,)),
+    ("num_moe_experts", None, (None,)),
+    ("position_embedding_type", "learned_absolute", ("rope",)),
+    ("rotary_percentage", 1.0, (1.0,)),
+    ("rotary_interleaved", False, (False,)),
+    ("seq_len_interpolation_factor", None, (None,)),
+    ("scale_positional_embedding", False, (False,)),
+    ("apply_embedding_scaling", False, (False,)),
+    ("mcore_customization_config", {}, ({},)),
+)
+
+
+def export(archive_path: str | Path, output_path: str | Path, precision: str = "32") -> None:
+    """Write the language model in a `.nemo` archive, or the folder it was extracted to, as a Hugging Face folder.
+
+    The folder appears at `output_path` when it is complete. `precision` ("32" or "bf16") is the dtype of the written
+    weights. The parallel layout of the training does not matter. Memory holds the model in float32 and in that dtype.
+
+    Raises:
+        ConfigError: the input is not a complete archive of a Llama with its tokenizer, or the output exists.
+    """
+    archive_path, output_path = Path(archive_path), Path(output_path)
+    with opened(archive_path, key="--input", only={CONFIG_FILE}) as archive:
+        cfg = archive.config()
+    check_is_llama(cfg, archive_path)
+    if output_path.exists() and not (output_path.is_dir() and next(output_path.iterdir(), None) is None):
+        raise ConfigError(f"--output: {output_path} exists already; give a new folder")
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_path.parent) as workspace:
+        folder = Path(workspace, output_path.name)
+        folder.mkdir()
+        tokenizer = _copy_tokenizer(archive_path, cfg.tokenizer.files, folder)
+        hf_config = llama_config(cfg, tokenizer)
+        gpt_model = _restore(archive_path, cfg, hf_config, len(tokenizer))
+        to_llama(gpt_model, hf_config, PRECISIONS[precision]).save_pretrained(folder)
+        folder.replace(output_path)
+
+
+def check_is_llama(cfg: DictConfig, path: Path) -> None:
+    """Refuse what is not a whole language model that `LlamaForCausalLM` can represent.
+
+    Raises:
+        ConfigError: naming the key of the model's config and its value.
+    """
+    kind = cfg.get("reward_model_type")
+    if kind is not None:
+        raise ConfigError(f"{path}: model.reward_model_type is {kind!r}: only language models can be exported")
+    scheme = OmegaConf.select(cfg, "peft.peft_scheme") or "none"
+    if scheme != "none":
+        raise ConfigError(
+            f"{path}: model.peft.peft_scheme is {scheme!r}: adapters cannot be exported, only whole models"
+        )
+    for key, default, accepted in LLAMA_VALUES:
+        value = cfg.get(key, default)
+        if value not in accepted:
+            raise ConfigError(f"{path}: model.{key} is {value!r}: a Llama needs {accepted[-1]!r}")
+    files = OmegaConf.select(cfg, "tokenizer.files") or {}
+    if not all(str(files.get(key)).startswith("nemo:") for key in FILES):
+        raise ConfigError(
+            f"{path}: model.tokenizer.files does not name files of the archive: only archives of models that "
+            "convert_hf_to_nemo.py made carry their tokenizer"
+        )
+
+
+def llama_config(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The Hugging Face config that describes the NeMo model config `cfg`; the inverse of `model_config`."""
+    num_heads = cfg.num_attention_heads
+    return LlamaConfig(
+        architectures=[CAUSAL_LM],
+        vocab_size=cfg.get("override_vocab_size") or len(tokenizer),
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.ffn_hidden_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=cfg.get("num_query_groups") or num_heads,
+        head_dim=cfg.get("kv_channels") or cfg.hidden_size // num_heads,
+        max_position_embeddings=cfg.max_position_embeddings,
+        initializer_range=cfg.get("init_method_std", 0.02),
+        rms_norm_eps=cfg.get("layernorm_epsilon", 1e-5),
+        rope_theta=cfg.get("rotary_base", 10000),
+        tie_word_embeddings=cfg.get("share_embeddings_and_output_weights", True),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+@torch.no_grad()
+def to_llama(gpt_model: torch.nn.Module, config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The Hugging Face model of megatron-core's GPT model on the CPU, its vocabulary cut to `config.vocab_size`."""
+    tensors = {}
+    for name, parameter in gpt_model.named_parameters():
+        names = hf_names(name)
+        parts = unpack(parameter, len(names), config.num_attention_heads, config.num_key_value_heads)
+        for hf_name, tensor in zip(names, parts, strict=True):
+            if hf_name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensor = tensor[: config.vocab_size]
+            # copied, because safetensors refuses tensors that share memory
+            tensors[hf_name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    llama.load_state_dict(tensors, strict=True, assign=True)
+    llama.tie_weights()
+    return llama
+
+
+def _restore(path: Path, cfg: DictConfig, hf_config: LlamaConfig, tokenizer_size: int) -> torch.nn.Module:
+    """megatron-core's GPT model in float32, with the vocabulary that the archive has."""
+    cpu.enable()
+    restored_cfg = model_config(hf_config, cfg.tokenizer, precision="32")
+    if cfg.get("override_vocab_size") is None:
+        multiple = cfg.get("make_vocab_size_divisible_by", 128) * cfg.get("tensor_model_parallel_size", 1)
+        restored_cfg.override_vocab_size = -(-tokenizer_size // multiple) * multiple
+    model = load_from_nemo(ConvertedGPTModel, restored_cfg, cpu_trainer(), restore_path=str(path))
+    return model.get_model_module_list()[0]
+
+
+def _copy_tokenizer(archive_path: Path, files: DictConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """Write the tokenizer's files, which `files` names as members of the archive, to `folder`, and load them."""
+    members = {key: files[key].removeprefix("nemo:") for key in FILES}
+    with opened(archive_path, key="--input", only=set(members.values())) as archive:
+        for key, file_name in FILES.items():
+            shutil.copy(archive.folder / members[key], folder / file_name)
+    return AutoTokenizer.from_pretrained(folder)
