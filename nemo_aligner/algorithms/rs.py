@@ -22,6 +22,7 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.ppo_utils import create_mask, select_topk
 from nemo_aligner.utils.rollout_log import RolloutLog
 from nemo_aligner.utils.server_utils import RewardError
+from nemo_aligner.utils.termination import StopRequested, TerminationWatch
 from nemo_aligner.utils.text_generation_utils import has_content
 from nemo_aligner.utils.timers import max_over_ranks
 from nemo_aligner.utils.train_utils import clip_gradients
@@ -33,8 +34,8 @@ MAX_TABLE_ROWS = 100
 # First number of the key from which the random stream of a phase is derived.
 TRAINING_STREAM, VALIDATION_STREAM = 0, 1
 # While one replica waits for rewards, all ranks meet this often: their process groups give up on a rank that stays away
-# from a collective for some minutes.
-MEETING_INTERVAL_S = 60.0
+# from a collective for some minutes, and schedulers on a job that does not end soon when asked to.
+MEETING_INTERVAL_S = 5.0
 
 
 class RSTrainer:
@@ -92,6 +93,7 @@ class RSTrainer:
             self.unscored = UnscoredRollouts(rollout_dir, rank)
         self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)
         self.timer = ScopedTimer(reduction="mean", sync_cuda=True, buffer_size=1)
+        self.termination = TerminationWatch()
         self.step = self.rs_optimization_step = self.consumed_samples = self._saved_step = 0
         columns = ["step", "prompt", "response", "reward"]
         self.train_df, self.val_df = pd.DataFrame(columns=columns), pd.DataFrame(columns=columns)
@@ -133,13 +135,18 @@ class RSTrainer:
         """Roll out, score, select, train, validate, save, until the steps, the epochs or the time are used up.
 
         Raises:
-            RewardError: if rewards could not be had. A checkpoint is written before, so that the next start begins with
-                the rollouts that were left.
+            RewardError: if rewards could not be had.
+            StopRequested: after SIGTERM. Before both a checkpoint is written, and the next start begins with the
+                rollouts that were left.
         """
         self._saved_step = self.step
+        with self.termination.watching():
+            self._fit()
+
+    def _fit(self) -> None:
         try:
             self.run_timer.start_time()
-            if self.unscored is not None and self.unscored.load("val", self.step):
+            if self.unscored is not None and self.unscored.load("val", self.step) is not None:
                 self._finish_step({}, run_val=True, save_model=self.cfg.save_interval > 0)
             elif self.step == 0 and self.cfg.get("val_at_start", False):
                 self.log_rollouts(self.run_validation(), "val")
@@ -154,7 +161,7 @@ class RSTrainer:
                     logging.info(f"RS step {self.step}/{self.max_steps}: {summary}")
                     if run_time_exceeded:
                         return
-        except RewardError:
+        except (RewardError, StopRequested):
             self.model.finish_inference()
             if self.cfg.save_interval > 0 and self.step > self._saved_step:
                 self.save()
@@ -167,6 +174,7 @@ class RSTrainer:
 
         Every rank takes the same branches, since each of them holds a collective.
         """
+        self.model.seed_step(self.step)
         num_microbatches = compute_num_rollout_microbatches(self.train_dataloader)
         with self.timer("rollout_time"):
             rollout_data, train_metrics = self.generate_rollouts(dataloader_iter, num_microbatches)
@@ -246,15 +254,17 @@ class RSTrainer:
 
         Raises:
             RewardError: on every rank of the job, if rewards could not be had; the rollouts are on disk.
+            StopRequested: on every rank of the job, after SIGTERM; the same.
         """
         split = "val" if is_validation else "train"
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
-        stored = iter(self.unscored.load(split, self.step) if self.unscored is not None else ())
+        stored = iter((self.unscored.load(split, self.step) if self.unscored is not None else None) or ())
         under_way, scored, kept = [], [], []
         try:
             microbatches = islice(dataloader_iter, num_microbatches)
             for batch in _progress_bar(microbatches, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
+                self.termination.meet()
                 rollouts = self._take_stored(stored, batch, num_rollouts) or self._generate(batch, num_rollouts)
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
                 is_scored = "rewards" in rollouts
@@ -269,8 +279,9 @@ class RSTrainer:
                 kept_rows = () if is_validation else kept[-1].pop("row").tolist()
                 if future is not None:  # else an earlier start wrote them
                     self._write_to_log(split, rollouts, kept_rows)
-        except RewardError as error:
-            raise self._keep_for_next_start(split, scored + [rollouts for rollouts, _ in under_way], error) from error
+        except (RewardError, StopRequested) as error:
+            kept_in = self._keep_for_next_start(split, scored + [rollouts for rollouts, _ in under_way])
+            raise type(error)(f"{error}{kept_in}") from error
         except BaseException:
             for rollouts, _ in under_way:
                 self._write_to_log(split, rollouts)
@@ -306,7 +317,7 @@ class RSTrainer:
         Raises:
             RewardError: on every rank of the job.
         """
-        _wait_on_all_ranks(future)
+        self._wait_on_all_ranks(future)
         failure = None
         try:
             rewards = future.result()
@@ -319,12 +330,18 @@ class RSTrainer:
             rollouts[name] = part.flatten().to(rollouts["response_tokens"].device)
         rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
 
-    def _keep_for_next_start(self, split: str, rollout_batches: list[dict], error: RewardError) -> RewardError:
-        """Put the phase's rollouts on disk; returns the error with a mention of that."""
+    def _wait_on_all_ranks(self, future) -> None:
+        """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`."""
+        wait = getattr(future, "wait", lambda timeout_s: True)
+        while not self.termination.meet(is_done=wait(MEETING_INTERVAL_S)):
+            pass
+
+    def _keep_for_next_start(self, split: str, rollout_batches: list[dict]) -> str:
+        """Put the phase's rollouts on disk; returns what there is to say about that."""
         if self.unscored is None:
-            return error
+            return ""
         path = self.unscored.save(split, self.step, [cpu_dict(rollouts) for rollouts in rollout_batches])
-        return RewardError(f"{error}; the rollouts are in {path}; the same command started again scores them first")
+        return f"; the rollouts are in {path}; the same command started again scores them first"
 
     def _generate(self, batch: dict, num_rollouts: int) -> dict:
         """Rollouts of the prompts in `batch` from one `infer` call, `num_rollouts` neighbouring rows for each."""
@@ -557,17 +574,6 @@ def _records(dataset, batch: dict, num_rows: int) -> list[dict]:
         return [{}] * num_rows
     records = [dataset.record(index) for index in batch["prompt_index"].tolist()]
     return [record for record in records for _ in range(num_rows // len(records))]
-
-
-def _wait_on_all_ranks(future) -> None:
-    """Return when every replica has its reward, or the failure. Collective over the job."""
-    while True:
-        # futures of foreign kinds wait in `result()`
-        is_done = future.wait(MEETING_INTERVAL_S) if hasattr(future, "wait") else True
-        all_done = torch.tensor([is_done], dtype=torch.int64, device=current_device())
-        torch.distributed.all_reduce(all_done, torch.distributed.ReduceOp.MIN)
-        if all_done.item():
-            return
 
 
 def _parts(future) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ def apply() -> None:
     """Adapt the libraries to what is installed. Called by the modules that import NeMo's models; idempotent."""
     from nemo_aligner.compat import (
         adam_step,
+        adapters,
         checkpoint_writer,
         cpu,
         device,
@@ -24,6 +25,7 @@ def apply() -> None:
     no_apex.apply()
     no_transformer_engine.apply()
     torch_version.apply()
+    adapters.apply()
     checkpoint_writer.apply()
     resume.apply()
     adam_step.apply()

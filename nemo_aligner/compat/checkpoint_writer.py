@@ -26,12 +26,14 @@ def apply() -> None:
         try:
             results, failure = retrieve_own_results(self), None
         except Exception as error:
-            results, failure = None, f"rank {torch.distributed.get_rank()} {_root(error)}"
+            cause = _root(error)
+            message = f"the checkpoint could not be written: rank {torch.distributed.get_rank()}: {cause}"
+            results, failure = None, (getattr(cause, "errno", None), message)
         failures = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(failures, failure)
         failure = next((failure for failure in failures if failure is not None), None)
         if failure is not None:
-            raise OSError(f"the checkpoint could not be written: {failure}")
+            raise OSError(*failure)
         return results
 
     writer.retrieve_write_results = retrieve_write_results
@@ -63,7 +65,7 @@ def _write_in_threads(write_buckets: list, all_results: queue.SimpleQueue) -> No
     all_results.put(failures[0] if failures else by_bucket)
 
 
-def _root(error: BaseException) -> str:
+def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    return error

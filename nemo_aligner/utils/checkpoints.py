@@ -5,6 +5,8 @@ then renamed; only after that does an older one go.
 """
 
 import contextlib
+import copy
+import errno
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import types
 from pathlib import Path
 
 import torch
+from nemo.utils import logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import ckpt_to_dir
@@ -20,6 +23,11 @@ COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
 # Of a checkpoint's files, megatron-core writes this one last.
 LAST_FILE = "metadata.json"
 PARTIAL = ".partial"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What Lightning's callback keeps of the checkpoints that it has written.
+BOOKS = (
+    "best_k_models", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score", "last_model_path",
+)  # fmt: skip
 
 
 def extract_value_from_ckpt(key: str, ckpt_path: str) -> int:
@@ -75,8 +83,7 @@ def custom_save_ckpt_func(
 ) -> None:
     """Save through NeMo's checkpoint callback: the top-k checkpoint, then the last one. Collective over the job.
 
-    A checkpoint that cannot be written, for want of disk space, say, is reported, and the run goes on with the older
-    ones in place.
+    A checkpoint for which there is no room on the disk is reported, and the run goes on with the older ones in place.
 
     Args:
         self: the `NeMoModelCheckpoint` callback.
@@ -87,13 +94,22 @@ def custom_save_ckpt_func(
     """
     counters = {name: int(monitor_candidates[name]) for name in COUNTERS if name in monitor_candidates}
     pl_module.rs_trainer_state = counters
+    saves = [] if save_top_only else [self._save_last_checkpoint]
+    if self.monitor is None or self.monitor in monitor_candidates:
+        saves.insert(0, self._save_topk_checkpoint)
     with _whole_or_not_at_all(self):
-        if self.monitor is None or self.monitor in monitor_candidates:
-            self._save_topk_checkpoint(trainer, monitor_candidates)
-        if not save_top_only:
-            self._save_last_checkpoint(trainer, monitor_candidates)
+        for save in saves:
+            before = {name: copy.copy(getattr(self, name)) for name in BOOKS}
+            try:
+                save(trainer, monitor_candidates)
+            except OSError as error:
+                if error.errno not in DISK_IS_FULL:
+                    raise
+                vars(self).update(before)
+                logging.error(f"{error}; the run goes on, its last checkpoint is {self.last_model_path or 'none'}")
     if is_train_end:
-        # With an interval the hook would save once more: it judges by Lightning's step, which does not advance here.
+        # The hook would save once more, with metrics of Lightning's loop, which does not run here.
+        self._last_checkpoint_saved = self._last_checkpoint_saved or self.last_model_path or "none"
         val_check_interval, trainer.val_check_interval = trainer.val_check_interval, 0
         self.on_train_end(trainer, pl_module)
         trainer.val_check_interval = val_check_interval
@@ -117,12 +133,31 @@ def _save_and_rename(callback: NeMoModelCheckpoint, trainer, filepath: str) -> N
     if is_global_rank_zero():
         shutil.rmtree(partial.parent, ignore_errors=True)  # of a save that was interrupted
     trainer.strategy.barrier()
+    _check_free_space(final.parent)
     NeMoModelCheckpoint._save_checkpoint(callback, trainer, f"{partial}{callback.FILE_EXTENSION}")
     callback._last_checkpoint_saved = filepath
     if is_global_rank_zero():
         _sync(partial)
         _replace(final, partial)
     trainer.strategy.barrier()
+
+
+def _check_free_space(folder: Path) -> None:
+    """Refuse to begin what would fill the disk, as far as the checkpoints that are there can tell. Collective.
+
+    Raises:
+        OSError: on every rank.
+    """
+    verdict = [None]
+    if is_global_rank_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in folder.iterdir() if is_complete(path)]
+        free = shutil.disk_usage(folder).free
+        if free < max(sizes, default=0):
+            verdict = [f"the checkpoint could not be written: {folder} has room for {free} of {max(sizes)} bytes"]
+    torch.distributed.broadcast_object_list(verdict, src=0)
+    if verdict[0] is not None:
+        raise OSError(errno.ENOSPC, verdict[0])
 
 
 def _replace(final: Path, partial: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX
@@ -14,7 +15,8 @@ class RolloutLog:
 
     A line has `step`, `prompt_index` (row of the dataset), `prompt`, `response`, `num_tokens` (of the response, with
     its ending), `finished` (ended by itself), `reward` (null if it could not be judged, or was never scored) and `kept`
-    (chosen for training). If the reward is a sum, each of its parts stands under `reward_<name>`.
+    (chosen for training). If the reward is a sum, each of its parts stands under `reward_<name>`. A step that a killed
+    run had not saved is done again, and then has its lines twice.
     """
 
     def __init__(self, folder: str | Path, tokenizer, end_strings=(), rank: int = 0):
@@ -33,7 +35,9 @@ class RolloutLog:
         rewards = rollouts["rewards"].flatten().tolist() if "rewards" in rollouts else None
         parts = {name: part.tolist() for name, part in rollouts.items() if name.startswith(PART_PREFIX)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{split}_rank{self.rank}.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / f"{split}_rank{self.rank}.jsonl"
+        _drop_unfinished_line(path)
+        with open(path, "a", encoding="utf-8") as file:
             for row, prompt_index in enumerate(rollouts["prompt_index"].tolist()):
                 if padding is not None and padding[row]:
                     continue
@@ -53,3 +57,17 @@ class RolloutLog:
 
 def _or_null(reward: float) -> float | None:
     return None if math.isnan(reward) else reward
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """A run that was killed while it wrote leaves half a line; its step is done again."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        file.truncate(end)

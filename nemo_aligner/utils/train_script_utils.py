@@ -8,7 +8,6 @@ import types
 
 from megatron.core import parallel_state
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.utils import logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -19,10 +18,12 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_aligner import compat
 from nemo_aligner.compat import adam_step, cpu
+from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
 from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.peft_checks import check_scheme
 from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
@@ -112,23 +113,15 @@ def init_peft(ptl_model, updated_cfg: DictConfig) -> None:
 
     Raises:
         AssertionError: for a scheme other than lora, sdlora and none.
-        ConfigError: for adapters to restore without a scheme.
+        ConfigError: for sdlora, adapters to restore without a scheme, or an archive that does not hold these adapters.
     """
     peft_cfg = updated_cfg.get("peft", None) or OmegaConf.create({"peft_scheme": "none"})
     scheme = peft_cfg.peft_scheme
     assert scheme in ("lora", "sdlora", "none", None), f"model.peft.peft_scheme={scheme!r} must be lora, sdlora or none"
-    restore_from_path = peft_cfg.get("restore_from_path", None)
-    if scheme in ("none", None):
-        if restore_from_path is not None:
-            raise ConfigError(
-                f"model.peft.restore_from_path={restore_from_path} needs model.peft.peft_scheme=lora, not {scheme}"
-            )
-    elif restore_from_path is not None:
-        logging.info(f"restoring {scheme} adapters from {restore_from_path}")
-        ptl_model.load_adapters(restore_from_path, PEFT_CONFIG_MAP[scheme](updated_cfg), map_location="cpu")
-    else:
-        logging.info(f"adding {scheme} adapters")
-        ptl_model.add_adapter(PEFT_CONFIG_MAP[scheme](updated_cfg))
+    if check_scheme(peft_cfg):
+        restore_from_path = peft_cfg.get("restore_from_path", None)
+        logging.info(f"adding {scheme} adapters" + (f" from {restore_from_path}" if restore_from_path else ""))
+        add_adapters_(ptl_model, updated_cfg, restore_from_path)
     ptl_model.setup_complete = True
 
 
@@ -259,6 +252,7 @@ class CustomLoggerWrapper:
 
     def log_metrics(self, metrics: dict, step: int | None = None, prefix: str = "") -> None:
         self.apply_fn("log_metrics", {f"{prefix}{key}": value for key, value in metrics.items()}, step=step)
+        self.apply_fn("save")  # a run that is killed must not take what it logged with it
 
     def log_table(self, *args, **kwargs) -> None:
         self.apply_fn("log_table", *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Rollouts that a run could not have scored, kept on disk for the next start of the same command."""
+"""Rollouts that a run had no time to score, or could not have scored, kept on disk for its next start."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from nemo_aligner.utils.server_utils import is_replica_source, share_from_source
 
 
 class UnscoredRollouts:
-    """One file for each phase that ended without all of its rewards: `<folder>/unscored_<split>_step<s>_rank<r>.pt`.
+    """One file for each phase that ended early: `<folder>/unscored_<split>_step<s>_rank<r>.pt`.
 
     r is the replica's source rank, which alone reads and writes.
     """
@@ -35,10 +35,10 @@ class UnscoredRollouts:
             partial.replace(path)
         return path
 
-    def load(self, split: str, step: int) -> list[dict]:
-        """The micro-batches that were kept for this phase; empty if there are none. Collective over the replica."""
+    def load(self, split: str, step: int) -> list[dict] | None:
+        """The micro-batches kept of this phase; None if it did not end early. Collective over the replica."""
         path = self._path(split, step)
-        return share_from_source(lambda: torch.load(path, weights_only=True) if path.exists() else [])
+        return share_from_source(lambda: torch.load(path, weights_only=True) if path.exists() else None)
 
     def remove(self, split: str, step: int) -> None:
         """Forget the phase, as its rollouts have been scored. Local."""

@@ -84,6 +84,9 @@ class FakeModel:
             return lambda: self.events.append(name)
         raise AttributeError(name)
 
+    def seed_step(self, step):
+        pass
+
     def seed_sampling(self, *key):
         self.seeds.append(key)
 

@@ -27,6 +27,7 @@ from nemo_aligner.data.nlp.builders import (
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 from nemo_aligner.rewards.build import build_reward
 from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.termination import StopRequested
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
     add_custom_checkpoint_callback,
@@ -94,6 +95,9 @@ def train(cfg) -> None:
     except KeyboardInterrupt:
         logging.info(f"interrupted at RS step {rs_trainer.step}; all rollouts so far are in {log_dir / 'rollouts'}")
         sys.exit(130)
+    except StopRequested as stop:
+        logging.info(f"stopped by SIGTERM at RS step {rs_trainer.step}{stop}")
+        sys.exit(143)
     finally:
         rm.close()
 

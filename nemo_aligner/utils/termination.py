@@ -1,0 +1,48 @@
+"""A polite request to end (SIGTERM, as schedulers send it), answered where no rank is left waiting for another."""
+
+import contextlib
+import signal
+import threading
+
+import torch
+
+from nemo_aligner.compat.device import current_device
+
+
+class StopRequested(Exception):
+    """The job was asked to end. Raised on every rank at the same place."""
+
+
+class TerminationWatch:
+    """Remembers SIGTERM, within `watching`, until the ranks next meet."""
+
+    def __init__(self):
+        self._is_requested = False
+
+    @contextlib.contextmanager
+    def watching(self):
+        """Within, SIGTERM no longer ends the process at once. Only a main thread can have that."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _remember(self, signum, frame) -> None:
+        self._is_requested = True
+
+    def meet(self, is_done: bool = True) -> bool:
+        """Whether all ranks are done. Collective over the job.
+
+        Raises:
+            StopRequested: on every rank, if one of them has received SIGTERM.
+        """
+        state = torch.tensor([not is_done, self._is_requested], dtype=torch.int64, device=current_device())
+        torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MAX)
+        is_anyone_waiting, is_requested = state.tolist()
+        if is_requested:
+            raise StopRequested
+        return not is_anyone_waiting

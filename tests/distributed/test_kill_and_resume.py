@@ -1,0 +1,140 @@
+"""A run that is killed, again and again, ends where one that was left alone ends: bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_aligner.utils.checkpoints import newest_complete_checkpoint, read_counters
+from tests.distributed.test_training_script import command, environment, rollouts, scalars, workplace
+from tests.distributed.zygote import Zygote
+from tests.tiny import load_actor
+
+__all__ = ["workplace"]  # a fixture
+NUM_STEPS = 6
+NUM_KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def zygote(workplace):
+    """The training script, imported; the model has dropout, so that training draws random numbers too."""
+    started = Zygote(workplace, environment())
+    yield started
+    started.close()
+
+
+def arguments(log_dir: str, *overrides: str) -> list[str]:
+    settings = (
+        f"trainer.rs.max_steps={NUM_STEPS}", "trainer.rs.max_epochs=2", "trainer.rs.val_check_interval=1",
+        "++model.hidden_dropout=0.1", "++model.attention_dropout=0.1", *overrides,
+    )  # fmt: skip
+    return command(log_dir, *settings)[2:]
+
+
+def run(zygote: Zygote, workplace: Path, log_dir: str, *overrides: str) -> None:
+    zygote.start(arguments(log_dir, *overrides), workplace / f"{log_dir}.log")
+    assert zygote.wait() == 0, (workplace / f"{log_dir}.log").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace, zygote):
+    """The folder of a run that was left alone, and the seconds that it took."""
+    started = time.monotonic()
+    run(zygote, workplace, "undisturbed")
+    return workplace / "undisturbed", time.monotonic() - started
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    one_process = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    model = load_actor(folder / "checkpoints/tiny.nemo", **one_process)
+    return {name: value.clone() for name, value in model.named_parameters()}
+
+
+def trajectory(folder: Path) -> dict:
+    """Rollouts with rewards and selections by step, losses by optimizer step; what was done twice has to be equal."""
+    found = {}
+    for split in ("train", "val"):
+        lines = rollouts(folder, split)
+        for step in {line["step"] for line in lines}:
+            found[split, step] = sorted({json.dumps(line) for line in lines if line["step"] == step})
+    found["loss"] = {}
+    for part in [folder, *folder.glob("run_*")]:  # a start moves the files of the one before into a folder
+        for step, loss in scalars(part).get("train_optim/loss", []):
+            assert found["loss"].setdefault(step, loss) == loss, f"optimizer step {step} was done twice and differed"
+    return found
+
+
+def assert_equal_runs(folder: Path, expected: Path) -> None:
+    assert trajectory(folder) == trajectory(expected)
+    ours, theirs = weights(folder), weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_twenty_kills_at_random_moments_change_nothing(workplace, zygote, undisturbed):
+    expected, seconds = undisturbed
+    random_state, kills, attempt, num_resumed = random.Random(0), 0, 0, 0
+    while kills < NUM_KILLS:
+        attempt += 1
+        log_dir = f"killed{attempt}"
+        finished = False
+        while not finished:
+            pid = zygote.start(arguments(log_dir), workplace / f"{log_dir}.log")
+            if kills < NUM_KILLS:
+                time.sleep(random_state.uniform(0.2, 0.8) * seconds)
+                os.kill(pid, signal.SIGKILL)
+            code = zygote.wait()
+            finished = code == 0
+            kills += code == -signal.SIGKILL
+            assert code in (0, -signal.SIGKILL), (workplace / f"{log_dir}.log").read_text()[-3000:]
+        num_resumed += (workplace / f"{log_dir}.log").read_text().count("Resuming training from checkpoint")
+        assert_equal_runs(workplace / log_dir, expected)
+        shutil.rmtree(workplace / log_dir)
+    assert num_resumed >= NUM_KILLS / 2, "the kills came too early for anything to resume from"
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(workplace, zygote, undisturbed):
+    """Killed as soon as the folder of a checkpoint in the making appears, in the middle of the run."""
+    checkpoints = workplace / "writing/checkpoints"
+    for step in (2, 4):
+        pid = zygote.start(arguments("writing"), workplace / "writing.log")
+        while not list(checkpoints.glob(f".partial/*-step={step}-*-last/*")):
+            assert os.path.exists(f"/proc/{pid}/exe"), (workplace / "writing.log").read_text()[-3000:]
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+        assert zygote.wait() == -signal.SIGKILL
+        assert read_counters(newest_complete_checkpoint(checkpoints))["step"] in (step - 1, step)
+    run(zygote, workplace, "writing")
+    assert_equal_runs(workplace / "writing", undisturbed[0])
+    names = [path.name for path in checkpoints.iterdir() if path.is_dir()]
+    assert len(names) == 2 and sum(name.endswith("-last") for name in names) == 1, names
+
+
+def test_sigterm_saves_first(workplace, zygote, undisturbed):
+    pid = zygote.start(arguments("stopped", "trainer.rs.save_interval=6"), workplace / "stopped.log")
+    written = workplace / "stopped/rollouts/train_rank0.jsonl"
+    while not (written.exists() and '"step": 3' in written.read_text()):
+        assert os.path.exists(f"/proc/{pid}/exe"), (workplace / "stopped.log").read_text()[-3000:]
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert zygote.wait() == 143, (workplace / "stopped.log").read_text()[-3000:]
+    saved = newest_complete_checkpoint(workplace / "stopped/checkpoints")
+    assert read_counters(saved)["step"] in (3, 4)
+    run(zygote, workplace, "stopped", "trainer.rs.save_interval=6")
+    assert_equal_runs(workplace / "stopped", undisturbed[0])
+
+
+def test_the_time_limit_saves_first(workplace, zygote, undisturbed):
+    _, seconds = undisturbed
+    limit = f"00:00:00:{max(1, int(seconds / 2)):02d}"
+    run(zygote, workplace, "timed", f"+exp_manager.max_time_per_run={limit}", "trainer.rs.save_interval=6")
+    first = read_counters(newest_complete_checkpoint(workplace / "timed/checkpoints"))["step"]
+    assert 0 < first <= NUM_STEPS
+    run(zygote, workplace, "timed", "trainer.rs.save_interval=6")
+    assert_equal_runs(workplace / "timed", undisturbed[0])

@@ -1,0 +1,76 @@
+"""A checkpoint of two tensor parallel ranks continues on one rank, on two pipeline stages and on two replicas."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from nemo_aligner.utils.checkpoints import newest_complete_checkpoint, read_counters
+from tests.distributed.test_kill_and_resume import trajectory, weights
+from tests.distributed.test_training_script import G, K, command, environment, run_script, workplace
+
+__all__ = ["workplace"]  # a fixture
+NUM_STEPS = 4
+LAYOUTS = {
+    "tp2": ("trainer.devices=2", "model.tensor_model_parallel_size=2"),
+    "one": ("trainer.devices=1",),
+    "pp2": ("trainer.devices=2", "model.pipeline_model_parallel_size=2"),
+    "dp2": ("trainer.devices=2",),
+}
+
+
+def settings(layout: str) -> tuple[str, ...]:
+    # One optimizer step for each RS step: replicas then train on the same rows together, however many there are.
+    return (
+        f"trainer.rs.max_steps={NUM_STEPS}", "trainer.rs.max_epochs=2", "trainer.rs.val_check_interval=1",
+        f"model.global_batch_size={G * K}", *LAYOUTS[layout],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace):
+    """A run of one process that was left alone."""
+    process = run_script(workplace, "one_process", *settings("one"))
+    assert process.returncode == 0, process.stderr[-3000:]
+    return workplace / "one_process"
+
+
+@pytest.fixture(scope="module")
+def half_way(workplace):
+    """The folder of a run with TP=2, of which one rank was killed after its second checkpoint."""
+    folder = workplace / "half_way"
+    process = subprocess.Popen(
+        command("half_way", *settings("tp2")), cwd=workplace, env=environment(), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not list(folder.glob("checkpoints/*-step=2-*-last")):
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.01)
+    (other_rank,) = [child for child in psutil.Process(process.pid).children() if "train_gpt" in str(child.cmdline())]
+    os.kill(other_rank.pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    assert process.wait(timeout=60) != 0, "the other rank went on by itself"
+    assert time.monotonic() - killed_at < 60
+    return folder
+
+
+def test_the_ranks_that_are_left_end_too_and_leave_a_complete_checkpoint(half_way):
+    assert read_counters(newest_complete_checkpoint(half_way / "checkpoints"))["step"] in (2, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_continues_on_another_layout(workplace, half_way, undisturbed, layout):
+    folder = workplace / f"resumed_{layout}"
+    shutil.copytree(half_way, folder)
+    process = run_script(workplace, folder.name, *settings(layout))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "Resuming training from checkpoint" in process.stdout + process.stderr
+    expected, found = trajectory(undisturbed), trajectory(folder)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    ours, theirs = weights(folder), weights(undisturbed)
+    for name in theirs:  # as a whole: Adam moves a weight whose gradient is all rounding error by a full step
+        assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
