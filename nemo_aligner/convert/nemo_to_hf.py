@@ -5,16 +5,21 @@ import tempfile
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning import Trainer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nemo_aligner.compat import cpu
 from nemo_aligner.convert.hf_source import CAUSAL_LM
 from nemo_aligner.convert.hf_to_nemo import PRECISIONS, ConvertedGPTModel, cpu_trainer, model_config
+from nemo_aligner.convert.merge_lora import merge_lora_
 from nemo_aligner.convert.name_map import hf_names, unpack
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import FILES
+from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import CONFIG_FILE, opened
+from nemo_aligner.utils.peft_checks import check_same_model, stored_lora_config
 from nemo_aligner.utils.utils import load_from_nemo
 
 # Model key, what NeMo takes where it is missing, and what a Llama has.
@@ -39,19 +44,33 @@ LLAMA_VALUES = (
 )
 
 
-def export(archive_path: str | Path, output_path: str | Path, precision: str = "32") -> None:
+class ExportedGPTModel(NLPAdapterModelMixin, ConvertedGPTModel):
+    """The model in an archive, to which adapters can be added."""
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer):  # NeMo looks at the names of the arguments
+        super().__init__(cfg, trainer=trainer)
+
+
+def export(
+    archive_path: str | Path, output_path: str | Path, precision: str = "32", lora_path: str | Path | None = None
+) -> None:
     """Write the language model in a `.nemo` archive, or the folder it was extracted to, as a Hugging Face folder.
 
     The folder appears at `output_path` when it is complete. `precision` ("32" or "bf16") is the dtype of the written
     weights. The parallel layout of the training does not matter. Memory holds the model in float32 and in that dtype.
+    With `lora_path`, an archive of LoRA adapters that were trained on this model, they are merged into it.
 
     Raises:
-        ConfigError: the input is not a complete archive of a Llama with its tokenizer, or the output exists.
+        ConfigError: the input is not a complete archive of a Llama with its tokenizer, the adapters are not ones of
+            this model, or the output exists.
     """
     archive_path, output_path = Path(archive_path), Path(output_path)
     with opened(archive_path, key="--input", only={CONFIG_FILE}) as archive:
         cfg = archive.config()
     check_is_llama(cfg, archive_path)
+    if lora_path is not None:
+        lora_cfg = stored_lora_config(lora_path, key="--lora")
+        check_same_model(lora_cfg, cfg, f"--lora: {lora_path}")
     if output_path.exists() and not (output_path.is_dir() and next(output_path.iterdir(), None) is None):
         raise ConfigError(f"--output: {output_path} exists already; give a new folder")
     output_path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +79,13 @@ def export(archive_path: str | Path, output_path: str | Path, precision: str = "
         folder.mkdir()
         tokenizer = _copy_tokenizer(archive_path, cfg.tokenizer.files, folder)
         hf_config = llama_config(cfg, tokenizer)
-        gpt_model = _restore(archive_path, cfg, hf_config, len(tokenizer))
-        to_llama(gpt_model, hf_config, PRECISIONS[precision]).save_pretrained(folder)
+        model = _restore(archive_path, cfg, hf_config, len(tokenizer))
+        if lora_path is not None:
+            with open_dict(model.cfg):
+                model.cfg.peft = lora_cfg.peft
+            add_adapters_(model, model.cfg, lora_path, key="--lora")
+            merge_lora_(model)
+        to_llama(model.get_model_module_list()[0], hf_config, PRECISIONS[precision]).save_pretrained(folder)
         folder.replace(output_path)
 
 
@@ -77,7 +101,8 @@ def check_is_llama(cfg: DictConfig, path: Path) -> None:
     scheme = OmegaConf.select(cfg, "peft.peft_scheme") or "none"
     if scheme != "none":
         raise ConfigError(
-            f"{path}: model.peft.peft_scheme is {scheme!r}: adapters cannot be exported, only whole models"
+            f"{path}: model.peft.peft_scheme is {scheme!r}: it holds adapters alone; give it as --lora, and the model "
+            "they were trained on as --input"
         )
     for key, default, accepted in LLAMA_VALUES:
         value = cfg.get(key, default)
@@ -134,15 +159,14 @@ def to_llama(gpt_model: torch.nn.Module, config: LlamaConfig, dtype: torch.dtype
     return llama
 
 
-def _restore(path: Path, cfg: DictConfig, hf_config: LlamaConfig, tokenizer_size: int) -> torch.nn.Module:
-    """megatron-core's GPT model in float32, with the vocabulary that the archive has."""
+def _restore(path: Path, cfg: DictConfig, hf_config: LlamaConfig, tokenizer_size: int) -> ExportedGPTModel:
+    """The model in float32, with the vocabulary that the archive has."""
     cpu.enable()
     restored_cfg = model_config(hf_config, cfg.tokenizer, precision="32")
     if cfg.get("override_vocab_size") is None:
         multiple = cfg.get("make_vocab_size_divisible_by", 128) * cfg.get("tensor_model_parallel_size", 1)
         restored_cfg.override_vocab_size = -(-tokenizer_size // multiple) * multiple
-    model = load_from_nemo(ConvertedGPTModel, restored_cfg, cpu_trainer(), restore_path=str(path))
-    return model.get_model_module_list()[0]
+    return load_from_nemo(ExportedGPTModel, restored_cfg, cpu_trainer(), restore_path=str(path))
 
 
 def _copy_tokenizer(archive_path: Path, files: DictConfig, folder: Path) -> PreTrainedTokenizerFast:

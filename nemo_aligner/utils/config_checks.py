@@ -12,6 +12,7 @@ from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.rewards.build import check_rewards
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
+from nemo_aligner.utils.peft_checks import check_peft
 
 TRAINER_RS_KEYS = {
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
@@ -47,6 +48,12 @@ def check_rs_config(cfg: DictConfig) -> None:
     _check_keys(cfg)
     _check_machine(cfg)
     check_archive(cfg.pretrained_checkpoint.restore_from_path)
+    if cfg.model.get("reward_model_type") is not None:
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={cfg.pretrained_checkpoint.restore_from_path} is a reward model; "
+            "give a language model, and serve this one with examples/nlp/gpt/serve_reward_model.py"
+        )
+    check_peft(cfg)
     _check_unsupported(cfg)
     _check_numbers(cfg)
     _check_lengths(cfg.model)

@@ -138,3 +138,46 @@ def test_the_time_limit_saves_first(workplace, zygote, undisturbed):
     assert 0 < first <= NUM_STEPS
     run(zygote, workplace, "timed", "trainer.rs.save_interval=6")
     assert_equal_runs(workplace / "timed", undisturbed[0])
+
+
+# A user's module that also plays a disk which is full in the second and third step: before anything is written, then in
+# the middle of writing.
+FULL_DISK = """
+import errno, shutil
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from nemo_aligner.algorithms.rs import RSTrainer
+
+real_usage, real_write, real_save = shutil.disk_usage, filesystem_async._write_item, RSTrainer.save
+step = 0
+
+def save(self, *args, **kwargs):
+    global step
+    step = self.step
+    real_save(self, *args, **kwargs)
+
+def write_item(*args, **kwargs):
+    if step == 3:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return real_write(*args, **kwargs)
+
+RSTrainer.save, filesystem_async._write_item = save, write_item
+shutil.disk_usage = lambda path: real_usage(path)._replace(free=5) if step == 2 else real_usage(path)
+
+def last_token(prompts, responses, *, response_tokens):
+    return [tokens[-1] % 10 for tokens in response_tokens]
+"""
+
+
+def test_a_full_disk_is_reported_and_survived(workplace, zygote, undisturbed):
+    (workplace / "full_disk.py").write_text(FULL_DISK)
+    run(zygote, workplace, "full", "model.rs.reward.target=full_disk.py:last_token")
+    complaints = [line for line in (workplace / "full.log").read_text().splitlines() if "could not be written" in line]
+    # the last checkpoint of two steps, and the best one where a step is better than the one before
+    assert 2 <= len(complaints) <= 4
+    assert all("the run goes on, its last checkpoint is" in line and "step=1-" in line for line in complaints)
+    assert "has room for 5 of" in complaints[0] and "No space left on device" in complaints[-1]
+    checkpoints = workplace / "full/checkpoints"
+    assert read_counters(newest_complete_checkpoint(checkpoints))["step"] == NUM_STEPS
+    assert len(list(checkpoints.glob("*-last"))) == 1
+    assert not list(checkpoints.glob(".partial")) and not list(checkpoints.glob("*unfinished"))
+    assert_equal_runs(workplace / "full", undisturbed[0])

@@ -54,7 +54,7 @@ def test_all_are_waited_for_closed_and_named_when_they_fail():
     slow, broken = Fixed(1.0, is_there=False), Fixed(failure="no idea")
     rm = WeightedSum({"slow": (1.0, slow), "broken": (1.0, broken)})
     assert not rm.infer_rm({}).wait(0)
-    with pytest.raises(RewardError, match="^reward 'broken': no idea$"):
+    with pytest.raises(RewardError, match=r"^reward 'broken': no idea$"):
         rm.infer_rm({}).result()
     rm.close()
     assert slow.is_closed and broken.is_closed

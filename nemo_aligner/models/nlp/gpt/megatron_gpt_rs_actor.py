@@ -3,11 +3,14 @@
 Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabulary, TP/PP/DP parallel sizes.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
@@ -22,6 +25,7 @@ from nemo_aligner.generation.sampling import SamplingParams, random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys
+from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 from nemo_aligner.utils.optimizer_offload import offload_optimizer_states
@@ -52,6 +56,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._inference_mode = InferenceMode(self)
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
+        self._is_saving_archive = False
 
     def _build_tokenizer(self):
         if self.cfg.tokenizer.get("files") is None:
@@ -63,6 +68,20 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         """Add the trainer's counters, which whoever saves has put into `rs_trainer_state`."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rs_trainer"] = self.rs_trainer_state
+
+    def sharded_state_dict(self, prefix: str = "") -> ShardedStateDict | None:
+        """What goes into a distributed checkpoint; with adapters these alone, and in an archive, for NeMo, none."""
+        if not (self.use_peft and self.setup_complete):
+            return super().sharded_state_dict(prefix=prefix)
+        return None if self._is_saving_archive else sharded_adapters(self)
+
+    def save_to(self, save_path: str) -> None:
+        """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format."""
+        self._is_saving_archive = True
+        try:
+            super().save_to(save_path)
+        finally:
+            self._is_saving_archive = False
 
     # Training
 
@@ -202,6 +221,20 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
     def finish_inference(self) -> None:
         """Restore what `prepare_for_inference` switched off. Optimizer states come back in `prepare_for_training`."""
         self._inference_mode.leave()
+
+    def seed_step(self, step: int) -> None:
+        """Start every random generator of this process anew, as a function of the model's seed, the step and the rank.
+
+        Dropout draws from them, and so may a user's reward function. With this a resumed run draws what an
+        uninterrupted one would have drawn, on any number of replicas, and no generator's state has to be saved.
+        """
+        stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+        key = np.random.SeedSequence([self.cfg.get("seed", 1234), step, stage, replica])
+        for_python, for_numpy, for_torch = key.generate_state(3).tolist()
+        random.seed(for_python)
+        np.random.seed(for_numpy)
+        torch.manual_seed(for_torch)
+        tensor_parallel.model_parallel_cuda_manual_seed(for_torch)
 
     def seed_sampling(self, *key: int) -> None:
         """Start the random streams of `infer` anew as a function of the model's seed and `key`.
