@@ -27,12 +27,16 @@ def main() -> None:
     print(f"\nall rollouts, scored  {run / 'rollouts'}/*.jsonl")
     print(f"reward curve          {picture}")
     print(f"TensorBoard logs      {run}   (tensorboard --logdir {run})")
-    print(f"trained model         {next((run / 'checkpoints').glob('*.nemo'))}")
+    trained = next((run / "checkpoints").glob("*.nemo"))
+    print(f"trained model         {trained}")
+    print("as a Hugging Face one  python examples/nlp/gpt/convert_nemo_to_hf.py", end=" ")
+    print(f"--input {trained} --output {run / 'hugging_face'}")
 
 
 def read_rollouts(run: Path, split: str) -> pd.DataFrame:
-    """The rollouts of one split, of all replicas."""
-    return pd.concat(pd.read_json(path, lines=True) for path in sorted((run / "rollouts").glob(f"{split}_rank*.jsonl")))
+    """The rollouts of one split, of all replicas; a step that was done twice, after a kill, counts once."""
+    paths = sorted((run / "rollouts").glob(f"{split}_rank*.jsonl"))
+    return pd.concat(pd.read_json(path, lines=True) for path in paths).drop_duplicates()
 
 
 def table(before: pd.DataFrame, after: pd.DataFrame) -> str:
