@@ -88,9 +88,14 @@ class RSTrainer:
             rollout_dir = Path(AppState().log_dir, "rollouts")
         self.rollout_log = self.unscored = None
         if rollout_dir is not None:
-            rank, end_strings = torch.distributed.get_rank(), model._sampling_params["end_strings"]
-            self.rollout_log = RolloutLog(rollout_dir, model.tokenizer, end_strings, rank)
-            self.unscored = UnscoredRollouts(rollout_dir, rank)
+            rank, sampling = torch.distributed.get_rank(), model._sampling_params
+            self.rollout_log = RolloutLog(rollout_dir, model.tokenizer, sampling["end_strings"], rank)
+            made_with = {
+                "sampling_params": sampling,
+                "length_params": model._length_params,
+                "num_rollouts_per_prompt": num_rollouts_per_prompt,
+            }
+            self.unscored = UnscoredRollouts(rollout_dir, rank, made_with)
         self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)
         self.timer = ScopedTimer(reduction="mean", sync_cuda=True, buffer_size=1)
         self.termination = TerminationWatch()

@@ -106,7 +106,8 @@ def custom_save_ckpt_func(
                 if error.errno not in DISK_IS_FULL:
                     raise
                 vars(self).update(before)
-                logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {self.last_model_path or 'none'}")
+                last = self.last_model_path or "none"
+                logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")
     if is_train_end:
         # The hook would save once more, with metrics of Lightning's loop, which does not run here.
         self._last_checkpoint_saved = self._last_checkpoint_saved or self.last_model_path or "none"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_aligner.utils.server_utils import is_replica_source, share_from_source
+from nemo_aligner.utils.server_utils import RewardError, is_replica_source, share_from_source
 
 
 class UnscoredRollouts:
@@ -14,9 +14,11 @@ class UnscoredRollouts:
     r is the replica's source rank, which alone reads and writes.
     """
 
-    def __init__(self, folder: str | Path, rank: int):
+    def __init__(self, folder: str | Path, rank: int, made_with: dict):
+        """`made_with`: the settings that rollouts depend on, plain values; those made with others are not taken up."""
         self.folder = Path(folder)
         self.rank = rank
+        self.made_with = made_with
 
     def save(self, split: str, step: int, rollout_batches: list[dict]) -> Path:
         """Write the phase's rollout micro-batches (dicts of CPU tensors), scored or not, and sync them to disk. Local.
@@ -29,16 +31,31 @@ class UnscoredRollouts:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             with open(partial, "wb") as file:
-                torch.save(rollout_batches, file)
+                torch.save({"made_with": self.made_with, "rollout_batches": rollout_batches}, file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
         return path
 
     def load(self, split: str, step: int) -> list[dict] | None:
-        """The micro-batches kept of this phase; None if it did not end early. Collective over the replica."""
-        path = self._path(split, step)
-        return share_from_source(lambda: torch.load(path, weights_only=True) if path.exists() else None)
+        """The micro-batches kept of this phase; None if it did not end early. Collective over the replica.
+
+        Raises:
+            RewardError: on every rank of the replica, if they were made with other settings than this run's.
+        """
+        return share_from_source(lambda: self._read(self._path(split, step)))
+
+    def _read(self, path: Path) -> list[dict] | None:
+        if not path.exists():
+            return None
+        stored = torch.load(path, weights_only=True)
+        changed = [name for name, value in self.made_with.items() if stored["made_with"].get(name) != value]
+        if changed:
+            raise RewardError(
+                f"{path} holds rollouts that were made with another {' and '.join(changed)}: start with the settings "
+                "they were made with, or delete it"
+            )
+        return stored["rollout_batches"]
 
     def remove(self, split: str, step: int) -> None:
         """Forget the phase, as its rollouts have been scored. Local."""

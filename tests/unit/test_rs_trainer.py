@@ -71,6 +71,7 @@ class FakeModel:
     def __init__(self, answers=None, events=None):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self._sampling_params = {"end_strings": []}
+        self._length_params = {"max_length": 4}
         self.answers = answers or {}
         self.asked = {}
         self.events = [] if events is None else events
@@ -630,7 +631,7 @@ def test_a_failing_reward_stops_before_training_and_keeps_the_rollouts(function,
 
 
 def kept_for_later(folder, split, step):
-    return torch.load(folder / f"unscored_{split}_step{step}_rank0.pt", weights_only=True)
+    return torch.load(folder / f"unscored_{split}_step{step}_rank0.pt", weights_only=True)["rollout_batches"]
 
 
 class FlakyReward(SecondTokenReward):
@@ -705,6 +706,14 @@ def test_a_validation_that_could_not_be_scored_is_finished_first(tmp_path):
     assert len(first.model.requests) == num_generated + 3
     assert [step for step, _ in second.logger.of("val_rollouts/")] == [1, 2]
     assert "val_global_rewards" in second.ckpt_callback.saved[0][0]
+
+
+def test_rollouts_made_with_other_settings_are_not_taken_for_this_runs(tmp_path):
+    _, second = run_until_scored(tmp_path, failing={0})
+    second.unscored.made_with = {**second.unscored.made_with, "length_params": {"max_length": 5}}
+    with pytest.raises(RewardError, match=r"unscored_train_step0_rank0.pt holds .* with another length_params: start"):
+        second.fit()
+    assert (tmp_path / "unscored_train_step0_rank0.pt").exists()
 
 
 def test_rollouts_of_other_prompts_are_not_taken_for_this_runs(tmp_path):
