@@ -658,9 +658,7 @@ def run_until_scored(folder, failing, **cfg):
     """A run whose requests of these numbers fail, and its second start; the two trainers."""
     cfg = {"k": 2, "val_check_interval": 1, "save_interval": 2, **cfg}
     first = make_trainer(rm=FlakyReward(failing), rollout_dir=folder, answers=ANSWERS, **cfg)
-    with pytest.raises(
-        RewardError, match=r"the server is away; the rollouts are in .*unscored_\w+_rank0\.pt"
-    ):
+    with pytest.raises(RewardError, match=r"the server is away; the rollouts are in .*unscored_\w+_rank0\.pt"):
         first.fit()
     second = make_trainer(rm=SecondTokenReward(), rollout_dir=folder, model=first.model, **cfg)
     if first.ckpt_callback.saved:
