@@ -19,6 +19,7 @@ from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX, example, global
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.distributed import ScopedTimer, pad_list, pad_tensors_to_max_global_seq_len
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
 from nemo_aligner.utils.ppo_utils import create_mask, select_topk
 from nemo_aligner.utils.rollout_log import RolloutLog
 from nemo_aligner.utils.server_utils import RewardError
@@ -88,12 +89,14 @@ class RSTrainer:
             rollout_dir = Path(AppState().log_dir, "rollouts")
         self.rollout_log = self.unscored = None
         if rollout_dir is not None:
-            rank, sampling = torch.distributed.get_rank(), model._sampling_params
+            rank, sampling = get_model_parallel_src_rank(), model._sampling_params
             self.rollout_log = RolloutLog(rollout_dir, model.tokenizer, sampling["end_strings"], rank)
             made_with = {
                 "sampling_params": sampling,
                 "length_params": model._length_params,
                 "num_rollouts_per_prompt": num_rollouts_per_prompt,
+                "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+                "reward": getattr(rm, "description", None),
             }
             self.unscored = UnscoredRollouts(rollout_dir, rank, made_with)
         self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)
@@ -151,8 +154,11 @@ class RSTrainer:
     def _fit(self) -> None:
         try:
             self.run_timer.start_time()
-            if self.unscored is not None and self.unscored.load("val", self.step) is not None:
-                self._finish_step({}, run_val=True, save_model=self.cfg.save_interval > 0)
+            if self.step > 0 and self._is_validation_pending():
+                _, is_save_due, is_train_end = check_progress(
+                    self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0
+                )
+                self._finish_step({}, True, is_save_due, is_train_end)
             elif self.step == 0 and self.cfg.get("val_at_start", False):
                 self.log_rollouts(self.run_validation(), "val")
             dataloader_iter = None
@@ -168,11 +174,18 @@ class RSTrainer:
                         return
         except (RewardError, StopRequested):
             self.model.finish_inference()
-            if self.cfg.save_interval > 0 and self.step > self._saved_step:
+            if self.step > self._saved_step:
                 self.save()
             raise
         finally:
             self.logger.finalize()
+
+    def _is_validation_pending(self) -> bool:
+        """Whether an earlier start left this step's validation unfinished, on any replica. Collective over the job."""
+        is_pending = self.unscored is not None and self.unscored.load("val", self.step) is not None
+        verdict = torch.tensor([is_pending], dtype=torch.int64, device=current_device())
+        torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)
+        return bool(verdict.item())
 
     def _run_step(self, dataloader_iter: Iterator) -> tuple[str, bool]:
         """One RS step: its summary in a line, and whether the run's time is up.
@@ -276,8 +289,7 @@ class RSTrainer:
                 under_way.append((rollouts, None if is_scored else self.rm.infer_rm({**rollouts, "records": records})))
             while under_way:
                 rollouts, future = under_way[0]
-                if future is not None:
-                    self._add_rewards(rollouts, future)
+                self._add_rewards(rollouts, future)
                 under_way.pop(0)
                 scored.append(rollouts)
                 kept.append(rollouts if is_validation else self._select(rollouts))
@@ -291,33 +303,28 @@ class RSTrainer:
             for rollouts, _ in under_way:
                 self._write_to_log(split, rollouts)
             raise
-        if self.unscored is not None:
-            self.unscored.remove(split, self.step)
         metrics = self.compute_global_rollout_metrics(scored)
         if not is_validation:
             metrics.update(selection_metrics(kept))
             metrics["table"] = example(kept[0], self.model.tokenizer)
+        if self.unscored is not None:
+            self.unscored.remove(split, self.step)
         return kept, metrics
 
     def _take_stored(self, stored: Iterator[dict], batch: dict, num_rollouts: int) -> dict | None:
-        """The next of the rollouts that an earlier start could not have scored, if there are any.
-
-        Raises:
-            RuntimeError: if they are of other prompts than this batch.
-        """
+        """The next of the rollouts that an earlier start could not have scored, if they answer these prompts."""
         rollouts = next(stored, None)
         if rollouts is None:
             return None
-        prompts = batch["text"].repeat_interleave(num_rollouts, dim=0)
-        if not torch.equal(rollouts["prompt_tokens"], prompts):
-            raise RuntimeError(
-                f"{self.unscored.folder}: the unscored rollouts of step {self.step} answer other prompts than this run "
-                "visits there; start with the settings they were made with, or delete the files unscored_*"
-            )
+        if not torch.equal(rollouts["prompt_tokens"], batch["text"].repeat_interleave(num_rollouts, dim=0)):
+            logging.warning(f"unscored rollouts of step {self.step} answer other prompts; rolling out anew")
+            return None
         return {key: value.to(current_device()) for key, value in rollouts.items()}
 
     def _add_rewards(self, rollouts: dict, future) -> None:
-        """Wait for a micro-batch's `rewards` [rows], and its parts if it is a sum.
+        """Wait for a micro-batch's `rewards` [rows], and its parts if it is a sum; without a future it has them.
+
+        Collective over the job, so that a replica may have taken up scored rollouts where another has not.
 
         Raises:
             RewardError: on every rank of the job.
@@ -325,12 +332,14 @@ class RSTrainer:
         self._wait_on_all_ranks(future)
         failure = None
         try:
-            rewards = future.result()
+            rewards = None if future is None else future.result()
         except RewardError as error:
             failure = error
         failure = _failure_of_any_replica(failure)
         if failure is not None:
             raise failure
+        if future is None:
+            return
         for name, part in {"rewards": rewards, **_parts(future)}.items():
             rollouts[name] = part.flatten().to(rollouts["response_tokens"].device)
         rollouts["is_fit"] &= ~rollouts["rewards"].isnan()

@@ -29,6 +29,16 @@ def apply() -> None:
         shard_state(optim_state_dict, id_to_sharded_param_map, exclude_keys)
 
     nlp_overrides.optim_state_to_sharding_state = optim_state_to_sharding_state
+    init_states = nlp_overrides.init_optimizer_states
+
+    def init_optimizer_states(optimizer):
+        """Before the first step NeMo makes up the moments, and Adam then takes the step for counted."""
+        init_states(optimizer)
+        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            for state in optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+    nlp_overrides.init_optimizer_states = init_optimizer_states
 
 
 def restore_on_load(optimizer: torch.optim.Optimizer) -> None:

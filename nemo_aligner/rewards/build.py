@@ -1,6 +1,8 @@
 """What scores rollouts, as the configuration says: a Python function, a server, or a weighted sum of such."""
 
+import math
 import numbers
+import re
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
@@ -55,6 +57,8 @@ def reward_sources(cfg: DictConfig) -> dict[str, RewardSource]:
     """
     target, kwargs = (OmegaConf.select(cfg, f"model.rs.reward.{key}") for key in ("target", "kwargs"))
     several = OmegaConf.select(cfg, "model.rs.rewards")
+    if several is not None and (not isinstance(several, DictConfig) or not several or "" in several):
+        raise ConfigError(f"model.rs.rewards={several} must be null or a mapping of names to rewards")
     if target is None and kwargs is not None:
         raise ConfigError(
             f"model.rs.reward.kwargs={kwargs} is set, but not model.rs.reward.target; give the latter as "
@@ -79,7 +83,7 @@ def _part(name: str, entry) -> RewardSource:
     if unknown:
         raise ConfigError(f"{key}.{min(unknown)} is not a known key; there are {', '.join(sorted(PART_KEYS))}")
     weight = entry.get("weight")
-    if not isinstance(weight, numbers.Real) or isinstance(weight, bool):
+    if not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not math.isfinite(weight):
         raise ConfigError(f"{key}.weight={weight!r} must be a number")
     if (entry.get("target") is None) == (entry.get("remote_rm") is None):
         raise ConfigError(f"{key} needs either target (a Python function) or remote_rm (a server)")
@@ -114,13 +118,19 @@ def check_rewards(cfg: DictConfig) -> list[str]:
 
 
 def _check_remote(key: str, remote: DictConfig) -> None:
+    if not isinstance(remote, DictConfig) or not isinstance(remote.get("reward_model"), DictConfig):
+        raise ConfigError(f"{key}={remote} must be a section with reward_model.name, .ip and .port")
     unknown = set(remote) - REMOTE_KEYS
     if unknown:
         raise ConfigError(f"{key}.{min(unknown)} is not a known key; there are {', '.join(sorted(REMOTE_KEYS))}")
-    server = remote.get("reward_model") or {}
-    for name, kind, wanted in (("name", str, "a model's name"), ("ip", str, "a host"), ("port", int, "a port number")):
-        value = server.get(name)
-        if not isinstance(value, kind) or not value or (name == "port" and not 0 < value < 65536):
+    is_valid = {
+        "name": lambda value: isinstance(value, str) and re.fullmatch(r"[^\s/]+", value),
+        "ip": lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value),
+        "port": lambda value: type(value) is int and 0 < value < 65536,
+    }
+    for name, wanted in (("name", "a model's name"), ("ip", "a host name or IPv4 address"), ("port", "a port number")):
+        value = remote.reward_model.get(name)
+        if not is_valid[name](value):
             raise ConfigError(f"{key}.reward_model.{name}={value!r} must be {wanted}")
     for name in ("wait_for_server_s", "request_timeout_s", "retry_deadline_s"):
         value = remote.get(name, 1)

@@ -79,7 +79,7 @@ def load_reward_function(target: str, kwargs: Mapping | None = None, key: str = 
 
     Returns:
         A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on what the function takes,
-        which its attribute `columns` names.
+        which its attribute `columns` names; its attribute `description` tells it from others.
 
     Raises:
         ConfigError: (a ValueError) one line with the key, its value and the remedy, if the target is
@@ -94,6 +94,7 @@ def load_reward_function(target: str, kwargs: Mapping | None = None, key: str = 
         return function(prompts, responses, **{name: available[name] for name in columns}, **constants)
 
     reward_function.columns = tuple(columns)
+    reward_function.description = f"{target} {constants}"
     return reward_function
 
 
@@ -222,7 +223,7 @@ def score(
     try:
         with torch.no_grad():
             values = function(prompts, responses, **columns)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = one_line(f"the reward function raised {type(error).__name__}: {error}")
         row = _first_failing_row(function, prompts, responses, columns)
         where = _of_batch(prompts, records) if row is None else _for_row(row, prompts, records)
@@ -266,7 +267,7 @@ def _first_failing_row(function: Callable, prompts: list, responses: list, colum
         try:
             with torch.no_grad():
                 function(prompts[one], responses[one], **{name: column[one] for name, column in columns.items()})
-        except Exception:
+        except (Exception, SystemExit):
             return row
     return None
 
@@ -340,6 +341,7 @@ class PythonRewardModel:
             tokenizer: the policy's; see `decode_rollouts`, also for `end_strings`.
         """
         self._function = function
+        self.description = getattr(function, "description", None)
         self._tokenizer = tokenizer
         self._end_strings = tuple(end_strings)
         # The current GPU is a property of the thread: without this, all processes of a node would score on GPU 0.

@@ -13,6 +13,7 @@ class WeightedSum:
     def __init__(self, rewards: Mapping[str, tuple[float, object]]):
         """`rewards`: name -> (weight, a `RemoteGPTRMClient` or `PythonRewardModel`)."""
         self.rewards = rewards
+        self.description = {name: [weight, reward.description] for name, (weight, reward) in rewards.items()}
 
     def infer_rm(self, rollout_batch: Mapping) -> "WeightedSumFuture":
         """Ask for every reward of B rollouts and return at once. Local."""

@@ -4,6 +4,7 @@ Requests are idempotent, so one that failed is sent again: as long as the server
 its answers are bad, a few times. What came back, and where from, is in the error that ends the attempts.
 """
 
+import logging as python_logging
 import re
 import threading
 import time
@@ -29,16 +30,22 @@ RETRY_DEADLINE_S = 3600
 MAX_BAD_ANSWERS = 6
 # What proxies in front of a server answer while it is away.
 UNAVAILABLE_STATUS = ("502", "503", "504")
-MAX_REQUESTS_AT_ONCE = 32
+MAX_REQUESTS_AT_ONCE = 8
 
 Check = Callable[[dict[str, np.ndarray]], None]
 
+# What it logs as an error is tried again, and reported if that does not help.
+python_logging.getLogger("pytriton.client.client").setLevel(python_logging.CRITICAL)
 # PyTriton finds it strange that an answer may take longer than the server's start.
 warnings.filterwarnings("ignore", category=NotSupportedTimeoutWarning)
 
 
 class NoAnswer(Exception):
     """The server could not be reached, or did not answer in time."""
+
+
+class TooSlow(NoAnswer):
+    """The server took the request, but the answer did not come in time."""
 
 
 class BadAnswer(Exception):
@@ -60,7 +67,8 @@ class HTTPCommunicator:
         """
         Args:
             init_timeout_s: how long `add_server_by_name` waits for a server to come up, in seconds.
-            request_timeout_s: how long one attempt waits for its answer.
+            request_timeout_s: how long the first attempt waits for its answer. Each time that this was too short, the
+                next waits twice as long, lest requests that are sent again keep a slow server from catching up.
             retry_deadline_s: how long after its first attempt a request without an answer is still sent again.
         """
         self.init_timeout_s = init_timeout_s
@@ -171,13 +179,16 @@ class PersistentClient:
 
     def _request_until_answered(self, data, batching: bool, further: Mapping, check: Check) -> dict[str, np.ndarray]:
         first_sent = time.monotonic()
-        num_bad_answers = 0
+        num_bad_answers, timeout_s = 0, self.request_timeout_s
 
         def attempt() -> dict[str, np.ndarray]:
-            nonlocal num_bad_answers
+            nonlocal num_bad_answers, timeout_s
             remaining = first_sent + self.retry_deadline_s - time.monotonic()
             try:
-                return self._request(data, batching, further, check, min(self.request_timeout_s, max(remaining, 1.0)))
+                return self._request(data, batching, further, check, min(timeout_s, max(remaining, 1.0)))
+            except TooSlow:
+                timeout_s *= 2
+                raise
             except BadAnswer:
                 num_bad_answers += 1
                 raise
@@ -224,7 +235,9 @@ class PersistentClient:
             except InferenceServerException as error:  # while asking whether the model is ready
                 raise NoAnswer(one_line(str(error))) from error
             except PyTritonClientTimeoutError as error:
-                raise NoAnswer(_reason(error, timeout_s)) from error
+                if isinstance(error.__cause__, TimeoutError):
+                    raise TooSlow(f"no answer in {timeout_s:.0f} s") from error
+                raise NoAnswer(_reason(error)) from error
             except OSError as error:
                 raise NoAnswer(one_line(f"{type(error).__name__}: {error}")) from error
             except Exception as error:  # whatever a server that speaks another protocol makes the client stumble over
@@ -249,10 +262,8 @@ def _last_error(server_message: str) -> str:
     return errors[-1] if errors else one_line(server_message)
 
 
-def _reason(error: PyTritonClientTimeoutError, timeout_s: float) -> str:
+def _reason(error: PyTritonClientTimeoutError) -> str:
     """PyTriton calls every trouble of the network a timeout."""
-    if isinstance(error.__cause__, TimeoutError):
-        return f"no answer in {timeout_s:.0f} s"
     if isinstance(error.__cause__, OSError):
         return one_line(f"{type(error.__cause__).__name__}: {error.__cause__}")
     return "no server answers there, or it has not loaded the model"

@@ -61,7 +61,7 @@ def share_from_source(compute: Callable[[], Any]) -> Any:
     if is_replica_source():
         try:
             outcome = [(compute(), None)]
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:
             error = caught
             if not isinstance(caught, RewardError):
                 error = RewardError(one_line(f"{type(caught).__name__}: {caught}"))

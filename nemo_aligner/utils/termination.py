@@ -32,6 +32,9 @@ class TerminationWatch:
             signal.signal(signal.SIGTERM, before)
 
     def _remember(self, signum, frame) -> None:
+        if self._is_requested:  # asked twice: now, whatever is under way
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
         self._is_requested = True
 
     def meet(self, is_done: bool = True) -> bool:

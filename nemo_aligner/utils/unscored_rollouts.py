@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import torch
+from nemo.utils import logging
 
-from nemo_aligner.utils.server_utils import RewardError, is_replica_source, share_from_source
+from nemo_aligner.utils.server_utils import is_replica_source, share_from_source
 
 
 class UnscoredRollouts:
@@ -40,8 +41,7 @@ class UnscoredRollouts:
     def load(self, split: str, step: int) -> list[dict] | None:
         """The micro-batches kept of this phase; None if it did not end early. Collective over the replica.
 
-        Raises:
-            RewardError: on every rank of the replica, if they were made with other settings than this run's.
+        Those made with other settings than this run's are left out, with a warning.
         """
         return share_from_source(lambda: self._read(self._path(split, step)))
 
@@ -51,10 +51,9 @@ class UnscoredRollouts:
         stored = torch.load(path, weights_only=True)
         changed = [name for name, value in self.made_with.items() if stored["made_with"].get(name) != value]
         if changed:
-            raise RewardError(
-                f"{path} holds rollouts that were made with another {' and '.join(changed)}: start with the settings "
-                "they were made with, or delete it"
-            )
+            logging.warning(f"{path} was made with another {' and '.join(changed)}; rolling out anew")
+            return []
+        logging.info(f"taking up {len(stored['rollout_batches'])} micro-batches of rollouts from {path}")
         return stored["rollout_batches"]
 
     def remove(self, split: str, step: int) -> None:

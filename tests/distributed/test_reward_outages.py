@@ -99,7 +99,7 @@ def test_a_server_that_hangs_is_given_up_at_the_deadline(connect, tmp_path):
     with HurtableServer(tmp_path / "log", "slow") as server:
         client = connect(server.port, request_timeout_s=1, retry_deadline_s=5)
         started = time.monotonic()
-        with pytest.raises(RewardError, match=r"last: no answer in 1 s$"):
+        with pytest.raises(RewardError, match=r"last: no answer in [12] s$"):
             client.infer_rm(rollouts(1)).result()
         assert 3 < time.monotonic() - started < 10
 

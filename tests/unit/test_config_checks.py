@@ -301,7 +301,7 @@ def test_a_server_that_is_not_there_is_noticed_before_a_model_is_loaded(files, w
     [
         ("remote_rm.reward_model.port=http", "remote_rm.reward_model.port='http' must be a port number"),
         ("remote_rm.reward_model.port=70000", "remote_rm.reward_model.port=70000 must be a port number"),
-        ("remote_rm.reward_model.ip=null", "remote_rm.reward_model.ip=None must be a host"),
+        ("remote_rm.reward_model.ip=null", "remote_rm.reward_model.ip=None must be a host name or IPv4 address"),
         ("remote_rm.request_timeout_s=0", "remote_rm.request_timeout_s=0 must be a number of seconds above 0"),
         ("+remote_rm.deadline=5", "remote_rm.deadline is not a known key; there are"),
         ("remote_rm.pad_to_length=0", "remote_rm.pad_to_length=0 must be a number of tokens, or null"),
@@ -331,6 +331,8 @@ def test_settings_of_several_rewards(files, warnings, monkeypatch):
     for entries, message in (
         ("a: 1", "model.rs.rewards.a=1 must be a mapping"),
         ("a: {target: 'reward.py:reward'}", "model.rs.rewards.a.weight=None must be a number"),
+        ("a: {weight: nan, target: x}", "model.rs.rewards.a.weight=nan must be a number"),
+        ("a: {weight: 1, remote_rm: 'localhost:5555'}", "a.remote_rm=localhost:5555 must be a section with"),
         ("a: {weight: 1}", "model.rs.rewards.a needs either target (a Python function) or remote_rm (a server)"),
         ("a: {weight: 1, target: x, remote_rm: {}}", "model.rs.rewards.a needs either target"),
         ("a: {weight: 1, targets: x}", "model.rs.rewards.a.targets is not a known key"),

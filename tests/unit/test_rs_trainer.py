@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from megatron.core import parallel_state
+from nemo.utils import logging
 from omegaconf import OmegaConf
 
 from nemo_aligner.algorithms.rs import RSTrainer, compute_num_rollout_microbatches
@@ -611,6 +612,10 @@ def failing_reward(prompts, responses):
     raise RuntimeError("no idea")
 
 
+def leaving_reward(prompts, responses):
+    raise SystemExit(0)
+
+
 def reward_of_nan(prompts, responses):
     return [float("nan")] * len(prompts)
 
@@ -706,19 +711,42 @@ def test_a_validation_that_could_not_be_scored_is_finished_first(tmp_path):
     assert "val_global_rewards" in second.ckpt_callback.saved[0][0]
 
 
-def test_rollouts_made_with_other_settings_are_not_taken_for_this_runs(tmp_path):
-    _, second = run_until_scored(tmp_path, failing={0})
-    second.unscored.made_with = {**second.unscored.made_with, "length_params": {"max_length": 5}}
-    with pytest.raises(RewardError, match=r"unscored_train_step0_rank0.pt holds .* with another length_params: start"):
-        second.fit()
-    assert (tmp_path / "unscored_train_step0_rank0.pt").exists()
+@pytest.mark.parametrize("change", ["settings", "prompts"])
+def test_rollouts_of_another_run_are_not_taken_for_this_ones(tmp_path, change, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    _, second = run_until_scored(tmp_path, failing={1})
+    generated = len(second.model.requests)
+    if change == "settings":
+        second.unscored.made_with = {**second.unscored.made_with, "length_params": {"max_length": 5}}
+    else:
+        second.train_dataloader.dataset.prompts = ((7,), (8,), (7,), (8,))
+    second.fit()
+    assert len(second.model.requests) == generated + 6 and list(tmp_path.glob("unscored_*")) == []
+    complaint = "another length_params; rolling out anew" if change == "settings" else "answer other prompts; rolling"
+    assert complaint in warnings[0]
 
 
-def test_rollouts_of_other_prompts_are_not_taken_for_this_runs(tmp_path):
-    _, second = run_until_scored(tmp_path, failing={0})
-    second.train_dataloader.dataset.prompts = ((7,), (8,), (7,), (8,))
-    with pytest.raises(RuntimeError, match="the unscored rollouts of step 0 answer other prompts"):
-        second.fit()
+def test_a_run_that_failed_in_its_last_validation_still_ends_properly(tmp_path):
+    first, second = run_until_scored(tmp_path, failing={5})
+    assert first.step == first.max_steps == 2
+    second.fit()
+    assert [is_train_end for _, is_train_end in second.ckpt_callback.saved] == [True]
+
+
+def test_a_pending_validation_at_the_start_saves_nothing(tmp_path):
+    first, second = run_until_scored(tmp_path, failing={0}, val_at_start=True)
+    assert first.step == 0 and first.ckpt_callback.saved == []
+    second.fit()
+    assert [step for step, _ in second.logger.of("val_rollouts/")] == [0, 1, 2]
+    assert [int(saved["step"]) for saved, _ in second.ckpt_callback.saved] == [2]
+
+
+def test_a_reward_function_cannot_end_the_run_unnoticed(tmp_path):
+    rm = PythonRewardModel(load_reward_function(f"{__name__}.leaving_reward"), Tokenizer())
+    with pytest.raises(RewardError, match="SystemExit: 0 for row 0 of 2"):
+        make_trainer(rm=rm, rollout_dir=tmp_path).fit()
+    rm.close()
 
 
 def logged_rollouts(folder, split="train") -> list[dict]:

@@ -24,6 +24,7 @@ class Fixed(FutureResult):
     def __init__(self, *rewards, is_there=True, failure=None):
         self.rewards, self.is_there, self.failure = rewards, is_there, failure
         self.is_closed = False
+        self.description = "fixed"
 
     def infer_rm(self, rollouts):
         return self

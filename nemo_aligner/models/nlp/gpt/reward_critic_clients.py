@@ -85,6 +85,7 @@ class RemoteGPTRMClient:
 
     def __post_init__(self):
         self.pad_to_length = self.cfg.pad_to_length
+        self.description = "{name} at {ip}:{port}".format(**self.cfg.reward_model)
         self.communicator = HTTPCommunicator(
             init_timeout_s=self.cfg.get("wait_for_server_s", INIT_TIMEOUT_S),
             request_timeout_s=self.cfg.get("request_timeout_s", REQUEST_TIMEOUT_S),
@@ -172,7 +173,7 @@ def _further_inputs(rollouts: dict) -> dict[str, np.ndarray]:
     if "is_end" in rollouts:
         further["finished"] = rollouts["is_end"].unsqueeze(-1).cpu().numpy()
     if "records" in rollouts:
-        lines = [[json.dumps(record, ensure_ascii=False).encode()] for record in rollouts["records"]]
+        lines = [[json.dumps(record).encode()] for record in rollouts["records"]]
         further["records"] = np.array(lines, dtype=np.object_)
     return further
 
