@@ -171,6 +171,22 @@ def test_a_server_that_is_not_there_is_named():
     assert communicator.connections == {}
 
 
+def test_a_server_that_is_too_slow_gets_twice_as_long_each_time(monkeypatch):
+    waits = []
+
+    def request(self, data, batching, further, check, timeout_s):
+        waits.append(timeout_s)
+        if timeout_s < 8:
+            raise http_communicator.TooSlow(f"no answer in {timeout_s:.0f} s")
+        return {"rewards": np.ones((1, 1))}
+
+    monkeypatch.setattr(http_communicator.PersistentClient, "_request", request)
+    monkeypatch.setattr(http_communicator.tenacity, "sleep_using_event", lambda event: lambda seconds: None)
+    client = http_communicator.PersistentClient("http://localhost:1", "judge", 1.0, 100.0)
+    assert client.send({}, True, {}, lambda reply: None).result()["rewards"].tolist() == [[1.0]]
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+
+
 class Recorder:
     """Stands in for the network: ready when asked for the third time; keeps what is sent."""
 
