@@ -7,7 +7,8 @@ from megatron.core import parallel_state
 
 from nemo_aligner.utils.server_utils import RewardError
 from tests.distributed.launch import run_ranks
-from tests.unit.test_rs_trainer import FlakyReward, SecondTokenReward, make_trainer
+from tests.fake_trainer import SecondTokenReward, make_trainer
+from tests.unit.test_rs_interruptions import FlakyReward
 
 
 def fail_and_start_again(rank: int, folder: str, split: str) -> dict:

@@ -1,0 +1,215 @@
+"""Phases of RSTrainer that end early: what is kept, what is reported, and how the next start goes on."""
+
+import gc
+import json
+
+import pytest
+import torch
+from nemo.utils import logging
+
+from nemo_aligner.rewards.python_reward import PythonRewardModel, RewardError, load_reward_function
+from nemo_aligner.testing.utils import Utils
+from tests.fake_trainer import EOS, FakeModel, OutOfTimeAfter, SecondTokenReward, Tokenizer, make_trainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process():
+    Utils.initialize_model_parallel()
+    gc.freeze()  # the trainer collects garbage every step, and NeMo's import leaves a lot to look through
+    yield
+    gc.unfreeze()
+    Utils.destroy_model_parallel()
+
+
+def test_the_time_limit_validates_saves_and_stops():
+    trainer = make_trainer(run_timer=OutOfTimeAfter(1), max_epochs=3, val_check_interval=5, save_interval=5)
+    trainer.fit()
+    assert trainer.step == 1 and trainer.logger.finalized == 1
+    assert [step for step, _ in trainer.logger.of("val_rollouts/")] == [1]
+    ((saved, is_train_end),) = trainer.ckpt_callback.saved
+    assert "val_global_rewards" in saved and not is_train_end
+
+
+def test_loggers_are_finalized_when_there_is_nothing_to_do():
+    trainer = make_trainer(max_steps=0)
+    trainer.fit()
+    assert trainer.logger.finalized == 1 and trainer.model.events == []
+
+
+def failing_reward(prompts, responses):
+    raise RuntimeError("no idea")
+
+
+def leaving_reward(prompts, responses):
+    raise SystemExit(0)
+
+
+def reward_of_nan(prompts, responses):
+    return [float("nan")] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [("failing_reward", "RuntimeError: no idea for row 0 of 2"), ("reward_of_nan", "nan, which is not a finite")],
+)
+def test_a_failing_reward_stops_before_training_and_keeps_the_rollouts(function, message, tmp_path):
+    rm = PythonRewardModel(load_reward_function(f"{__name__}.{function}"), Tokenizer())
+    trainer = make_trainer(rm=rm, rollout_dir=tmp_path)
+    with pytest.raises(RewardError, match=message):
+        trainer.fit()
+    rm.close()
+    assert trainer.logger.finalized == 1
+    assert trainer.model.batches == [] and trainer.step == 0 and trainer.ckpt_callback.saved == []
+    assert [batch["response_tokens"].shape for batch in kept_for_later(tmp_path, "train", 0)] == [(2, 3), (2, 3)]
+
+
+def kept_for_later(folder, split, step):
+    return torch.load(folder / f"unscored_{split}_step{step}_rank0.pt", weights_only=True)["rollout_batches"]
+
+
+class FlakyReward(SecondTokenReward):
+    """Fails for the requests with these numbers, counted from 0."""
+
+    def __init__(self, failing):
+        super().__init__()
+        self.failing = failing
+
+    def infer_rm(self, rollouts):
+        future = super().infer_rm(rollouts)
+        if len(self.batches) - 1 in self.failing:
+            future.result = self.fail
+        return future
+
+    def fail(self):
+        raise RewardError("the server is away")
+
+
+ANSWERS = {0: ([50, EOS], [60, EOS], [70, EOS]), 1: ([71, EOS], [61, EOS], [51, EOS])}
+
+
+def run_until_scored(folder, failing, **cfg):
+    """A run whose requests of these numbers fail, and its second start; the two trainers."""
+    cfg = {"k": 2, "val_check_interval": 1, "save_interval": 2, **cfg}
+    first = make_trainer(rm=FlakyReward(failing), rollout_dir=folder, answers=ANSWERS, **cfg)
+    with pytest.raises(RewardError, match=r"the server is away; the rollouts are in .*unscored_\w+_rank0\.pt"):
+        first.fit()
+    second = make_trainer(rm=SecondTokenReward(), rollout_dir=folder, model=first.model, **cfg)
+    if first.ckpt_callback.saved:
+        saved, _ = first.ckpt_callback.saved[-1]
+        second.load_state_dict({key: int(saved[key]) for key in second.state_dict()})
+    return first, second
+
+
+def trained_tokens(*trainers):
+    return [batch["response_tokens"].tolist() for batch in trainers[-1].model.batches]
+
+
+def test_rollouts_that_could_not_be_scored_are_scored_first_by_the_next_start(tmp_path):
+    undisturbed = make_trainer(
+        rm=SecondTokenReward(), rollout_dir=tmp_path / "whole", answers=ANSWERS, k=2, val_check_interval=1,
+        save_interval=2,
+    )  # fmt: skip
+    undisturbed.fit()
+
+    # Requests 0 and 1 are those of step 0, 2 its validation's, 3 and 4 those of step 1.
+    first, second = run_until_scored(tmp_path / "broken", failing={4})
+    assert first.step == 1 and len(first.model.requests) == 5
+    assert [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]  # outside its interval of 2
+    kept = kept_for_later(tmp_path / "broken", "train", 1)
+    assert ["rewards" in batch for batch in kept] == [True, False]
+    assert len(logged_rollouts(tmp_path / "broken")) == 6, "those of the second micro-batch have no reward yet"
+
+    second.fit()
+    assert len(first.model.requests) == 6, "only the last validation is generated anew"
+    assert len(second.rm.batches) == 2 and second.rm.batches[0]["response_tokens"].shape[0] == 2
+    assert list((tmp_path / "broken").glob("unscored_*")) == []
+    assert trained_tokens(first, second) == trained_tokens(undisturbed)
+    for split in ("train", "val"):
+        assert logged_rollouts(tmp_path / "broken", split) == logged_rollouts(tmp_path / "whole", split)
+
+
+def test_a_validation_that_could_not_be_scored_is_finished_first(tmp_path):
+    first, second = run_until_scored(tmp_path, failing={2})
+    assert first.step == 1 and [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]
+    num_generated = len(first.model.requests)
+    second.fit()
+    # two micro-batches of step 1 and its validation; that of step 0 was there
+    assert len(first.model.requests) == num_generated + 3
+    assert [step for step, _ in second.logger.of("val_rollouts/")] == [1, 2]
+    assert "val_global_rewards" in second.ckpt_callback.saved[0][0]
+
+
+@pytest.mark.parametrize("change", ["settings", "prompts"])
+def test_rollouts_of_another_run_are_not_taken_for_this_ones(tmp_path, change, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    _, second = run_until_scored(tmp_path, failing={1})
+    generated = len(second.model.requests)
+    if change == "settings":
+        second.unscored.made_with = {**second.unscored.made_with, "length_params": {"max_length": 5}}
+    else:
+        second.train_dataloader.dataset.prompts = ((7,), (8,), (7,), (8,))
+    second.fit()
+    assert len(second.model.requests) == generated + 6 and list(tmp_path.glob("unscored_*")) == []
+    complaint = "another length_params; rolling out anew" if change == "settings" else "answer other prompts; rolling"
+    assert complaint in warnings[0]
+
+
+def test_a_run_that_failed_in_its_last_validation_still_ends_properly(tmp_path):
+    first, second = run_until_scored(tmp_path, failing={5})
+    assert first.step == first.max_steps == 2
+    second.fit()
+    assert [is_train_end for _, is_train_end in second.ckpt_callback.saved] == [True]
+
+
+def test_a_pending_validation_at_the_start_saves_nothing(tmp_path):
+    first, second = run_until_scored(tmp_path, failing={0}, val_at_start=True)
+    assert first.step == 0 and first.ckpt_callback.saved == []
+    second.fit()
+    assert [step for step, _ in second.logger.of("val_rollouts/")] == [0, 1, 2]
+    assert [int(saved["step"]) for saved, _ in second.ckpt_callback.saved] == [2]
+
+
+def test_a_reward_function_cannot_end_the_run_unnoticed(tmp_path):
+    rm = PythonRewardModel(load_reward_function(f"{__name__}.leaving_reward"), Tokenizer())
+    with pytest.raises(RewardError, match="SystemExit: 0 for row 0 of 2"):
+        make_trainer(rm=rm, rollout_dir=tmp_path).fit()
+    rm.close()
+
+
+def logged_rollouts(folder, split="train") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{split}_rank0.jsonl").read_text().splitlines()]
+
+
+class InterruptedModel(FakeModel):
+    """Ctrl-C arrives in its third inference call."""
+
+    def infer(self, batch):
+        if len(self.requests) == 2:
+            raise KeyboardInterrupt
+        return super().infer(batch)
+
+
+def test_rollouts_are_on_disk_after_an_interrupt_in_the_middle(tmp_path):
+    trainer = make_trainer(g=4, model=InterruptedModel(), rollout_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.logger.finalized == 1 and trainer.model.batches == []
+    lines = logged_rollouts(tmp_path)
+    assert len(lines) == 4 and not any(line["kept"] for line in lines)
+    assert {line["response"] for line in lines} == {"50"}
+
+
+def test_the_log_has_every_rollout_with_reward_and_choice(tmp_path):
+    answers = {0: ([20, EOS], [30, 31, 32]), 1: ([99, EOS], [40, EOS])}
+    trainer = make_trainer(prompts=((1,), (2, 2)), answers=answers, rollout_dir=tmp_path, val_check_interval=1)
+    trainer.fit()
+    lines = sorted(logged_rollouts(tmp_path), key=lambda line: line["prompt_index"])
+    columns = ("step", "prompt_index", "prompt", "response", "num_tokens", "finished", "reward", "kept")
+    assert [tuple(line[column] for column in columns) for line in lines] == [
+        (0, 0, "1", "20", 2, True, 20.0, True),
+        (0, 0, "1", "30 31 32", 3, False, 30.0, False),
+        (0, 1, "2 2", "99", 2, True, None, False),
+        (0, 1, "2 2", "40", 2, True, 40.0, True),
+    ]
+    assert [(line["step"], line["reward"]) for line in logged_rollouts(tmp_path, "val")] == [(1, 20.0)]
