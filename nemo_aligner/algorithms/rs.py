@@ -159,6 +159,8 @@ class RSTrainer:
                     self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0
                 )
                 self._finish_step({}, True, is_save_due, is_train_end)
+            elif self.step >= self.max_steps > 0 and hasattr(self.ckpt_callback, "write_missing_archive"):
+                self.ckpt_callback.write_missing_archive()
             elif self.step == 0 and self.cfg.get("val_at_start", False):
                 self.log_rollouts(self.run_validation(), "val")
             dataloader_iter = None

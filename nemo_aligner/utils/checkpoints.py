@@ -116,6 +116,19 @@ def custom_save_ckpt_func(
         trainer.val_check_interval = val_check_interval
 
 
+def write_missing_archive(self, pl_module) -> None:
+    """Write the final `.nemo` of a run that was killed between its last checkpoint and that. Collective over the job.
+
+    Args:
+        self: the `NeMoModelCheckpoint` callback.
+    """
+    path = Path(self._format_nemo_checkpoint_name())
+    is_missing = [self.save_nemo_on_train_end and not path.exists()]
+    torch.distributed.broadcast_object_list(is_missing, src=0)
+    if is_missing[0]:
+        pl_module.save_to(str(path))
+
+
 @contextlib.contextmanager
 def _whole_or_not_at_all(callback: NeMoModelCheckpoint):
     """Within, the callback's checkpoints replace one of the same name, and only when they are complete."""

@@ -20,7 +20,7 @@ from nemo_aligner import compat
 from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
-from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters
+from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters, write_missing_archive
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.peft_checks import check_scheme
@@ -218,6 +218,9 @@ class FakeCheckpointCallback:
     def custom_save(self, *args, **kwargs) -> None:
         """Nothing to do."""
 
+    def write_missing_archive(self) -> None:
+        """Nothing to do."""
+
 
 def extract_optimizer_scheduler_from_ptl_model(ptl_model):
     """The raw optimizer and the scheduler (a `FakeScheduler` if there is none) that Lightning's set-up made."""
@@ -232,6 +235,7 @@ def add_custom_checkpoint_callback(ptl_trainer: Trainer, ptl_model):
     for callback in ptl_trainer.callbacks:
         if isinstance(callback, NeMoModelCheckpoint):
             callback.custom_save = functools.partial(custom_save_ckpt_func, callback, ptl_trainer, ptl_model)
+            callback.write_missing_archive = functools.partial(write_missing_archive, callback, ptl_model)
             return callback
     return FakeCheckpointCallback()
 

@@ -116,6 +116,13 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(workplace, z
     assert len(names) == 2 and sum(name.endswith("-last") for name in names) == 1, names
 
 
+def test_a_run_killed_before_its_archive_was_written_writes_it(workplace, zygote, undisturbed):
+    shutil.copytree(undisturbed[0], workplace / "no_archive")
+    (workplace / "no_archive/checkpoints/tiny.nemo").unlink()
+    run(zygote, workplace, "no_archive")
+    assert_equal_runs(workplace / "no_archive", undisturbed[0])
+
+
 def test_sigterm_saves_first(workplace, zygote, undisturbed):
     pid = zygote.start(arguments("stopped", "trainer.rs.save_interval=6"), workplace / "stopped.log")
     written = workplace / "stopped/rollouts/train_rank0.jsonl"

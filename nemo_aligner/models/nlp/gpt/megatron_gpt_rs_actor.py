@@ -6,6 +6,7 @@ Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabu
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,12 +77,21 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return None if self._is_saving_archive else sharded_adapters(self)
 
     def save_to(self, save_path: str) -> None:
-        """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format."""
+        """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format.
+
+        It is there whole or not at all. Collective over the job.
+        """
+        final = Path(save_path)
+        partial = final.with_name(f".partial-{final.name}")
         self._is_saving_archive = True
         try:
-            super().save_to(save_path)
+            super().save_to(str(partial))
         finally:
             self._is_saving_archive = False
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            partial.replace(final)
+        torch.distributed.barrier()
 
     # Training
 
