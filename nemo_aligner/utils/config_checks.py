@@ -93,17 +93,27 @@ def _check_unsupported(cfg: DictConfig) -> None:
         raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported; use bf16 or 32")
     if cfg.trainer.accelerator == "cpu" and str(cfg.trainer.precision) not in ("32", "32-true"):
         raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported on a CPU; use 32")
-    if model.megatron_amp_O2 and "bf16" in str(cfg.trainer.precision) and importlib.util.find_spec("apex") is None:
-        raise ConfigError("model.megatron_amp_O2=True needs Apex, which is not installed; set it to False")
     if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
         raise ConfigError("model.virtual_pipeline_model_parallel_size must be null: virtual stages are not supported")
     if (model.get("context_parallel_size") or 1) > 1:
         raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
-    optimizer = model.optim.name
-    if optimizer == "mcore_distributed_optim":
-        raise ConfigError(f"model.optim.name={optimizer} is not supported; use distributed_fused_adam or adamw")
-    if optimizer in ("distributed_fused_adam", "fused_adam") and importlib.util.find_spec("apex") is None:
-        raise ConfigError(f"model.optim.name={optimizer} needs Apex, which is not installed; use adamw")
+    _check_optimizer(cfg)
+
+
+def _check_optimizer(cfg: DictConfig) -> None:
+    optim, has_apex = cfg.model.optim, importlib.util.find_spec("apex") is not None
+    is_mcore = optim.name == "mcore_distributed_optim"
+    if optim.name in ("distributed_fused_adam", "fused_adam") and not has_apex:
+        raise ConfigError(
+            f"model.optim.name={optim.name} needs Apex, which is not installed; use mcore_distributed_optim or adamw"
+        )
+    if cfg.model.megatron_amp_O2 and "bf16" in str(cfg.trainer.precision) and not has_apex and not is_mcore:
+        raise ConfigError(
+            f"model.megatron_amp_O2=True needs Apex with model.optim.name={optim.name}, and it is not installed; set it "
+            "to False, or use mcore_distributed_optim"
+        )
+    if is_mcore and optim.get("overlap_param_gather_with_optimizer_step", False):
+        raise ConfigError("model.optim.overlap_param_gather_with_optimizer_step=True is not supported; set it to False")
 
 
 def _check_numbers(cfg: DictConfig) -> None:
