@@ -87,7 +87,7 @@ def complete(optimizer) -> None:
     """Give a new `McoreDistributedOptimizer` what Megatron's own training loop would give it later.
 
     Its scheduler, which NeMo does without, keeps weight decay off biases and norms. The moments would come with the
-    first step; but a checkpoint may be written before, and what is to be moved to the host is then known from the start.
+    first step; but a checkpoint may be written before, and how much is to be moved to the host is known from the start.
     """
     inner = optimizer.mcore_optimizer.optimizer
     for group in inner.param_groups:

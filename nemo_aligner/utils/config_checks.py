@@ -59,6 +59,11 @@ def check_rs_config(cfg: DictConfig) -> None:
     _check_lengths(cfg.model)
     _check_sampling(cfg.model.rs.sampling_params)
     _check_data(cfg.model)
+    if cfg.model.rs.offload_adam_states and "distributed" not in cfg.model.optim.name:
+        logging.info(
+            f"model.rs.offload_adam_states=True does nothing with model.optim.name={cfg.model.optim.name}: only the "
+            "state of a distributed optimizer leaves the GPU"
+        )
     for warning in check_rewards(cfg):
         logging.warning(warning)
     for key, silent in WITHOUT_EFFECT:
@@ -109,7 +114,7 @@ def _check_optimizer(cfg: DictConfig) -> None:
         )
     if cfg.model.megatron_amp_O2 and "bf16" in str(cfg.trainer.precision) and not has_apex and not is_mcore:
         raise ConfigError(
-            f"model.megatron_amp_O2=True needs Apex with model.optim.name={optim.name}, and it is not installed; set it "
+            f"model.megatron_amp_O2=True with model.optim.name={optim.name} needs Apex, which is not installed; set it "
             "to False, or use mcore_distributed_optim"
         )
     if is_mcore and optim.get("overlap_param_gather_with_optimizer_step", False):

@@ -107,9 +107,9 @@ def clip_gradients(ptl_model, clip_val: float | None) -> float | None:
     """
     if clip_val is None or clip_val <= 0:
         return None
-    if ptl_model.use_mcore_dist_optim:
-        return _clip_mcore_gradients(ptl_model, clip_val)
     if ptl_model.with_distributed_adam:
+        if ptl_model.use_mcore_dist_optim:
+            return _clip_mcore_gradients(ptl_model, clip_val)
         from nemo.collections.nlp.modules.common.megatron.clip_grads import clip_grad_norm_distributed_optimizer
 
         return float(clip_grad_norm_distributed_optimizer(ptl_model._optimizer, clip_val))

@@ -3,10 +3,10 @@
 Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabulary, TP/PP/DP parallel sizes.
 """
 
+import contextlib
 import functools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         # Kept here because the config's own key is switched off during inference.
         self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
         self._optimizer_offload = OptimizerOffload(functools.partial(state_tensors, self))
-        self.distributed_adam_offload_manager: AbstractContextManager | None = None
+        self.distributed_adam_offload_manager: contextlib.AbstractContextManager | None = None
         self._inference_mode = InferenceMode(self)
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
@@ -372,13 +372,19 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
     def offload_adam_states(self) -> None:
         """Send a distributed optimizer's states to the host. Without one, or if they are there already, do nothing."""
         if self.distributed_adam_offload_manager is None:
-            self.distributed_adam_offload_manager = self._optimizer_offload if self._offloads() else nullcontext()
+            self.distributed_adam_offload_manager = (
+                self._optimizer_offload if self._offloads() else contextlib.nullcontext()
+            )
         self.distributed_adam_offload_manager.__enter__()
 
     def prefetch_adam_states(self) -> None:
-        """Begin to bring the optimizer states back, if they were sent away; `onload_adam_states` waits for them."""
+        """Begin to bring the optimizer states back, if they were sent away; `onload_adam_states` waits for them.
+
+        If there is no room for them yet, they stay where they are.
+        """
         if self.distributed_adam_offload_manager is not None:
-            self._optimizer_offload.start_onload()
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._optimizer_offload.start_onload()
 
     def onload_adam_states(self) -> None:
         """Have the optimizer states back on the device, if they were sent away."""
