@@ -20,8 +20,8 @@ def save_tiny_llama(folder: Path, seed: int = 0, model_class=LlamaForCausalLM, *
 
     The tokenizer has fewer entries than the model's vocabulary, as padded models do.
     """
+    save_tokenizer(folder)
     tokenizer = _tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     defaults = {
         "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -29,6 +29,11 @@ def save_tiny_llama(folder: Path, seed: int = 0, model_class=LlamaForCausalLM, *
         "tie_word_embeddings": True, "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     model_class(LlamaConfig(**{**defaults, **config})).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> Path:
+    _tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -27,7 +27,7 @@ from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.sampling import SamplingParams, random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
-from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys
+from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
 from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
@@ -49,6 +49,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         fill_missing_keys(cfg)
+        switch_off_O2_in_float32(cfg)
         super().__init__(cfg, trainer=trainer)
         self.automatic_optimization = False
         self.resets = {
