@@ -81,14 +81,14 @@ def main() -> None:
         actor, _ = build_actor(save_tokenizer(Path(folder)), optimizer=optimizer)
         build_s = time.perf_counter() - start
     start = time.perf_counter()
-    actor._optimizer_offload._host._wait()
+    actor._optimizer_offload._host.wait()
     pinning_rest_s = time.perf_counter() - start
     tensors = list(state_tensors(actor))
     num_bytes = sum(t.numel() * t.element_size() for t in tensors)
     for t in tensors:  # anything but zeros
         t.view(torch.uint8).random_(1, 120)
     checksums = [t.view(torch.uint8).sum(dtype=torch.int64) for t in tensors]
-    host_bytes = actor._optimizer_offload._host._bytes.numel()
+    host_bytes = sum(piece.numel() for piece in actor._optimizer_offload._host.pieces)
 
     out_rate, back_rate = pinned_rates()
     allocated = torch.cuda.memory_allocated()

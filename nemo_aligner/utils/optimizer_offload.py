@@ -5,20 +5,15 @@ whatever references it keeps. Copies run on a stream of their own; freed memory 
 of it end, which torch's allocator sees to.
 """
 
-import ctypes
-import math
-import mmap
-import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
 _SHARDS = ("params_shard", "param_remainders_shard", "exp_avg_shard", "exp_avg_sq_shard")
-# Page-locking is a call that cannot be interrupted: in pieces, it lets other threads get at the driver in between.
-_PIECE_BYTES = 1 << 28
-# Of a tensor's first byte on the host: copies are fastest from whole pages.
-_ALIGNMENT = mmap.PAGESIZE
+# torch's allocator of page-locked memory rounds up to powers of two: with pieces of such sizes nothing is lost.
+_PIECE_BYTES, _SMALLEST_PIECE_BYTES = 1 << 28, 1 << 20
 
 
 class OptimizerOffload:
@@ -36,14 +31,13 @@ class OptimizerOffload:
     def __init__(self, find_tensors: Callable[[], Iterable[torch.Tensor]]):
         self._find_tensors = find_tensors
         self._host = _PinnedBuffer()
-        self._away: list[tuple[torch.UntypedStorage, int, torch.Tensor]] = []  # storage, its bytes, their host copy
+        self._away: list[tuple[torch.UntypedStorage, int, list[torch.Tensor]]] = []  # storage, its size, its host copy
         self._arrival: torch.cuda.Event | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def pin_in_background(self) -> None:
         """Begin to page-lock host memory for the state as it is now, so that the first `offload` need not."""
-        if num_bytes := _end_offset(storage.nbytes() for storage in self._storages()):
-            self._host.begin_to_grow(num_bytes)
+        self._host.begin_to_grow(sum(storage.nbytes() for storage in self._storages()))
 
     def __enter__(self) -> "OptimizerOffload":
         self.offload()
@@ -69,7 +63,8 @@ class OptimizerOffload:
         for storage, host_copy in zip(storages, host_copies, strict=True):
             on_gpu = _as_bytes(storage)
             with torch.cuda.stream(self._stream):
-                host_copy.copy_(on_gpu, non_blocking=True)
+                for part, part_on_gpu in zip(host_copy, _split_like(host_copy, storage), strict=True):
+                    part.copy_(part_on_gpu, non_blocking=True)
             on_gpu.record_stream(self._stream)  # the allocator keeps the memory until the copy has been made
             self._away.append((storage, storage.nbytes(), host_copy))
             storage.resize_(0)
@@ -83,7 +78,8 @@ class OptimizerOffload:
         self._stream.wait_stream(torch.cuda.current_stream())  # which may still use what the memory held before
         with torch.cuda.stream(self._stream):
             for storage, _, host_copy in self._away:
-                _as_bytes(storage).copy_(host_copy, non_blocking=True)
+                for part, part_on_gpu in zip(host_copy, _split_like(host_copy, storage), strict=True):
+                    part_on_gpu.copy_(part, non_blocking=True)
             self._arrival = self._stream.record_event()
         self._away = []
 
@@ -114,84 +110,60 @@ class OptimizerOffload:
 
 
 class _PinnedBuffer:
-    """Page-locked host memory that only grows, and is kept.
-
-    torch's own allocator of such memory rounds up to a power of two, which for a state of many gigabytes is too much.
-    """
+    """Page-locked host memory that only grows, and is kept."""
 
     def __init__(self):
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._growth: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self.pieces: list[torch.Tensor] = []
+        self._worker = ThreadPoolExecutor(1)
+        self._growth: Future | None = None
 
     def begin_to_grow(self, num_bytes: int) -> None:
         """Make it at least that large, in a thread."""
-        self._wait()
-        if num_bytes > self._bytes.numel():
-            device = torch.cuda.current_device()
-            self._growth = threading.Thread(target=self._grow, args=(num_bytes, device), daemon=True)
-            self._growth.start()
+        self.wait()
+        missing = num_bytes - sum(piece.numel() for piece in self.pieces)
+        if missing > 0:
+            self._growth = self._worker.submit(self._grow, missing, torch.cuda.current_device())
 
-    def parts(self, sizes: list[int]) -> list[torch.Tensor]:
-        """Disjoint parts of it of those sizes, uint8 [size] each."""
-        self.begin_to_grow(_end_offset(sizes))
-        self._wait()
-        parts, offset = [], 0
-        for size in sizes:
-            parts.append(self._bytes[offset : offset + size])
-            offset += _aligned(size)
-        return parts
-
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Return when it has its size, or raise what kept it from that."""
         if self._growth is not None:
-            self._growth.join()
-            self._growth = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+            growth, self._growth = self._growth, None
+            growth.result()
+
+    def parts(self, sizes: list[int]) -> list[list[torch.Tensor]]:
+        """For each size, disjoint parts of it that are so large together; uint8, one-dimensional."""
+        self.begin_to_grow(sum(sizes))
+        self.wait()
+        pieces, rest, found = iter(self.pieces), torch.empty(0, dtype=torch.uint8), []
+        for size in sizes:
+            parts = []
+            while size > 0:
+                rest = rest if rest.numel() else next(pieces)
+                parts.append(rest[:size])
+                rest = rest[size:]
+                size -= parts[-1].numel()
+            found.append(parts)
+        return found
 
     def _grow(self, num_bytes: int, device: int) -> None:
-        try:
-            torch.cuda.set_device(device)
-            self._release()
-            self._bytes = _pinned(num_bytes)
-        except BaseException as error:
-            self._failure = error
-
-    def _release(self) -> None:
-        torch.cuda.synchronize()  # no copy may be under way
-        for piece in self._bytes.split(_PIECE_BYTES):
-            _check(torch.cuda.cudart().cudaHostUnregister(piece.data_ptr()))
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        torch.cuda.set_device(device)
+        for size in _piece_sizes(num_bytes):
+            self.pieces.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
 
 
-def _pinned(num_bytes: int) -> torch.Tensor:
-    """Zeros, uint8 [num_bytes], page-locked."""
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to lock
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    for piece in buffer.split(_PIECE_BYTES):
-        ctypes.memset(piece.data_ptr(), 0, piece.numel())  # touches the pages without holding the interpreter's lock
-        _check(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0))
-    return buffer
-
-
-def _check(status) -> None:
-    if int(status) != 0:
-        raise RuntimeError(f"page-locking host memory for the optimizer's state failed: {status}")
+def _piece_sizes(num_bytes: int) -> list[int]:
+    """Powers of two that are together `num_bytes` or a little more."""
+    num_full, rest = divmod(num_bytes, _PIECE_BYTES)
+    rest = -(-rest // _SMALLEST_PIECE_BYTES) * _SMALLEST_PIECE_BYTES
+    return [_PIECE_BYTES] * num_full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _aligned(num_bytes: int) -> int:
-    return math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
-
-
-def _end_offset(sizes: Iterable[int]) -> int:
-    return sum(map(_aligned, sizes))
+def _split_like(parts: list[torch.Tensor], storage: torch.UntypedStorage) -> tuple[torch.Tensor, ...]:
+    return _as_bytes(storage).split([part.numel() for part in parts])
 
 
 def state_tensors(ptl_model) -> Iterator[torch.Tensor]:
