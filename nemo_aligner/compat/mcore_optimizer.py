@@ -17,6 +17,7 @@ def apply() -> None:
         return
     McoreDistributedOptimizer.step = _step
     McoreDistributedOptimizer.sharded_state_dict = _sharded_state_dict
+    _match_groups(distrib_optimizer.DistributedOptimizer)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _allow_torch_adam(distrib_optimizer)
 
@@ -33,6 +34,22 @@ def _sharded_state_dict(self, model_sharded_state_dict, optimizer_state_dict=Non
     return self.mcore_optimizer.sharded_state_dict(
         model_sharded_state_dict, is_loading=is_loading, sharding_type="fully_sharded_model_space"
     )
+
+
+def _match_groups(cls) -> None:
+    """Parameter groups come in the order in which a stage's parameters happen to, and are restored by their number.
+
+    Those of the first stage, where matrices come first, would then lend their weight decay to the norms of another.
+    """
+    load_state_dict = cls.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def load_matching_groups(self, state_dict):
+        saved = {group["wd_mult"]: group for group in state_dict["optimizer"]["param_groups"]}
+        groups = [saved[group["wd_mult"]] for group in self.optimizer.param_groups]
+        load_state_dict(self, {**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
+
+    cls.load_state_dict = load_matching_groups
 
 
 def _allow_torch_adam(distrib_optimizer) -> None:

@@ -96,8 +96,12 @@ def _check_unsupported(cfg: DictConfig) -> None:
     model = cfg.model
     if str(cfg.trainer.precision) in ("16", "16-mixed"):
         raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported; use bf16 or 32")
-    if cfg.trainer.accelerator == "cpu" and str(cfg.trainer.precision) not in ("32", "32-true"):
-        raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported on a CPU; use 32")
+    is_float32 = str(cfg.trainer.precision) in ("32", "32-true")
+    if cfg.trainer.accelerator == "cpu" and not is_float32 and not model.megatron_amp_O2:
+        raise ConfigError(
+            f"trainer.precision={cfg.trainer.precision} is supported on a CPU only with model.megatron_amp_O2=True; "
+            "set that, or use precision 32"
+        )
     if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
         raise ConfigError("model.virtual_pipeline_model_parallel_size must be null: virtual stages are not supported")
     if (model.get("context_parallel_size") or 1) > 1:
@@ -106,18 +110,12 @@ def _check_unsupported(cfg: DictConfig) -> None:
 
 
 def _check_optimizer(cfg: DictConfig) -> None:
-    optim, has_apex = cfg.model.optim, importlib.util.find_spec("apex") is not None
-    is_mcore = optim.name == "mcore_distributed_optim"
-    if optim.name in ("distributed_fused_adam", "fused_adam") and not has_apex:
+    optim = cfg.model.optim
+    if optim.name in ("distributed_fused_adam", "fused_adam") and importlib.util.find_spec("apex") is None:
         raise ConfigError(
             f"model.optim.name={optim.name} needs Apex, which is not installed; use mcore_distributed_optim or adamw"
         )
-    if cfg.model.megatron_amp_O2 and "bf16" in str(cfg.trainer.precision) and not has_apex and not is_mcore:
-        raise ConfigError(
-            f"model.megatron_amp_O2=True with model.optim.name={optim.name} needs Apex, which is not installed; set it "
-            "to False, or use mcore_distributed_optim"
-        )
-    if is_mcore and optim.get("overlap_param_gather_with_optimizer_step", False):
+    if optim.get("overlap_param_gather_with_optimizer_step", False):
         raise ConfigError("model.optim.overlap_param_gather_with_optimizer_step=True is not supported; set it to False")
 
 

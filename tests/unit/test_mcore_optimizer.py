@@ -86,6 +86,16 @@ def test_gradients_are_clipped_once_and_their_norm_reported(actor):
     assert clip_gradients(actor, None) is None
 
 
+def test_groups_are_restored_by_what_they_hold_not_by_their_number(actor):
+    optimizer = actor._optimizer.mcore_optimizer
+    expected, other_stage_s = groups_by_dimension(actor._optimizer), optimizer.state_dict()
+    other_stage_s["optimizer"]["param_groups"].reverse()
+    optimizer.load_state_dict(other_stage_s)
+    assert groups_by_dimension(actor._optimizer) == expected
+    inspect.unwrap(DistributedOptimizer.load_state_dict)(optimizer, other_stage_s)
+    assert groups_by_dimension(actor._optimizer) != expected, "megatron-core matches them itself"
+
+
 @without_apex
 def test_restored_parameters_count_their_steps_apart(actor):
     train_one_step(actor)
@@ -94,7 +104,7 @@ def test_restored_parameters_count_their_steps_apart(actor):
     def steps() -> list[torch.Tensor]:
         return [state["step"] for state in optimizer.optimizer.state.values()]
 
-    DistributedOptimizer.load_state_dict.__wrapped__(optimizer, optimizer.state_dict())
+    inspect.unwrap(DistributedOptimizer.load_state_dict)(optimizer, optimizer.state_dict())
     assert len(set(map(id, steps()))) == 1, "megatron-core no longer shares one"
     optimizer.load_state_dict(optimizer.state_dict())
     before = steps()[0].item()

@@ -1,8 +1,12 @@
-"""`mcore_distributed_optim` trains like AdamW in one process, in every layout, and resumes in another one."""
+"""`mcore_distributed_optim` trains like AdamW in one process, in every layout, and resumes in another one.
+
+And optimizers with fp32 master weights keep these over a restart.
+"""
 
 import shutil
 
 import pytest
+import torch
 
 from nemo_aligner.utils.checkpoints import newest_complete_checkpoint, read_counters
 from tests.distributed.test_kill_and_resume import trajectory, weights
@@ -61,3 +65,16 @@ def test_half_a_run_here_and_half_there_is_a_run_of_adamw(workplace, adamw, half
     ours, theirs = weights(folder), weights(adamw)
     for name in theirs:  # as a whole: Adam moves a weight whose gradient is all rounding error by a full step
         assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "mcore_distributed_optim"])
+def test_a_restart_keeps_the_master_weights_of_a_model_in_bf16(workplace, optimizer):
+    in_bf16 = (f"model.optim.name={optimizer}", "trainer.precision=bf16", "model.megatron_amp_O2=True")
+    for folder, num_steps in (("left_alone", NUM_STEPS), ("restarted", NUM_STEPS // 2), ("restarted", NUM_STEPS)):
+        process = run_script(workplace, f"{optimizer}_{folder}", *settings(num_steps), *in_bf16)
+        assert process.returncode == 0, process.stderr[-3000:]
+    left_alone, restarted = (workplace / f"{optimizer}_{folder}" for folder in ("left_alone", "restarted"))
+    assert trajectory(restarted) == trajectory(left_alone)
+    ours, theirs = weights(restarted), weights(left_alone)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {weight.dtype for weight in ours.values()} == {torch.bfloat16}
