@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX, example, global_rollout_metrics, selection_metrics
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 from nemo_aligner.utils.distributed import ScopedTimer, pad_list, pad_tensors_to_max_global_seq_len
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
@@ -37,6 +38,8 @@ TRAINING_STREAM, VALIDATION_STREAM = 0, 1
 # While one replica waits for rewards, all ranks meet this often: their process groups give up on a rank that stays away
 # from a collective for some minutes, and schedulers on a job that does not end soon when asked to.
 MEETING_INTERVAL_S = 5.0
+# What ends a run on all ranks at the same place.
+ENDS_OF_A_RUN = (RewardError, StopRequested)
 
 
 class RSTrainer:
@@ -148,7 +151,7 @@ class RSTrainer:
                 rollouts that were left.
         """
         self._saved_step = self.step
-        with self.termination.watching():
+        with self.termination.watching(), saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN):
             self._fit()
 
     def _fit(self) -> None:
@@ -174,7 +177,7 @@ class RSTrainer:
                     logging.info(f"RS step {self.step}/{self.max_steps}: {summary}")
                     if run_time_exceeded:
                         return
-        except (RewardError, StopRequested):
+        except ENDS_OF_A_RUN:
             self.model.finish_inference()
             if self.step > self._saved_step:
                 self.save()
@@ -284,7 +287,7 @@ class RSTrainer:
         try:
             microbatches = islice(dataloader_iter, num_microbatches)
             for batch in _progress_bar(microbatches, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
-                self.termination.meet()
+                self._meet()
                 rollouts = self._take_stored(stored, batch, num_rollouts) or self._generate(batch, num_rollouts)
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
                 is_scored = "rewards" in rollouts
@@ -298,7 +301,7 @@ class RSTrainer:
                 kept_rows = () if is_validation else kept[-1].pop("row").tolist()
                 if future is not None:  # else an earlier start wrote them
                     self._write_to_log(split, rollouts, kept_rows)
-        except (RewardError, StopRequested) as error:
+        except ENDS_OF_A_RUN as error:
             kept_in = self._keep_for_next_start(split, scored + [rollouts for rollouts, _ in under_way])
             raise type(error)(f"{error}{kept_in}") from error
         except BaseException:
@@ -349,8 +352,13 @@ class RSTrainer:
     def _wait_on_all_ranks(self, future) -> None:
         """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`."""
         wait = getattr(future, "wait", lambda timeout_s: True)
-        while not self.termination.meet(is_done=wait(MEETING_INTERVAL_S)):
+        while not self._meet(is_done=wait(MEETING_INTERVAL_S)):
             pass
+
+    def _meet(self, is_done: bool = True) -> bool:
+        """Whether all ranks are done; also where they answer SIGTERM and follow a save. Collective over the job."""
+        advance_save(self.ckpt_callback)
+        return self.termination.meet(is_done)
 
     def _keep_for_next_start(self, split: str, rollout_batches: list[dict]) -> str:
         """Put the phase's rollouts on disk; returns what there is to say about that."""
@@ -466,6 +474,7 @@ class RSTrainer:
             ]
             self.logger.log_metrics(metrics, step=self.rs_optimization_step, prefix="train_optim/")
             self.rs_optimization_step += 1
+            advance_save(self.ckpt_callback)
         if loss_mean is None:
             raise ValueError("run_training got no batch: there are no rollouts to train on")
         self.model.finish_training()
@@ -475,7 +484,10 @@ class RSTrainer:
     # State
 
     def save(self, extra_candidates: dict | None = None, is_train_end: bool = False) -> None:
-        """Write a checkpoint; its name and the choice of the best come from the counters and `extra_candidates`."""
+        """Write a checkpoint, within `fit` in the background.
+
+        Its name and the choice of the best come from the counters and `extra_candidates`.
+        """
         self.model.prepare_for_training()  # optimizer states belong to the checkpoint
         torch.cuda.synchronize()
         torch.distributed.barrier()
