@@ -28,9 +28,10 @@ from nemo_aligner.compat.checkpoint_writer import raise_on_all_ranks
 
 # Of a checkpoint's files, this one is written last.
 LAST_FILE = "metadata.json"
-# Beside the checkpoints, the folder of those in the making; and in it, the names of those that are about to go.
+# Beside the checkpoints, the folder of those in the making. In it, once these are complete, the list of those that go,
+# and then those themselves.
 PARTIAL = ".partial"
-_OBSOLETE = ".obsolete-"
+_OBSOLETE = ".obsolete"
 
 
 class BackgroundSave:
@@ -186,17 +187,22 @@ def is_complete(path: Path) -> bool:
     return (path / LAST_FILE).is_file() and not NeMoModelCheckpoint.is_checkpoint_unfinished(path)
 
 
-def settle(partial: Path, obsolete: list[Path] = ()) -> None:
-    """Move the complete checkpoints in the folder to their places, and remove the others, and `obsolete`.
+def complete_in(partial: Path) -> list[Path]:
+    """The checkpoints that a save had completed, but not moved to their places."""
+    return list(partial.glob("[!.]*")) if (partial / _OBSOLETE).exists() else []
 
-    What has a name that is needed goes, too. A kill in between loses nothing; the next call goes on.
+
+def settle(partial: Path) -> None:
+    """Move what is complete to its place, and remove what that stands for, and the rest.
+
+    A kill in between loses nothing; the next call goes on.
     """
-    complete = [path for path in partial.glob("[!.]*") if is_complete(path)]
+    complete = complete_in(partial)
     places = [partial.parent / path.name for path in complete]
-    for path in (*obsolete, *places):
+    obsolete = [partial.parent / name for name in (partial / _OBSOLETE).read_text().splitlines()] if complete else []
+    for path in (*places, *obsolete):
         if path.exists():
-            shutil.rmtree(partial / f"{_OBSOLETE}{path.name}", ignore_errors=True)
-            path.rename(partial / f"{_OBSOLETE}{path.name}")
+            path.rename(partial / f"{_OBSOLETE}-{path.name}")
     for path, place in zip(complete, places, strict=True):
         path.rename(place)
     _sync_folder(partial.parent)
@@ -224,13 +230,17 @@ def _complete(host: _HostCheckpointIO, parts: list[Path], obsolete: list[Path]) 
     """Complete the checkpoint in the first of `parts`, have it in the others, too, and move all to their places."""
     host.finish()
     written, *others = parts
+    partial = written.parent
     for other in others:
         _share_files(written, other)
-    _sync(written.parent)
-    for part in (*others, written):
+    for part in parts:
         save_config(host.config, part)
-    _sync(written.parent)
-    settle(written.parent, obsolete)
+    names = [os.path.relpath(path, partial.parent) for path in obsolete]
+    (partial / ".list").write_text("\n".join(names))
+    _sync(partial)
+    (partial / ".list").rename(partial / _OBSOLETE)
+    _sync_folder(partial)
+    settle(partial)
 
 
 def _share_files(folder: Path, other: Path) -> None:

@@ -18,7 +18,7 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import ckpt_to_dir
 
-from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, is_complete, settle
+from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, complete_in, is_complete, settle
 
 COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -62,7 +62,7 @@ def newest_complete_checkpoint(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     # Those in the making first, so that none is overlooked that rank 0 renames in between.
-    partial = [path for path in (folder / PARTIAL).glob("*-last") if is_complete(path)]
+    partial = [path for path in complete_in(folder / PARTIAL) if path.match("*-last")]
     found = {folder / path.name: path for path in partial}
     found.update({path: path for path in folder.glob("*-last") if is_complete(path)})
     if not found:
