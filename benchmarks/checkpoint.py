@@ -103,10 +103,11 @@ class Checkpoints:
     def __init__(self, trainer, model, callback):
         self.trainer, self.model, self.callback, self.step = trainer, model, callback, 0
 
-    def save(self, reward: float = 0.0) -> None:
+    def save(self, **metrics: float) -> None:
         self.step += 1
         counters = {name: torch.tensor(self.step) for name in ("step", "consumed_samples", "rs_optimization_step")}
-        self.callback.custom_save({**counters, "epoch": torch.tensor(0), "val_global_rewards": torch.tensor(reward)})
+        metrics = {name: torch.tensor(value) for name, value in metrics.items()}
+        self.callback.custom_save({**counters, "epoch": torch.tensor(0), **metrics})
 
     @property
     def path(self) -> Path:

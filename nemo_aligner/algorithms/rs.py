@@ -29,7 +29,7 @@ from nemo_aligner.utils.text_generation_utils import has_content
 from nemo_aligner.utils.timers import max_over_ranks
 from nemo_aligner.utils.train_utils import clip_gradients
 from nemo_aligner.utils.trainer_utils import check_progress, compute_num_steps_per_epoch
-from nemo_aligner.utils.unscored_rollouts import UnscoredRollouts
+from nemo_aligner.utils.unscored_rollouts import NoRolloutFolder, UnscoredRollouts
 from nemo_aligner.utils.utils import clear_memory, cpu_dict
 
 MAX_TABLE_ROWS = 100
@@ -90,7 +90,7 @@ class RSTrainer:
         self.rm = rm
         if rollout_dir is None and AppState().log_dir is not None:
             rollout_dir = Path(AppState().log_dir, "rollouts")
-        self.rollout_log = self.unscored = None
+        self.rollout_log = self.unscored = NoRolloutFolder()
         if rollout_dir is not None:
             rank, sampling = get_model_parallel_src_rank(), model._sampling_params
             self.rollout_log = RolloutLog(rollout_dir, model.tokenizer, sampling["end_strings"], rank)
@@ -187,7 +187,7 @@ class RSTrainer:
 
     def _is_validation_pending(self) -> bool:
         """Whether an earlier start left this step's validation unfinished, on any replica. Collective over the job."""
-        is_pending = self.unscored is not None and self.unscored.load("val", self.step) is not None
+        is_pending = self.unscored.load("val", self.step) is not None
         verdict = torch.tensor([is_pending], dtype=torch.int64, device=current_device())
         torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)
         return bool(verdict.item())
@@ -282,7 +282,7 @@ class RSTrainer:
         split = "val" if is_validation else "train"
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
-        stored = iter((self.unscored.load(split, self.step) if self.unscored is not None else None) or ())
+        stored = iter(self.unscored.load(split, self.step) or ())
         under_way, scored, kept = [], [], []
         try:
             microbatches = islice(dataloader_iter, num_microbatches)
@@ -312,8 +312,7 @@ class RSTrainer:
         if not is_validation:
             metrics.update(selection_metrics(kept))
             metrics["table"] = example(kept[0], self.model.tokenizer)
-        if self.unscored is not None:
-            self.unscored.remove(split, self.step)
+        self.unscored.remove(split, self.step)
         return kept, metrics
 
     def _take_stored(self, stored: Iterator[dict], batch: dict, num_rollouts: int) -> dict | None:
@@ -362,10 +361,8 @@ class RSTrainer:
 
     def _keep_for_next_start(self, split: str, rollout_batches: list[dict]) -> str:
         """Put the phase's rollouts on disk; returns what there is to say about that."""
-        if self.unscored is None:
-            return ""
         path = self.unscored.save(split, self.step, [cpu_dict(rollouts) for rollouts in rollout_batches])
-        return f"; the rollouts are in {path}; the same command started again scores them first"
+        return "" if path is None else f"; the rollouts are in {path}; the same command started again scores them first"
 
     def _generate(self, batch: dict, num_rollouts: int) -> dict:
         """Rollouts of the prompts in `batch` from one `infer` call, `num_rollouts` neighbouring rows for each."""
@@ -401,8 +398,7 @@ class RSTrainer:
         return select_topk({**rollouts, "row": rows}, self.top_n_rollouts)
 
     def _write_to_log(self, split: str, rollouts: dict, kept_rows=()) -> None:
-        if self.rollout_log is not None:
-            self.rollout_log.write(split, self.step, cpu_dict(rollouts), kept_rows)
+        self.rollout_log.write(split, self.step, cpu_dict(rollouts), kept_rows)
 
     def compute_global_rollout_metrics(self, rollout_batches: list[dict]) -> dict:
         """Means over the rows of all replicas, and one row of this rank under `table`.

@@ -100,7 +100,8 @@ def custom_save_ckpt_func(
         if self.monitor is None or self.monitor in monitor_candidates:
             self._save_topk_checkpoint(trainer, monitor_candidates)
         if not save_top_only:
-            self._save_last_checkpoint(trainer, monitor_candidates)
+            # Lightning would put a zero in the name for a metric that is not there.
+            self._save_last_checkpoint(trainer, {self.monitor: torch.tensor(float("nan")), **monitor_candidates})
     if folders:
         if not hasattr(self, "background_save"):
             self.background_save = BackgroundSave(trainer)

@@ -42,10 +42,10 @@ def beside_a_slow_rank(run, is_slow: bool) -> list:
     def seen():
         return steps(run), run.callback.background_save.is_pending
 
-    run.save()
+    run.save(val_global_rewards=0.0)
     filesystem_async._write_item = write_later if is_slow else write_item
     with saving_in_background(run.callback):
-        run.save(reward=1.0)
+        run.save(val_global_rewards=1.0)
         found = [seen()]
         advance_save(run.callback)
         found.append(seen())
@@ -68,7 +68,7 @@ def beside_a_failing_rank(run, error: OSError | None) -> dict:
         background_save.open = fail  # for common.pt, which rank 0 writes before all else
     try:
         with saving_in_background(run.callback):
-            run.save(reward=run.step)
+            run.save(val_global_rewards=float(run.step))
             advance_save(run.callback, wait=True)
     except OSError as raised:
         found["message"] = raised.strerror
@@ -78,7 +78,7 @@ def beside_a_failing_rank(run, error: OSError | None) -> dict:
     found["after"] = steps(run)
     books = [*run.callback.best_k_models, run.callback.last_model_path]
     found["books"] = sorted(int(Path(path).name.split("step=")[1].split("-")[0]) for path in books)
-    run.save(reward=run.step)
+    run.save(val_global_rewards=float(run.step))
     return {**found, "next": steps(run), "saved": run.step}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from nemo.utils import logging
+from nemo.utils import AppState, logging
 
 from benchmarks.checkpoint import Checkpoints, build
 from nemo_aligner.utils import background_save
@@ -31,9 +31,12 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def tiny_run(tiny_nemo, tmp_path_factory):
+    before = dict(vars(AppState()))  # NeMo's experiment manager leaves there where the run's folder is
     run = Checkpoints(*build(tiny_nemo, tmp_path_factory.mktemp("run"), OVERRIDES))
     run.empty_books = {name: getattr(run.callback, name) for name in BOOKS}
-    return run
+    yield run
+    vars(AppState()).clear()
+    vars(AppState()).update(before)
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def names(folder: Path) -> set[str]:
 def test_the_checkpoint_holds_the_state_of_its_moment_and_appears_when_it_is_written(run, disk, tmp_path):
     saved = [tensor.clone() for tensor in run.state()]
     with saving_in_background(run.callback):
-        run.save()
+        run.save(val_global_rewards=0.0)
         for tensor in run.state():
             tensor.add_(1)  # as an optimizer does, in place
         advance_save(run.callback)
@@ -85,7 +88,7 @@ def test_the_checkpoint_holds_the_state_of_its_moment_and_appears_when_it_is_wri
 
 
 def test_the_best_and_the_last_checkpoint_share_their_files(run, tmp_path, monkeypatch):
-    run.save()
+    run.save(val_global_rewards=0.0)
     best, last = sorted(tmp_path.glob("[!.]*"))
     files = [sorted(path.name for path in folder.iterdir()) for folder in (best, last)]
     assert files[0] == files[1] and len(files[0]) == 5
@@ -95,7 +98,7 @@ def test_the_best_and_the_last_checkpoint_share_their_files(run, tmp_path, monke
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    run.save(reward=1.0)
+    run.save(val_global_rewards=1.0)
     best, last = sorted(tmp_path.glob("[!.]*"))
     assert names(tmp_path) == {"2", "2-last"}
     assert all((best / name).read_bytes() == (last / name).read_bytes() for name in os.listdir(last))
@@ -104,13 +107,13 @@ def test_the_best_and_the_last_checkpoint_share_their_files(run, tmp_path, monke
 
 def test_the_one_before_goes_only_when_the_next_is_there(run, disk, tmp_path):
     disk.may_write.set()
-    run.save()
+    run.save(val_global_rewards=0.0)
     disk.may_write.clear()
     with saving_in_background(run.callback):
-        run.save(reward=1.0)
+        run.save(val_global_rewards=1.0)
         assert names(tmp_path) == {"1", "1-last"}
         disk.may_write.set()
-        run.save(reward=0.5)  # waits for the one before
+        run.save(val_global_rewards=0.5)  # waits for the one before
         assert names(tmp_path) == {"2", "2-last"}
     assert names(tmp_path) == {"2", "3-last"}
     assert [Path(path).name for path in run.callback.best_k_models] == [Path(run.callback.best_model_path).name]
@@ -118,16 +121,24 @@ def test_the_one_before_goes_only_when_the_next_is_there(run, disk, tmp_path):
 
 
 def test_outside_of_training_a_save_is_on_the_disk_on_return(run, tmp_path):
-    run.save()
+    run.save(val_global_rewards=0.0)
     assert names(tmp_path) == {"1", "1-last"}
 
 
-def test_the_host_copy_is_kept_and_there_is_only_one(run):
+def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_its_name(run, tmp_path):
+    run.save(val_global_rewards=-1.0)
     run.save()
+    assert names(tmp_path) == {"1", "2-last"}
+    assert run.callback.last_model_path.endswith("epoch=0-val_global_rewards=nan-last.ckpt")
+    assert list(run.callback.best_k_models.values()) == [torch.tensor(-1.0)]
+
+
+def test_the_host_copy_is_kept_and_there_is_only_one(run):
+    run.save(val_global_rewards=0.0)
     copies = run.callback.background_save._host_copies
     addresses = [copy.data_ptr() for copy in copies]
     assert sum(copy.nbytes for copy in copies) == sum(tensor.nbytes for tensor in run.state())
-    run.save()
+    run.save(val_global_rewards=0.0)
     assert [copy.data_ptr() for copy in run.callback.background_save._host_copies] == addresses
 
 
@@ -143,7 +154,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.mark.parametrize("where", ["_write_item", "common.pt", ".metadata", "links", "metadata.json"])
 def test_a_full_disk_leaves_the_checkpoints_and_the_books_as_they_were(run, tmp_path, monkeypatch, complaints, where):
-    run.save()
+    run.save(val_global_rewards=0.0)
     books = {name: copy.copy(getattr(run.callback, name)) for name in BOOKS}
 
     def fail(*args, **kwargs):
@@ -161,14 +172,14 @@ def test_a_full_disk_leaves_the_checkpoints_and_the_books_as_they_were(run, tmp_
             full.setattr(background_save.shutil, "copyfile", fail)
         else:
             full.setattr(background_save, "save_config", fail)
-        run.save(reward=1.0)
+        run.save(val_global_rewards=1.0)
         advance_save(run.callback, wait=True)
     assert names(tmp_path) == {"1", "1-last"} and not (tmp_path / PARTIAL).exists()
     assert {name: getattr(run.callback, name) for name in BOOKS} == books
     (line,) = complaints
     assert "rank 0: [Errno 28] No space left on device; the run goes on, its last checkpoint is" in line
     assert "step=1-" in line
-    run.save(reward=1.0)
+    run.save(val_global_rewards=1.0)
     assert names(tmp_path) == {"3", "3-last"}
 
 
@@ -178,7 +189,7 @@ def test_another_failure_ends_the_run_at_the_next_meeting(run, disk, tmp_path):
         pytest.raises(OSError, match=r"could not be written: rank 0: .*Input/output error"),
         saving_in_background(run.callback),
     ):
-        run.save()
+        run.save(val_global_rewards=0.0)
         disk.may_write.set()
         advance_save(run.callback, wait=True)
         raise AssertionError("went on")
@@ -192,7 +203,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", range(7))
 def test_a_kill_between_any_two_renames_loses_nothing(run, tmp_path, monkeypatch, after):
     """Of the tables of contents and of what goes, of two old checkpoints, of two new ones; then comes the removal."""
-    run.save()
+    run.save(val_global_rewards=0.0)
     renames, rename = [], Path.rename
 
     def rename_or_die(self, target):
@@ -209,7 +220,7 @@ def test_a_kill_between_any_two_renames_loses_nothing(run, tmp_path, monkeypatch
         dying.setattr(background_save.shutil, "rmtree", die)
         dying.setattr(background_save.BackgroundSave, "_in_thread", lambda self, function: function())
         with contextlib.suppress(Killed):
-            run.save(reward=1.0)
+            run.save(val_global_rewards=1.0)
     assert len(renames) == after
     newest = newest_complete_checkpoint(tmp_path)
     assert is_complete(newest)
