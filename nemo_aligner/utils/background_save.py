@@ -6,6 +6,7 @@ have, a thread of rank 0 completes the checkpoint and moves it to its place. Thr
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import shutil
@@ -70,9 +71,11 @@ class BackgroundSave:
         strategy = self.trainer.strategy
         usual, host = strategy.checkpoint_io, _HostCheckpointIO(strategy.unwrapped_checkpoint_io, self._host_copies)
         strategy.checkpoint_io = host
+        gc.disable()  # looking for garbage in all that NeMo has imported can take longer than the copy
         try:
             self.trainer.save_checkpoint(f"{parts[0]}{NeMoModelCheckpoint.FILE_EXTENSION}", weights_only)
         finally:
+            gc.enable()
             strategy.checkpoint_io = usual
         self._host_copies = host.copies
         self._steps = self._write_and_complete(host, parts, obsolete)
@@ -128,7 +131,7 @@ class _HostCheckpointIO(_WrappingCheckpointIO):
         super().__init__(checkpoint_io)
         self.copies: list[torch.Tensor] = []
         self._earlier_copies = iter(earlier_copies)
-        self._common: bytes | None = None
+        self._common: memoryview | None = None
         self._request = AsyncRequest(None, (), [])
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:

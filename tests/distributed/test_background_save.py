@@ -1,10 +1,12 @@
 """Two ranks save behind training: one that is slow is waited for, one that cannot write is known to both."""
 
 import errno
+import math
 import threading
 from pathlib import Path
 
 import pytest
+from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tests.distributed.launch import run_ranks
@@ -23,6 +25,9 @@ def save_beside_others(rank: int, nemo_path: str, folder: str) -> dict:
     settings = [*OVERRIDES, "trainer.devices=2", "model.tensor_model_parallel_size=2"]  # so that both write tensors
     run = Checkpoints(*build(Path(nemo_path), Path(folder), settings))
     found = {"slow": beside_a_slow_rank(run, is_slow=rank == 1)}
+    found["copied"] = sum(copy.nbytes for copy in run.callback.background_save._host_copies)
+    tensors = load_tensors_metadata(str(run.path)).values()
+    found["saved"] = sum(math.prod(tensor.global_shape) * tensor.dtype.itemsize for tensor in tensors)
     for failing_rank in (0, 1):
         for name, error in ERRORS.items():
             found[name, failing_rank] = beside_a_failing_rank(run, error if rank == failing_rank else None)
@@ -96,6 +101,10 @@ def found(tiny_nemo, tmp_path_factory):
 def test_a_slow_rank_is_waited_for(found):
     for of_rank in found:
         assert of_rank["slow"] == [([1, 1], True), ([1, 1], True), ([2, 2], False)]
+
+
+def test_each_tensor_is_copied_by_the_rank_that_writes_it(found):
+    assert sum(of_rank["copied"] for of_rank in found) == found[0]["saved"]
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
