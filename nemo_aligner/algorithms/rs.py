@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX, example, global_rollout_metrics, selection_metrics
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 from nemo_aligner.utils.distributed import ScopedTimer, pad_list, pad_tensors_to_max_global_seq_len
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
@@ -28,7 +29,7 @@ from nemo_aligner.utils.text_generation_utils import has_content
 from nemo_aligner.utils.timers import max_over_ranks
 from nemo_aligner.utils.train_utils import clip_gradients
 from nemo_aligner.utils.trainer_utils import check_progress, compute_num_steps_per_epoch
-from nemo_aligner.utils.unscored_rollouts import UnscoredRollouts
+from nemo_aligner.utils.unscored_rollouts import NoRolloutFolder, UnscoredRollouts
 from nemo_aligner.utils.utils import clear_memory, cpu_dict
 
 MAX_TABLE_ROWS = 100
@@ -37,6 +38,8 @@ TRAINING_STREAM, VALIDATION_STREAM = 0, 1
 # While one replica waits for rewards, all ranks meet this often: their process groups give up on a rank that stays away
 # from a collective for some minutes, and schedulers on a job that does not end soon when asked to.
 MEETING_INTERVAL_S = 5.0
+# What ends a run on all ranks at the same place.
+ENDS_OF_A_RUN = (RewardError, StopRequested)
 
 
 class RSTrainer:
@@ -87,7 +90,7 @@ class RSTrainer:
         self.rm = rm
         if rollout_dir is None and AppState().log_dir is not None:
             rollout_dir = Path(AppState().log_dir, "rollouts")
-        self.rollout_log = self.unscored = None
+        self.rollout_log = self.unscored = NoRolloutFolder()
         if rollout_dir is not None:
             rank, sampling = get_model_parallel_src_rank(), model._sampling_params
             self.rollout_log = RolloutLog(rollout_dir, model.tokenizer, sampling["end_strings"], rank)
@@ -148,7 +151,7 @@ class RSTrainer:
                 rollouts that were left.
         """
         self._saved_step = self.step
-        with self.termination.watching():
+        with self.termination.watching(), saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN):
             self._fit()
 
     def _fit(self) -> None:
@@ -174,7 +177,7 @@ class RSTrainer:
                     logging.info(f"RS step {self.step}/{self.max_steps}: {summary}")
                     if run_time_exceeded:
                         return
-        except (RewardError, StopRequested):
+        except ENDS_OF_A_RUN:
             self.model.finish_inference()
             if self.step > self._saved_step:
                 self.save()
@@ -184,7 +187,7 @@ class RSTrainer:
 
     def _is_validation_pending(self) -> bool:
         """Whether an earlier start left this step's validation unfinished, on any replica. Collective over the job."""
-        is_pending = self.unscored is not None and self.unscored.load("val", self.step) is not None
+        is_pending = self.unscored.load("val", self.step) is not None
         verdict = torch.tensor([is_pending], dtype=torch.int64, device=current_device())
         torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)
         return bool(verdict.item())
@@ -279,12 +282,12 @@ class RSTrainer:
         split = "val" if is_validation else "train"
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
-        stored = iter((self.unscored.load(split, self.step) if self.unscored is not None else None) or ())
+        stored = iter(self.unscored.load(split, self.step) or ())
         under_way, scored, kept = [], [], []
         try:
             microbatches = islice(dataloader_iter, num_microbatches)
             for batch in _progress_bar(microbatches, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
-                self.termination.meet()
+                self._meet()
                 rollouts = self._take_stored(stored, batch, num_rollouts) or self._generate(batch, num_rollouts)
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
                 is_scored = "rewards" in rollouts
@@ -300,7 +303,7 @@ class RSTrainer:
                 kept_rows = () if is_validation else kept[-1].pop("row").tolist()
                 if future is not None:  # else an earlier start wrote them
                     self._write_to_log(split, rollouts, kept_rows)
-        except (RewardError, StopRequested) as error:
+        except ENDS_OF_A_RUN as error:
             kept_in = self._keep_for_next_start(split, scored + [rollouts for rollouts, _ in under_way])
             raise type(error)(f"{error}{kept_in}") from error
         except BaseException:
@@ -311,8 +314,7 @@ class RSTrainer:
         if not is_validation:
             metrics.update(selection_metrics(kept))
             metrics["table"] = example(kept[0], self.model.tokenizer)
-        if self.unscored is not None:
-            self.unscored.remove(split, self.step)
+        self.unscored.remove(split, self.step)
         return kept, metrics
 
     def _take_stored(self, stored: Iterator[dict], batch: dict, num_rollouts: int) -> dict | None:
@@ -351,15 +353,18 @@ class RSTrainer:
     def _wait_on_all_ranks(self, future) -> None:
         """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`."""
         wait = getattr(future, "wait", lambda timeout_s: True)
-        while not self.termination.meet(is_done=wait(MEETING_INTERVAL_S)):
+        while not self._meet(is_done=wait(MEETING_INTERVAL_S)):
             pass
+
+    def _meet(self, is_done: bool = True) -> bool:
+        """Whether all ranks are done; also where they answer SIGTERM and follow a save. Collective over the job."""
+        advance_save(self.ckpt_callback)
+        return self.termination.meet(is_done)
 
     def _keep_for_next_start(self, split: str, rollout_batches: list[dict]) -> str:
         """Put the phase's rollouts on disk; returns what there is to say about that."""
-        if self.unscored is None:
-            return ""
         path = self.unscored.save(split, self.step, [cpu_dict(rollouts) for rollouts in rollout_batches])
-        return f"; the rollouts are in {path}; the same command started again scores them first"
+        return "" if path is None else f"; the rollouts are in {path}; the same command started again scores them first"
 
     def _generate(self, batch: dict, num_rollouts: int) -> dict:
         """Rollouts of the prompts in `batch` from one `infer` call, `num_rollouts` neighbouring rows for each."""
@@ -395,8 +400,7 @@ class RSTrainer:
         return select_topk({**rollouts, "row": rows}, self.top_n_rollouts)
 
     def _write_to_log(self, split: str, rollouts: dict, kept_rows=()) -> None:
-        if self.rollout_log is not None:
-            self.rollout_log.write(split, self.step, cpu_dict(rollouts), kept_rows)
+        self.rollout_log.write(split, self.step, cpu_dict(rollouts), kept_rows)
 
     def compute_global_rollout_metrics(self, rollout_batches: list[dict]) -> dict:
         """Means over the rows of all replicas, and one row of this rank under `table`.
@@ -468,6 +472,7 @@ class RSTrainer:
             ]
             self.logger.log_metrics(metrics, step=self.rs_optimization_step, prefix="train_optim/")
             self.rs_optimization_step += 1
+            advance_save(self.ckpt_callback)
         if loss_mean is None:
             raise ValueError("run_training got no batch: there are no rollouts to train on")
         self.model.finish_training()
@@ -477,7 +482,10 @@ class RSTrainer:
     # State
 
     def save(self, extra_candidates: dict | None = None, is_train_end: bool = False) -> None:
-        """Write a checkpoint; its name and the choice of the best come from the counters and `extra_candidates`."""
+        """Write a checkpoint, within `fit` in the background.
+
+        Its name and the choice of the best come from the counters and `extra_candidates`.
+        """
         self.model.prepare_for_training()  # optimizer states belong to the checkpoint
         torch.cuda.synchronize()
         torch.distributed.barrier()

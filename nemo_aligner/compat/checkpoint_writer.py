@@ -3,7 +3,7 @@
 It writes from forked processes and collects their results through a manager, a further process that imports everything
 anew: seconds for each first save, and a fork of a process with threads can hang for good. Writing releases the
 interpreter's lock, so threads do as well. And where one rank could not write, on a full disk, say, all others wait for
-it forever. Removal: with a megatron-core whose synchronous saves neither fork nor hang.
+it forever. Removal: with a megatron-core whose saves neither fork nor hang.
 """
 
 import queue
@@ -16,30 +16,76 @@ import torch
 
 def apply() -> None:
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    writer = filesystem_async.FileSystemWriterAsync
-    if writer.write_preloaded_data_multiproc is _write_in_threads:
-        return
-    retrieve_own_results = writer.retrieve_write_results
-
-    def retrieve_write_results(self):
-        try:
-            results, failure = retrieve_own_results(self), None
-        except Exception as error:
-            cause = _root(error)
-            message = f"the checkpoint could not be written: rank {torch.distributed.get_rank()}: {cause}"
-            results, failure = None, (getattr(cause, "errno", None), message)
-        failures = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(failures, failure)
-        failure = next((failure for failure in failures if failure is not None), None)
-        if failure is not None:
-            raise OSError(*failure)
-        return results
-
-    writer.retrieve_write_results = retrieve_write_results
-    writer.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     filesystem_async._get_write_results_queue = queue.SimpleQueue
     async_utils.DistributedAsyncCaller.schedule_async_call = _call_in_thread
+    TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks = _make_request
+
+
+def _make_request(self, writer, planned: tuple):
+    """In the place of the request that is finalized by rank 0 while the others wait."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+    _, metadata, _ = planned
+    return AsyncRequest(*writer.get_save_function_and_args(), [Finalization(writer, metadata)])
+
+
+class Finalization:
+    """What is left to do when every rank has written its files: rank 0 writes where in them each tensor is."""
+
+    def __init__(self, writer, metadata):
+        self._writer, self._metadata, self._results = writer, metadata, None
+
+    def __call__(self) -> None:
+        """All of it. Collective over the job.
+
+        Raises:
+            OSError: on every rank, if one of them could not write.
+        """
+        self.gather()
+        failure = None
+        if self._results is not None:
+            try:
+                self.finish()
+            except Exception as error:
+                failure = error
+        raise_on_all_ranks(failure)
+
+    def gather(self) -> None:
+        """Bring together on rank 0 what the ranks have written. Collective over the job; raises as a call does."""
+        results = failure = None
+        try:
+            results = self._writer.retrieve_write_results()
+        except Exception as error:
+            failure = error
+        raise_on_all_ranks(failure)
+        if torch.distributed.get_rank() == 0:
+            self._results = [None] * torch.distributed.get_world_size()
+        torch.distributed.gather_object(results, self._results)
+
+    def finish(self) -> None:
+        """Write the table of contents. On rank 0."""
+        self._writer.finish(self._metadata, self._results)
+
+
+def raise_on_all_ranks(failure: Exception | None) -> None:
+    """Let every rank know that one of them, or none, could not write. Collective over the job.
+
+    Raises:
+        OSError: on every rank: the first rank's failure, with its error number.
+    """
+    own = None
+    if failure is not None:
+        cause = _root(failure)
+        message = f"the checkpoint could not be written: rank {torch.distributed.get_rank()}: {cause}"
+        own = (getattr(cause, "errno", None), message)
+    of_ranks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, own)
+    first = next((of_rank for of_rank in of_ranks if of_rank is not None), None)
+    if first is not None:
+        raise OSError(*first) from failure
 
 
 def _call_in_thread(self, async_fn, save_args: tuple) -> None:

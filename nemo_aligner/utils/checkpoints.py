@@ -1,17 +1,16 @@
 """Training checkpoints that are there whole or not at all, and which of them a run continues from.
 
 A checkpoint is a folder that megatron-core writes from all ranks. It is written under another name, synced to disk and
-then renamed; only after that does an older one go.
+then renamed; only after that does an older one go. How is in `background_save`, which and when is here.
 """
 
 import contextlib
 import copy
 import errno
-import os
 import re
-import shutil
-import types
+from collections.abc import Iterator
 from pathlib import Path
+from weakref import proxy
 
 import torch
 from nemo.utils import logging
@@ -19,10 +18,9 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import ckpt_to_dir
 
+from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, complete_in, is_complete, settle
+
 COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
-# Of a checkpoint's files, megatron-core writes this one last.
-LAST_FILE = "metadata.json"
-PARTIAL = ".partial"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What Lightning's callback keeps of the checkpoints that it has written.
 BOOKS = (
@@ -63,27 +61,25 @@ def newest_complete_checkpoint(folder: str | Path) -> Path | None:
     One that a killed run had no time to rename counts, too; rank 0 renames it.
     """
     folder = Path(folder)
-    found = {path: path for path in folder.glob("*-last") if is_complete(path)}
-    found.update({folder / path.name: path for path in (folder / PARTIAL).glob("*-last") if is_complete(path)})
+    # Those in the making first, so that none is overlooked that rank 0 renames in between.
+    partial = [path for path in complete_in(folder / PARTIAL) if path.match("*-last")]
+    found = {folder / path.name: path for path in partial}
+    found.update({path: path for path in folder.glob("*-last") if is_complete(path)})
     if not found:
         return None
     newest = max(found, key=lambda path: (read_counters(found[path])["step"], found[path].stat().st_mtime))
-    if found[newest] != newest and is_global_rank_zero():
-        _replace(newest, found[newest])
+    if partial and is_global_rank_zero():
+        settle(folder / PARTIAL)
     return newest
-
-
-def is_complete(path: Path) -> bool:
-    """Whether the checkpoint folder was written to its end."""
-    return (path / LAST_FILE).is_file() and not NeMoModelCheckpoint.is_checkpoint_unfinished(path)
 
 
 def custom_save_ckpt_func(
     self, trainer, pl_module, monitor_candidates: dict, is_train_end: bool = False, save_top_only: bool = False
 ) -> None:
-    """Save through NeMo's checkpoint callback: the top-k checkpoint, then the last one. Collective over the job.
+    """Save through NeMo's checkpoint callback: the top-k checkpoint, and the last one. Collective over the job.
 
-    A checkpoint for which there is no room on the disk is reported, and the run goes on with the older ones in place.
+    On return both are on the disk; within `saving_in_background` they are on their way there. A checkpoint for which
+    there is no room on the disk is reported, and the run goes on with the older ones in place.
 
     Args:
         self: the `NeMoModelCheckpoint` callback.
@@ -91,29 +87,72 @@ def custom_save_ckpt_func(
             RS counters among them are stored in the checkpoint, too.
         is_train_end: also run the callback's end hook, which writes the final `.nemo`.
         save_top_only: leave out the last checkpoint.
+
+    Raises:
+        OSError: on every rank, if one of them could not write this checkpoint or the one before.
     """
-    counters = {name: int(monitor_candidates[name]) for name in COUNTERS if name in monitor_candidates}
-    pl_module.rs_trainer_state = counters
-    saves = [] if save_top_only else [self._save_last_checkpoint]
-    if self.monitor is None or self.monitor in monitor_candidates:
-        saves.insert(0, self._save_topk_checkpoint)
-    with _whole_or_not_at_all(self):
-        for save in saves:
-            before = {name: copy.copy(getattr(self, name)) for name in BOOKS}
-            try:
-                save(trainer, monitor_candidates)
-            except OSError as error:
-                if error.errno not in DISK_IS_FULL:
-                    raise
-                vars(self).update(before)
-                last = self.last_model_path or "none"
-                logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")
+    advance_save(self, wait=True)
+    pl_module.rs_trainer_state = {
+        name: int(monitor_candidates[name]) for name in COUNTERS if name in monitor_candidates
+    }
+    self.books_before_save = {name: copy.copy(getattr(self, name)) for name in BOOKS}
+    with _recording(self) as (folders, obsolete):
+        if self.monitor is None or self.monitor in monitor_candidates:
+            self._save_topk_checkpoint(trainer, monitor_candidates)
+        if not save_top_only:
+            # Lightning would put a zero in the name for a metric that is not there.
+            self._save_last_checkpoint(trainer, {self.monitor: torch.tensor(float("nan")), **monitor_candidates})
+    if folders:
+        if not hasattr(self, "background_save"):
+            self.background_save = BackgroundSave(trainer)
+        with _surviving_a_full_disk(self):
+            self.background_save.start(folders, obsolete, self.save_weights_only)
+    if is_train_end or not getattr(self, "saves_in_background", False):
+        advance_save(self, wait=True)
     if is_train_end:
         # The hook would save once more, with metrics of Lightning's loop, which does not run here.
         self._last_checkpoint_saved = self._last_checkpoint_saved or self.last_model_path or "none"
         val_check_interval, trainer.val_check_interval = trainer.val_check_interval, 0
         self.on_train_end(trainer, pl_module)
         trainer.val_check_interval = val_check_interval
+
+
+@contextlib.contextmanager
+def saving_in_background(callback, known_to_all_ranks: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Within, saves of the callback block only until the state is copied; who trains calls `advance_save` often.
+
+    At the end, a save that is under way is waited for: also after exceptions of the kinds in `known_to_all_ranks`,
+    which every rank raises. After others a rank that has company must not wait for it.
+    """
+    callback.saves_in_background = True
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, known_to_all_ranks) or torch.distributed.get_world_size() == 1:
+            advance_save(callback, wait=True)
+        raise
+    else:
+        advance_save(callback, wait=True)
+    finally:
+        callback.saves_in_background = False
+
+
+def advance_save(callback, wait: bool = False) -> None:
+    """Take the save that is under way, if there is one, as far as it gets at once, or, if asked to wait, to its end.
+
+    Collective over the job; does nothing if the callback has not saved by `custom_save_ckpt_func`.
+
+    Raises:
+        OSError: on every rank, if one of them could not write, unless for want of room on the disk.
+    """
+    save = getattr(callback, "background_save", None)
+    if save is None or not save.is_pending:
+        return
+    with _surviving_a_full_disk(callback):
+        save.advance(wait)
+        if not save.is_pending and is_global_rank_zero():
+            for logger in save.trainer.loggers:
+                logger.after_save_checkpoint(proxy(callback))
 
 
 def write_missing_archive(self, pl_module) -> None:
@@ -130,71 +169,37 @@ def write_missing_archive(self, pl_module) -> None:
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(callback: NeMoModelCheckpoint):
-    """Within, the callback's checkpoints replace one of the same name, and only when they are complete."""
-    callback._save_checkpoint = types.MethodType(_save_and_rename, callback)
+def _recording(callback: NeMoModelCheckpoint) -> Iterator[tuple[list[Path], list[Path]]]:
+    """Within, the callback keeps its books, and what it would save and remove is put into two lists instead.
+
+    A checkpoint may have the name of one that is there, which it then replaces.
+    """
+    folders, obsolete = [], []
+
+    def save(trainer, filepath: str) -> None:
+        folders.insert(0, ckpt_to_dir(filepath))
+        callback._last_checkpoint_saved = filepath
+
+    def remove(trainer, filepath: str) -> None:
+        obsolete.append(ckpt_to_dir(filepath))
+
+    callback._save_checkpoint, callback._remove_checkpoint = save, remove
     version_counter, callback._enable_version_counter = callback._enable_version_counter, False
     try:
-        yield
+        yield folders, obsolete
     finally:
-        del callback._save_checkpoint
+        del callback._save_checkpoint, callback._remove_checkpoint
         callback._enable_version_counter = version_counter
 
 
-def _save_and_rename(callback: NeMoModelCheckpoint, trainer, filepath: str) -> None:
-    final = Path(ckpt_to_dir(filepath))
-    partial = final.parent / PARTIAL / final.name
-    if is_global_rank_zero():
-        shutil.rmtree(partial.parent, ignore_errors=True)  # of a save that was interrupted
-    trainer.strategy.barrier()
-    _check_free_space(final.parent)
-    NeMoModelCheckpoint._save_checkpoint(callback, trainer, f"{partial}{callback.FILE_EXTENSION}")
-    callback._last_checkpoint_saved = filepath
-    if is_global_rank_zero():
-        _sync(partial)
-        _replace(final, partial)
-    trainer.strategy.barrier()
-
-
-def _check_free_space(folder: Path) -> None:
-    """Refuse to begin what would fill the disk, as far as the checkpoints that are there can tell. Collective.
-
-    Raises:
-        OSError: on every rank.
-    """
-    verdict = [None]
-    if is_global_rank_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in folder.iterdir() if is_complete(path)]
-        free = shutil.disk_usage(folder).free
-        if free < max(sizes, default=0):
-            verdict = [f"the checkpoint could not be written: {folder} has room for {free} of {max(sizes)} bytes"]
-    torch.distributed.broadcast_object_list(verdict, src=0)
-    if verdict[0] is not None:
-        raise OSError(errno.ENOSPC, verdict[0])
-
-
-def _replace(final: Path, partial: Path) -> None:
-    """Rename the complete folder `partial`; what had the name before goes. A kill in between loses neither."""
-    if final.exists():
-        final.rename(partial.parent / "replaced")
-    partial.rename(final)
-    _sync_folder(final.parent)
-    shutil.rmtree(partial.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk take everything below `folder` before going on."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with open(Path(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(Path(parent))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def _surviving_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
+    """Within, a save that fails has not happened in the callback's books; for want of room, that is reported only."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        vars(callback).update(callback.books_before_save)
+        if error.errno not in DISK_IS_FULL:
+            raise
+        last = callback.last_model_path or "none"
+        logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")

@@ -63,3 +63,19 @@ class UnscoredRollouts:
 
     def _path(self, split: str, step: int) -> Path:
         return self.folder / f"unscored_{split}_step{step}_rank{self.rank}.pt"
+
+
+class NoRolloutFolder:
+    """In the place of `UnscoredRollouts`, and of a `RolloutLog`, in a run that has no folder for them."""
+
+    def write(self, split: str, step: int, rollouts: dict, kept_rows=()) -> None:
+        """Nothing to do."""
+
+    def save(self, split: str, step: int, rollout_batches: list[dict]) -> None:
+        """Nothing to do."""
+
+    def load(self, split: str, step: int) -> None:
+        """Nothing is there."""
+
+    def remove(self, split: str, step: int) -> None:
+        """Nothing to do."""

@@ -310,9 +310,11 @@ def test_tokenizers_of_folders_and_archives(tiny_hf, tiny_nemo, tmp_path, tokeni
 
 def pack(path, tokenizer_section, *files):
     config = path.with_suffix(".yaml")
-    OmegaConf.save(OmegaConf.create({"tokenizer": tokenizer_section}), config)
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    OmegaConf.save(OmegaConf.create({"tokenizer": tokenizer_section, **sizes}), config)
     with tarfile.open(path, "w:") as archive:
         archive.add(config, "./model_config.yaml")
+        archive.add(config, "./model_weights.ckpt")  # which nobody reads
         for file in files:
             archive.add(file, f"./abc_{file.name}")
     return path
@@ -341,15 +343,19 @@ def test_a_sentencepiece_tokenizer_of_an_archive(tmp_path):
 def test_what_holds_no_tokenizer(tmp_path):
     named = pack(tmp_path / "named.nemo", {"library": "huggingface", "type": "meta-llama/Llama-2-7b-hf", "model": None})
     lost = pack(tmp_path / "lost.nemo", {"library": "sentencepiece", "model": "nemo:abc_tokenizer.model"})
+    half = pack(
+        tmp_path / "half.nemo", {"library": "huggingface", "files": {"tokenizer_json": "nemo:model_weights.ckpt"}}
+    )
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("no archive")
     for path, message in [
         (None, "is not set"),
         (tmp_path / "nothing", "nothing does not exist"),
         (tmp_path / "empty", "empty holds no tokenizer that transformers can load"),
-        (tmp_path / "text", "text is not a .nemo archive, or is truncated"),
+        (tmp_path / "text", "text is not a complete .nemo archive"),
         (named, r"does not hold its tokenizer \(library huggingface\); give the Hugging Face folder"),
-        (lost, "lost.nemo has no file abc_tokenizer.model"),
+        (lost, r"lost.nemo: the member abc_tokenizer.model is missing, to which .* as tokenizer\.model"),
+        (half, r"half.nemo lacks its tokenizer's tokenizer_config_json \(None\); convert"),
     ]:
         with pytest.raises(ConfigError, match=f"^tokenizer.*{message}") as caught:
             load_tokenizer(path)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import types
 
 import pytest
 import torch
@@ -28,6 +29,31 @@ def test_the_time_limit_validates_saves_and_stops():
     assert [step for step, _ in trainer.logger.of("val_rollouts/")] == [1]
     ((saved, is_train_end),) = trainer.ckpt_callback.saved
     assert "val_global_rewards" in saved and not is_train_end
+
+
+class SlowSave:
+    """A save that only ends when somebody waits for it."""
+
+    is_pending = True
+    trainer = types.SimpleNamespace(loggers=[])
+
+    def __init__(self, events):
+        self.events = events
+
+    def advance(self, wait):
+        self.events.append("save awaited" if wait else "save looked at")
+        self.is_pending = not wait
+
+
+def test_a_save_under_way_is_looked_at_often_and_awaited_at_the_end():
+    trainer = make_trainer(max_steps=1, gbs=1)
+    events = trainer.model.events
+    trainer.ckpt_callback.background_save = SlowSave(events)
+    trainer.fit()
+    # two micro-batches are generated, then their rewards are met for; one row is trained on at a time
+    kinds = ("infer", "reward awaited", "loss", "save looked at", "save awaited")
+    rollouts = ["save looked at", "infer"] * 2 + ["save looked at", "reward awaited"] * 2
+    assert [event for event in events if event in kinds] == [*rollouts, *["loss", "save looked at"] * 2, "save awaited"]
 
 
 def test_loggers_are_finalized_when_there_is_nothing_to_do():
@@ -126,6 +152,12 @@ def test_rollouts_that_could_not_be_scored_are_scored_first_by_the_next_start(tm
     assert trained_tokens(first, second) == trained_tokens(undisturbed)
     for split in ("train", "val"):
         assert logged_rollouts(tmp_path / "broken", split) == logged_rollouts(tmp_path / "whole", split)
+
+
+def test_a_run_without_a_folder_promises_nothing():
+    trainer = make_trainer(rm=FlakyReward({1}), val_check_interval=1, save_interval=1)
+    with pytest.raises(RewardError, match=r"^the server is away$"):
+        trainer.fit()
 
 
 def test_a_validation_that_could_not_be_scored_is_finished_first(tmp_path):

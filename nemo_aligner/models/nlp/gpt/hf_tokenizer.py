@@ -5,16 +5,14 @@ lists the tokenizer's own files (`tokenizer.files`, name -> path), each register
 """
 
 import shutil
-import tarfile
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.utils.errors import ConfigError
-from nemo_aligner.utils.nemo_archive import CONFIG_FILE
+from nemo_aligner.utils.nemo_archive import CONFIG_FILE, opened
 
 # config key -> the name under which transformers looks for the file
 FILES = {"tokenizer_json": "tokenizer.json", "tokenizer_config_json": "tokenizer_config.json"}
@@ -61,7 +59,8 @@ def load_tokenizer(path: str | Path | None):
             are read; or a Hugging Face folder.
 
     Raises:
-        ConfigError: one line naming `tokenizer` and the path, if there is no tokenizer there or it has no end token.
+        ConfigError: one line naming `tokenizer` and the path, if there is no tokenizer there or it has no end token, or
+            the archive is not one that a policy could be restored from.
     """
     if path is None:
         raise ConfigError("tokenizer is not set; give the policy's .nemo file, or a folder with its tokenizer")
@@ -85,16 +84,23 @@ def _load_hf_folder(folder: Path):
 
 
 def _load_from_archive(path: Path):
-    with _members_of(path) as extract:
-        cfg = OmegaConf.load(extract(CONFIG_FILE)).get("tokenizer") or OmegaConf.create()
-        if cfg.get("files"):
-            return _from_packed_files({key: extract(cfg.files[key]) for key in FILES})
-        if cfg.get("library") == "sentencepiece" and str(cfg.get("model")).startswith(MEMBER):
-            return _from_sentencepiece(cfg, extract(cfg.model))
-    raise ConfigError(
-        f"tokenizer: {path} does not hold its tokenizer (library {cfg.get('library')}); give the Hugging Face folder "
-        "that it came from"
-    )
+    with opened(path, key="tokenizer", only={CONFIG_FILE}) as archive:
+        cfg = archive.config().tokenizer
+    if cfg.get("files"):
+        members = {key: str(cfg.files.get(key)).removeprefix(MEMBER) for key in FILES}
+    elif cfg.library == "sentencepiece" and str(cfg.get("model")).startswith(MEMBER):
+        members = {"model": cfg.model.removeprefix(MEMBER)}
+    else:
+        raise ConfigError(
+            f"tokenizer: {path} does not hold its tokenizer (library {cfg.library}); give the Hugging Face folder that "
+            "it came from"
+        )
+    for key, name in members.items():
+        if name not in archive.names:
+            raise ConfigError(f"{archive.where} lacks its tokenizer's {key} ({name}); convert the model again")
+    with opened(path, key="tokenizer", only=set(members.values())) as archive:
+        paths = {key: archive.folder / name for key, name in members.items()}
+        return _from_packed_files(paths) if cfg.get("files") else _from_sentencepiece(cfg, paths["model"])
 
 
 def _from_sentencepiece(cfg: DictConfig, model: Path):
@@ -105,37 +111,3 @@ def _from_sentencepiece(cfg: DictConfig, model: Path):
     if cfg.get("additional_special_tokens") is not None:
         tokenizer.add_special_tokens(OmegaConf.to_object(cfg.additional_special_tokens))
     return tokenizer
-
-
-@contextmanager
-def _members_of(path: Path):
-    """Yields `extract(name)`, the path of one file of the archive or folder; "nemo:" before the name is ignored."""
-
-    def missing(name: str) -> ConfigError:
-        return ConfigError(f"tokenizer: {path} has no file {name}; give another .nemo file, or convert the model again")
-
-    def find(name: str) -> Path:
-        file = path / name.removeprefix(MEMBER)
-        if not file.is_file():
-            raise missing(file.name)
-        return file
-
-    if path.is_dir():
-        yield find
-        return
-    try:
-        with tarfile.open(path) as archive, tempfile.TemporaryDirectory() as folder:
-            members = {Path(member.name).name: member for member in archive if member.isfile()}
-
-            def extract(name: str) -> Path:
-                name = name.removeprefix(MEMBER)
-                if name not in members:
-                    raise missing(name)
-                file = Path(folder, name)
-                with archive.extractfile(members[name]) as source, open(file, "wb") as target:
-                    shutil.copyfileobj(source, target)
-                return file
-
-            yield extract
-    except (tarfile.TarError, EOFError) as error:
-        raise ConfigError(f"tokenizer: {path} is not a .nemo archive, or is truncated; copy it again") from error

@@ -1,0 +1,256 @@
+"""Checkpoints that are written behind training: what they hold, when they appear, and what failures leave behind."""
+
+import contextlib
+import copy
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from nemo.utils import AppState, logging
+
+from benchmarks.checkpoint import Checkpoints, build
+from nemo_aligner.utils import background_save
+from nemo_aligner.utils.background_save import PARTIAL, is_complete
+from nemo_aligner.utils.checkpoints import (
+    BOOKS,
+    advance_save,
+    newest_complete_checkpoint,
+    read_counters,
+    saving_in_background,
+)
+
+OVERRIDES = [
+    "model.encoder_seq_length=128", "model.rs.length_params.max_length=8",
+    "exp_manager.checkpoint_callback_params.save_top_k=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_nemo, tmp_path_factory):
+    before = dict(vars(AppState()))  # NeMo's experiment manager leaves there where the run's folder is
+    run = Checkpoints(*build(tiny_nemo, tmp_path_factory.mktemp("run"), OVERRIDES))
+    run.empty_books = {name: getattr(run.callback, name) for name in BOOKS}
+    yield run
+    vars(AppState()).clear()
+    vars(AppState()).update(before)
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A run that has saved nothing, and saves to `tmp_path`."""
+    tiny_run.callback.dirpath = str(tmp_path)
+    vars(tiny_run.callback).update(tiny_run.empty_books, best_k_models={})
+    tiny_run.step = 0
+    return tiny_run
+
+
+class Disk:
+    """Stops every write of a tensor until `go_on`, or fails it with `error`."""
+
+    def __init__(self, monkeypatch):
+        self.may_write, self.error = threading.Event(), None
+        self.write_item = filesystem_async._write_item
+        monkeypatch.setattr(filesystem_async, "_write_item", self)
+
+    def __call__(self, *args, **kwargs):
+        assert self.may_write.wait(60)
+        if self.error is not None:
+            raise self.error
+        return self.write_item(*args, **kwargs)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    return Disk(monkeypatch)
+
+
+def names(folder: Path) -> set[str]:
+    """The checkpoints in a folder, shortly: the step, and whether it is the last one."""
+    return {f"{read_counters(path)['step']}{'-last' * path.name.endswith('-last')}" for path in folder.glob("[!.]*")}
+
+
+def test_the_checkpoint_holds_the_state_of_its_moment_and_appears_when_it_is_written(run, disk, tmp_path):
+    saved = [tensor.clone() for tensor in run.state()]
+    with saving_in_background(run.callback):
+        run.save(val_global_rewards=0.0)
+        for tensor in run.state():
+            tensor.add_(1)  # as an optimizer does, in place
+        advance_save(run.callback)
+        assert names(tmp_path) == set()
+        disk.may_write.set()
+    assert names(tmp_path) == {"1", "1-last"} and not (tmp_path / PARTIAL).exists()
+    run.restore()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(run.state(), saved, strict=True))
+
+
+def test_the_best_and_the_last_checkpoint_share_their_files(run, tmp_path, monkeypatch):
+    run.save(val_global_rewards=0.0)
+    best, last = sorted(tmp_path.glob("[!.]*"))
+    files = [sorted(path.name for path in folder.iterdir()) for folder in (best, last)]
+    assert files[0] == files[1] and len(files[0]) == 5
+    assert all((best / name).samefile(last / name) for name in files[0] if name != "metadata.json")
+
+    def refuse(*args):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    run.save(val_global_rewards=1.0)
+    best, last = sorted(tmp_path.glob("[!.]*"))
+    assert names(tmp_path) == {"2", "2-last"}
+    assert all((best / name).read_bytes() == (last / name).read_bytes() for name in os.listdir(last))
+    assert not any((best / name).samefile(last / name) for name in os.listdir(last))
+
+
+def test_the_one_before_goes_only_when_the_next_is_there(run, disk, tmp_path):
+    disk.may_write.set()
+    run.save(val_global_rewards=0.0)
+    disk.may_write.clear()
+    with saving_in_background(run.callback):
+        run.save(val_global_rewards=1.0)
+        assert names(tmp_path) == {"1", "1-last"}
+        disk.may_write.set()
+        run.save(val_global_rewards=0.5)  # waits for the one before
+        assert names(tmp_path) == {"2", "2-last"}
+    assert names(tmp_path) == {"2", "3-last"}
+    assert [Path(path).name for path in run.callback.best_k_models] == [Path(run.callback.best_model_path).name]
+    assert "step=2-" in run.callback.best_model_path and "step=3-" in run.callback.last_model_path
+
+
+def test_outside_of_training_a_save_is_on_the_disk_on_return(run, tmp_path):
+    run.save(val_global_rewards=0.0)
+    assert names(tmp_path) == {"1", "1-last"}
+
+
+def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_its_name(run, tmp_path):
+    run.save(val_global_rewards=-1.0)
+    run.save()
+    assert names(tmp_path) == {"1", "2-last"}
+    assert run.callback.last_model_path.endswith("epoch=0-val_global_rewards=nan-last.ckpt")
+    assert list(run.callback.best_k_models.values()) == [torch.tensor(-1.0)]
+
+
+def test_the_host_copy_is_kept_and_there_is_only_one(run):
+    run.save(val_global_rewards=0.0)
+    copies = run.callback.background_save._host_copies
+    addresses = [copy.data_ptr() for copy in copies]
+    assert sum(copy.nbytes for copy in copies) == sum(tensor.nbytes for tensor in run.state())
+    run.save(val_global_rewards=0.0)
+    assert [copy.data_ptr() for copy in run.callback.background_save._host_copies] == addresses
+
+
+@pytest.fixture
+def complaints(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "error", lines.append)
+    return lines
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["_write_item", "common.pt", ".metadata", "links", "metadata.json"])
+def test_a_full_disk_leaves_the_checkpoints_and_the_books_as_they_were(run, tmp_path, monkeypatch, complaints, where):
+    run.save(val_global_rewards=0.0)
+    books = {name: copy.copy(getattr(run.callback, name)) for name in BOOKS}
+
+    def fail(*args, **kwargs):
+        raise FULL
+
+    with monkeypatch.context() as full, saving_in_background(run.callback):
+        if where == "_write_item":
+            full.setattr(filesystem_async, "_write_item", fail)
+        elif where == "common.pt":
+            full.setattr(background_save._HostCheckpointIO, "write", fail)
+        elif where == ".metadata":
+            full.setattr(background_save._HostCheckpointIO, "finish", fail)
+        elif where == "links":
+            full.setattr(Path, "hardlink_to", fail)
+            full.setattr(background_save.shutil, "copyfile", fail)
+        else:
+            full.setattr(background_save, "save_config", fail)
+        run.save(val_global_rewards=1.0)
+        advance_save(run.callback, wait=True)
+    assert names(tmp_path) == {"1", "1-last"} and not (tmp_path / PARTIAL).exists()
+    assert {name: getattr(run.callback, name) for name in BOOKS} == books
+    (line,) = complaints
+    assert "rank 0: [Errno 28] No space left on device; the run goes on, its last checkpoint is" in line
+    assert "step=1-" in line
+    run.save(val_global_rewards=1.0)
+    assert names(tmp_path) == {"3", "3-last"}
+
+
+def test_another_failure_ends_the_run_at_the_next_meeting(run, disk, tmp_path):
+    disk.error = OSError(errno.EIO, "Input/output error")
+    with (
+        pytest.raises(OSError, match=r"could not be written: rank 0: .*Input/output error"),
+        saving_in_background(run.callback),
+    ):
+        run.save(val_global_rewards=0.0)
+        disk.may_write.set()
+        advance_save(run.callback, wait=True)
+        raise AssertionError("went on")
+    assert names(tmp_path) == set()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_a_kill_between_any_two_renames_loses_nothing(run, tmp_path, monkeypatch, after):
+    """Of the tables of contents and of what goes, of two old checkpoints, of two new ones; then comes the removal."""
+    run.save(val_global_rewards=0.0)
+    renames, rename = [], Path.rename
+
+    def rename_or_die(self, target):
+        if len(renames) == after:
+            raise Killed
+        renames.append(target)
+        return rename(self, target)
+
+    def die(*args):
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Path, "rename", rename_or_die)
+        dying.setattr(background_save.shutil, "rmtree", die)
+        dying.setattr(background_save.BackgroundSave, "_in_thread", lambda self, function: function())
+        with contextlib.suppress(Killed):
+            run.save(val_global_rewards=1.0)
+    assert len(renames) == after
+    newest = newest_complete_checkpoint(tmp_path)
+    assert is_complete(newest)
+    assert names(tmp_path) == ({"2", "2-last"} if after > 1 else {"1", "1-last"})
+    assert all(is_complete(path) for path in tmp_path.glob("[!.]*"))
+
+
+class Save:
+    """A save that is under way until somebody waits for it."""
+
+    is_pending = True
+    trainer = type("Trainer", (), {"loggers": []})
+
+    def advance(self, wait):
+        self.is_pending = not wait
+
+
+class KnownToAll(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, num_ranks, is_waited_for",
+    [(None, 2, True), (KnownToAll, 2, True), (KeyboardInterrupt, 1, True), (KeyboardInterrupt, 2, False)],
+)
+def test_the_end_of_training_waits_for_the_save(run, monkeypatch, error, num_ranks, is_waited_for):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: num_ranks)
+    callback = type("Callback", (), {})()
+    with contextlib.suppress(KnownToAll, KeyboardInterrupt), saving_in_background(callback, (KnownToAll,)):
+        callback.background_save = Save()
+        if error is not None:
+            raise error
+    assert callback.background_save.is_pending != is_waited_for
