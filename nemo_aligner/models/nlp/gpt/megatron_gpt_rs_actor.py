@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
+from nemo_aligner.compat import virtual_stages
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.sampling import SamplingParams, random_streams
@@ -42,7 +43,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         fill_missing_keys(cfg)
-        super().__init__(cfg, trainer=trainer)
+        virtual_stages.choose_messages(cfg)
+        with virtual_stages.built_without_O2(self, cfg):
+            super().__init__(cfg, trainer=trainer)
         self.automatic_optimization = False
         self.resets = {
             key: cfg.get("data", {}).get(key, False) for key in ("reset_position_ids", "reset_attention_mask")
