@@ -20,6 +20,7 @@ def apply() -> None:
         no_transformer_engine,
         resume,
         torch_version,
+        virtual_stages,
     )  # fmt: skip
 
     no_apex.apply()
@@ -29,6 +30,7 @@ def apply() -> None:
     checkpoint_writer.apply()
     resume.apply()
     adam_step.apply()
+    virtual_stages.apply()
     log_noise.apply()
     if device.on_cpu():
         cpu.redirect_nemo()

@@ -1,17 +1,35 @@
 """Virtual pipeline stages with NeMo 2.0.0 and megatron-core 0.9.0.
 
 - NeMo builds them with `megatron_amp_O2` only, which in float32 has nothing to do, and then cannot wrap the model.
+- Without O2 it puts the model into torch's DDP, which sees no parameters, as the chunks are in a plain list. DDP's
+  communication is switched off anyway; see `train_utils.grad_reductions`.
 - Megatron exchanges activations and gradients in one batch, whose messages between two ranks are told apart by their
   order alone. In a pipeline of two, the stage before is the stage behind, and each takes the other's gradients for
   activations, without an error. (Its own training script refuses such a pipeline; the library does not.)
 
-Removal: the first with a NeMo that does not raise for it, the second with a megatron-core whose
-`_batched_p2p_ops` orders its messages by the parity of the rank, as `_p2p_ops` does.
+Removal: the first two with a NeMo that does not raise for virtual stages without O2, the third with a megatron-core
+whose `_batched_p2p_ops` orders its messages by the parity of the rank, as `_p2p_ops` does.
 """
 
 import contextlib
 
 from omegaconf import DictConfig, open_dict
+
+
+def apply() -> None:
+    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+
+    configure_ddp = NLPDDPStrategy.configure_ddp
+    if configure_ddp.__module__ == __name__:
+        return
+
+    def configure_ddp_of_whole_models(self):
+        if count(self.model.cfg) == 1 or self.model.megatron_amp_O2 or self.model.with_distributed_adam:
+            configure_ddp(self)
+        else:
+            self._model = self.model
+
+    NLPDDPStrategy.configure_ddp = configure_ddp_of_whole_models
 
 
 def count(cfg: DictConfig) -> int:

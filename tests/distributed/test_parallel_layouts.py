@@ -6,9 +6,11 @@ Each launch of processes runs several layouts, one after the other, as importing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.distributed.launch import run_ranks
 from tests.tiny import load_actor, prompt_batch, save_gpt2_like
@@ -80,16 +82,23 @@ def run_layouts(rank: int, archives: dict[str, str], folder: str, world_size: in
 
 def run_layout(model, save_path: str) -> dict:
     """Rollouts, losses and gradients over fixed rows, and one step of AdamW; the model it leaves is saved."""
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
     from nemo_aligner.utils.train_utils import clip_gradients
 
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    before = settings(model)
     model.prepare_for_inference()
+    with pytest.raises(ValueError, match="an empty prompt"):
+        model.infer(prompt_batch([[]], model.tokenizer.eos_id, max_length=16))
+    model.prepare_for_inference()
+    during = settings(model)
     rows = [model.tokenizer.text_to_ids(prompt) for prompt in PROMPTS]
     rollouts = model.infer(prompt_batch(rows, model.tokenizer.eos_id, max_length=16))
     model.finish_inference()
+    after = settings(model)
 
+    recompute = mock.patch.object(tensor_parallel, "checkpoint", wraps=tensor_parallel.checkpoint)
     batch = training_batch(model, dp_rank, dp_size)
     model.prepare_for_training()
     model.setup_optimizer_param_groups()
@@ -97,7 +106,8 @@ def run_layout(model, save_path: str) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-6)
     validation_loss, _ = model.get_loss_and_metrics(batch, forward_only=True)
     model.prepare_for_training_step()
-    loss, metrics = model.get_loss_and_metrics(batch, forward_only=False)
+    with recompute as recomputed:
+        loss, metrics = model.get_loss_and_metrics(batch, forward_only=False)
     model.finish_training_step()
     gradients = {name: gradient.tolist() for name, gradient in local_gradients(model).items()}
     grad_norm = clip_gradients(model, CLIP_VALUE)
@@ -115,7 +125,40 @@ def run_layout(model, save_path: str) -> dict:
         "rollouts": {key: value.tolist() for key, value in rollouts.items()},
         "trained_rollouts": {key: value.tolist() for key, value in trained_rollouts.items()},
         "width": batch["response_tokens"].size(1),
+        "changed_by_inference": [key for key, value in before.items() if key not in after or after[key] != value],
+        "on_in_training": training_only(before),
+        "on_in_inference": training_only(during),
+        "recomputes": recomputed.call_count > 0,
     }
+
+
+def settings(model) -> dict[str, object]:
+    """Every plain value in the model's config, in Megatron's configs and in the modules."""
+    from megatron.core import ModelParallelConfig
+
+    owners = {"cfg": OmegaConf.to_container(model.cfg), "parallel": vars(model.model_parallel_config)}
+    for number, chunk in enumerate(model.get_model_module_list()):
+        for name, module in chunk.named_modules():
+            owners[f"{number}.{name}"] = vars(module)
+            if isinstance(getattr(module, "config", None), ModelParallelConfig):
+                owners[f"{number}.{name}.config"] = vars(module.config)
+    return {
+        f"{owner}:{key}": value
+        for owner, values in owners.items()
+        for key, value in values.items()
+        if isinstance(value, (bool, int, float, str, type(None))) and key != "input_tensor"  # which is an activation
+    }
+
+
+def training_only(values: dict[str, object]) -> set[str]:
+    """The switches among `settings` that have to be off in inference, and are not."""
+    found = set()
+    for path, value in values.items():
+        key = path.split(":")[-1]
+        is_switch = key in ("sequence_parallel", "reduce_scatter_embeddings", "checkpoint_core_attention", "training")
+        if value and (is_switch or "recompute_" in key or key.startswith("activations_checkpoint_")):
+            found.add(key)
+    return found
 
 
 def training_batch(model, dp_rank: int, dp_size: int) -> dict[str, torch.Tensor]:
@@ -232,11 +275,22 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
         assert outcome["numbers"] == pytest.approx(expected["numbers"], rel=ERROR)
         assert outcome["rollouts"] == expected["rollouts"]
         assert outcome["trained_rollouts"] == expected["trained_rollouts"]
-        assert outcome["width"] == (24 if "sequence_parallel" in layout.overrides else 23)
+        check_switches(layout.overrides, outcome)
     assert expected["trained_rollouts"] != expected["rollouts"]
     weights = saved_weights(archive)
     for name, weight in expected_weights.items():
         assert relative_error(weights[name], weight) <= ERROR, name
+
+
+def check_switches(overrides: dict, outcome: dict) -> None:
+    granularity = overrides.get("activations_checkpoint_granularity")
+    assert outcome["width"] == (24 if "sequence_parallel" in overrides else 23)
+    assert outcome["changed_by_inference"] == [] and outcome["on_in_inference"] == set()
+    assert outcome["recomputes"] == (granularity is not None)
+    assert ("sequence_parallel" in outcome["on_in_training"]) == ("sequence_parallel" in overrides)
+    assert ("recompute_granularity" in outcome["on_in_training"]) == (granularity is not None)
+    assert ("checkpoint_core_attention" in outcome["on_in_training"]) == (granularity == "selective")
+    assert "training" in outcome["on_in_training"]
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A checkpoint of two tensor parallel ranks continues on one rank, on two pipeline stages and on two replicas."""
+"""A checkpoint of two tensor parallel ranks continues on one rank, on pipeline stages and on two replicas, and back."""
 
 import os
 import shutil
@@ -20,7 +20,10 @@ LAYOUTS = {
     "one": ("trainer.devices=1",),
     "pp2": ("trainer.devices=2", "model.pipeline_model_parallel_size=2"),
     "dp2": ("trainer.devices=2",),
-}
+    "vpp": (
+        "trainer.devices=2", "model.pipeline_model_parallel_size=2", "++model.virtual_pipeline_model_parallel_size=2",
+    ),
+}  # fmt: skip
 
 
 def settings(layout: str) -> tuple[str, ...]:

@@ -1,0 +1,38 @@
+"""The training script with an error on one rank, as FAIL="<place>:<rank>" in the environment says."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+import nemo_aligner.compat.quiet_imports  # noqa: F401  as the script itself
+from nemo_aligner.data.nlp.datasets import RLHFDataset
+from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
+
+SCRIPT = Path(__file__).parents[2] / "examples/nlp/gpt/train_gpt_rs_actor.py"
+PLACES = {
+    "infer": (MegatronGPTRSModel, "infer", RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")),
+    "loss": (MegatronGPTRSModel, "_loss", ValueError("a loss that is none")),
+    "data": (RLHFDataset, "__getitem__", OSError("the prompts are gone")),
+}
+
+
+def fail(place: str, rank: int) -> None:
+    owner, name, error = PLACES[place]
+    method = getattr(owner, name)
+
+    def failing(self, *args, **kwargs):
+        if torch.distributed.get_rank() == rank:
+            raise error
+        return method(self, *args, **kwargs)
+
+    setattr(owner, name, failing)
+
+
+if __name__ == "__main__":
+    place, rank = os.environ["FAIL"].split(":")
+    fail(place, int(rank))
+    sys.argv[0] = str(SCRIPT) if "LOCAL_RANK" in os.environ else sys.argv[0]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
