@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+from tqdm import tqdm
 
 from nemo_aligner.utils.errors import ConfigError, RewardError
 
@@ -35,6 +36,8 @@ def end_all_ranks_on_error():
 
     Before the process group exists, or if it has one rank, errors pass through.
     """
+    # tqdm's own lock is a semaphore, about whose loss Python's resource tracker would have the last words.
+    tqdm.set_lock(threading.RLock())
     watch = _Watch()
     watch.start()
     try:

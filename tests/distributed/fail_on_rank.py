@@ -1,8 +1,6 @@
 """The training script with an error on one rank, as FAIL="<place>:<rank>" in the environment says."""
 
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import torch
@@ -34,5 +32,5 @@ def fail(place: str, rank: int) -> None:
 if __name__ == "__main__":
     place, rank = os.environ["FAIL"].split(":")
     fail(place, int(rank))
-    sys.argv[0] = str(SCRIPT) if "LOCAL_RANK" in os.environ else sys.argv[0]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    # not runpy, which puts the script where Lightning looks for what to start on the other ranks
+    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec"))

@@ -97,32 +97,62 @@ def test_one_process_fails_as_python_does(tmp_path):
     assert codes == [1] and lines[-1].endswith("ValueError: alone")
 
 
-LAUNCHERS = {
-    "lightning": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
-}
+# ---- the training script
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
+# What srun tells the tasks of a job on one node, beside their numbers. Without MASTER_PORT the job's id gives the port.
+SLURM = {
+    "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0",
+}  # fmt: skip
+
+
+def start_script(
+    launcher: str, script: Path, arguments: list, workplace: Path, **variables: str
+) -> tuple[list[int], str]:
+    """Exit codes of the launcher, or of both ranks without one, and what went to stderr."""
+    port = str(free_port())
+    tasks = [{**SLURM, "MASTER_PORT": port, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+    starts = {
+        "lightning": [([sys.executable], {})],
+        "torchrun": [(TORCHRUN, {})],
+        "slurm": [([sys.executable], task) for task in tasks],
+    }
+    log = workplace / f"{launcher}.stderr"
+    with log.open("w") as stderr:
+        processes = [
+            subprocess.Popen(
+                [*start, script, *arguments], cwd=workplace, env={**environment(), **variables, **own},
+                stdout=subprocess.DEVNULL, stderr=stderr,
+            )
+            for start, own in starts[launcher]
+        ]  # fmt: skip
+    try:
+        return [process.wait(120) for process in processes], log.read_text()
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize(
     ("launcher", "place", "rank", "message"),
     [
-        ("lightning", "infer", 1, "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
         ("lightning", "loss", 0, "ValueError: a loss that is none"),
         ("torchrun", "data", 1, "OSError: the prompts are gone"),
+        ("slurm", "infer", 1, "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )
 def test_an_error_in_the_training_script(workplace, launcher, place, rank, message):
     script = Path(__file__).with_name("fail_on_rank.py")
-    arguments = command(f"fails_{place}", "trainer.devices=2", "model.rs.num_val_samples=4")[2:]
+    arguments = command(f"fails_{place}", "trainer.devices=2")[2:]
     started = time.monotonic()
-    process = subprocess.run(
-        [*LAUNCHERS[launcher], script, *arguments], cwd=workplace, env={**environment(), "FAIL": f"{place}:{rank}"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    lines = process.stderr.splitlines()
-    assert process.returncode == 1, process.stderr[-3000:]
-    if launcher == "torchrun":  # which has words of its own behind those of the ranks
-        assert "exitcode  : 1" in process.stderr and f"rank      : {rank} " in process.stderr
-        lines = lines[: next(i for i, line in enumerate(lines) if "torch.distributed.elastic" in line)]
-    assert lines[-1] == f"error: rank {rank}: {message}", process.stderr[-3000:]
+    codes, stderr = start_script(launcher, script, arguments, workplace, FAIL=f"{place}:{rank}")
+    assert set(codes) == {1}, stderr[-3000:]
     assert time.monotonic() - started < LIMIT_S
+    message, lines = f"error: rank {rank}: {message}", stderr.splitlines()
+    if launcher == "torchrun":  # which adds what it read in the failed rank's file
+        assert message in lines and f"rank      : {rank} (local_rank: {rank})\n  exitcode  : 1" in stderr
+    else:
+        assert lines[-1] == message, stderr[-3000:]
