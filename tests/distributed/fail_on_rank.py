@@ -1,4 +1,7 @@
-"""The training script with an error on one rank, as FAIL="<place>:<rank>" in the environment says."""
+"""The training script with an error on one rank, as FAIL="<place>:<rank>" in the environment says.
+
+At `select` it is not an error, but a rollout too few.
+"""
 
 import os
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 import torch
 
 import nemo_aligner.compat.quiet_imports  # noqa: F401  as the script itself
+from nemo_aligner.algorithms.rs import RSTrainer
 from nemo_aligner.data.nlp.datasets import RLHFDataset
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 
@@ -14,6 +18,7 @@ PLACES = {
     "infer": (MegatronGPTRSModel, "infer", RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")),
     "loss": (MegatronGPTRSModel, "_loss", ValueError("a loss that is none")),
     "data": (RLHFDataset, "__getitem__", OSError("the prompts are gone")),
+    "select": (RSTrainer, "_select", None),
 }
 
 
@@ -22,9 +27,11 @@ def fail(place: str, rank: int) -> None:
     method = getattr(owner, name)
 
     def failing(self, *args, **kwargs):
-        if torch.distributed.get_rank() == rank:
+        if torch.distributed.get_rank() != rank:
+            return method(self, *args, **kwargs)
+        if error is not None:
             raise error
-        return method(self, *args, **kwargs)
+        return {key: value[:-1] for key, value in method(self, *args, **kwargs).items()}
 
     setattr(owner, name, failing)
 

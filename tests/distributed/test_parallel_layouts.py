@@ -95,6 +95,11 @@ def run_layout(model, save_path: str) -> dict:
     during = settings(model)
     rows = [model.tokenizer.text_to_ids(prompt) for prompt in PROMPTS]
     rollouts = model.infer(prompt_batch(rows, model.tokenizer.eos_id, max_length=16))
+    model._sampling_params["use_greedy"] = False
+    batch = prompt_batch(rows, model.tokenizer.eos_id, max_length=16)
+    with_ids = model.infer({**batch, "rollout_id": torch.arange(8).reshape(4, 2)})
+    without_ids = model.infer(batch)
+    model._sampling_params["use_greedy"] = True
     model.finish_inference()
     after = settings(model)
 
@@ -124,6 +129,8 @@ def run_layout(model, save_path: str) -> dict:
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "rollouts": {key: value.tolist() for key, value in rollouts.items()},
         "trained_rollouts": {key: value.tolist() for key, value in trained_rollouts.items()},
+        "sampled": with_ids["response_tokens"].tolist(),
+        "sampled_without_ids": (dp_rank, without_ids["response_tokens"].tolist()),
         "width": batch["response_tokens"].size(1),
         "changed_by_inference": [key for key, value in before.items() if key not in after or after[key] != value],
         "on_in_training": training_only(before),
@@ -277,9 +284,20 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
         assert outcome["trained_rollouts"] == expected["trained_rollouts"]
         check_switches(layout.overrides, outcome)
     assert expected["trained_rollouts"] != expected["rollouts"]
+    check_sampling(outcomes, expected)
     weights = saved_weights(archive)
     for name, weight in expected_weights.items():
         assert relative_error(weights[name], weight) <= ERROR, name
+
+
+def check_sampling(outcomes: list[dict], expected: dict) -> None:
+    """A rollout's id settles what is drawn; rollouts without ids are equal within a replica and in no other."""
+    assert all(outcome["sampled"] == expected["sampled"] for outcome in outcomes)
+    of_replica = {}
+    for dp_rank, tokens in (outcome["sampled_without_ids"] for outcome in outcomes):
+        assert of_replica.setdefault(dp_rank, tokens) == tokens
+    assert of_replica[0] == expected["sampled_without_ids"][1]
+    assert len({str(tokens) for tokens in of_replica.values()}) == len(of_replica)
 
 
 def check_switches(overrides: dict, outcome: dict) -> None:

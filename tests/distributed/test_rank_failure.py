@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import free_port
-from tests.distributed.test_training_script import command, environment, workplace
+from tests.distributed.test_training_script import K, command, environment, workplace
 
 __all__ = ["workplace"]  # a fixture
 LIMIT_S = 60
@@ -140,8 +140,10 @@ def start_script(
     ("launcher", "place", "rank", "message"),
     [
         ("lightning", "loss", 0, "ValueError: a loss that is none"),
+        ("lightning", "infer", 1, "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
         ("torchrun", "data", 1, "OSError: the prompts are gone"),
-        ("slurm", "infer", 1, "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
+        # replicas with unequal numbers of rollouts would enter collectives of training unequally often
+        ("slurm", "select", 1, f"ValueError: this replica has 1 rollouts to train on, but each replica must have {K}"),
     ],
 )
 def test_an_error_in_the_training_script(workplace, launcher, place, rank, message):
