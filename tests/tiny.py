@@ -45,15 +45,10 @@ def save_gpt2_like(tiny_hf: Path, path: Path, **overrides) -> Path:
     from nemo_aligner.models.nlp.gpt.hf_tokenizer import tokenizer_config
 
     cfg = model_config(AutoConfig.from_pretrained(tiny_hf), tokenizer_config(tiny_hf), "32")
-    cfg.update(
-        **{
-            "normalization": "layernorm",
-            "position_embedding_type": "learned_absolute",
-            "activation": "gelu",
-            "bias": True,
-        },
-        **overrides,
-    )
+    defaults = {
+        "normalization": "layernorm", "position_embedding_type": "learned_absolute", "activation": "gelu", "bias": True,
+    }  # fmt: skip
+    cfg.update({**defaults, **overrides})
     trainer = Trainer(devices=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False, enable_checkpointing=False)
     model = ConvertedGPTModel(cfg, trainer)
     generator = torch.Generator().manual_seed(2)
