@@ -52,13 +52,14 @@ def run_ranks(tmp_path: Path, body: str, world_size: int = 2) -> tuple[list[int]
     return codes, (tmp_path / "stderr").read_text().splitlines(), time.monotonic() - started
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_others_wait_in_a_collective_or_elsewhere(tmp_path, failing):
+@pytest.mark.parametrize("failing", [0, 2])
+def test_one_rank_fails_while_one_works_and_one_waits(tmp_path, failing):
     body = f"""
 if rank == {failing}:
     raise RuntimeError("out of memory,\\n sadly")
-if rank == {(failing + 1) % 3}:
-    time.sleep(600)
+while rank == {(failing + 1) % 3}:
+    print("busy", file=sys.stderr, flush=True)
+    time.sleep(0.01)
 collective()
 """
     codes, lines, _ = run_ranks(tmp_path, body, world_size=3)
