@@ -20,8 +20,8 @@ def save_tiny_llama(folder: Path, seed: int = 0, model_class=LlamaForCausalLM, *
 
     The tokenizer has fewer entries than the model's vocabulary, as padded models do.
     """
+    save_tokenizer(folder)
     tokenizer = _tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     defaults = {
         "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -58,6 +58,11 @@ def save_gpt2_like(tiny_hf: Path, path: Path, **overrides) -> Path:
     model.cfg.perform_initialization = True  # as the converter leaves it
     model.save_to(str(path))
     return path
+
+
+def save_tokenizer(folder: Path) -> Path:
+    _tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def _tiny_tokenizer() -> PreTrainedTokenizerFast:

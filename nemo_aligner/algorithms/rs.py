@@ -289,6 +289,8 @@ class RSTrainer:
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
                 is_scored = "rewards" in rollouts
                 under_way.append((rollouts, None if is_scored else self.rm.infer_rm({**rollouts, "records": records})))
+            if not is_validation:
+                self.model.prefetch_adam_states()  # while the last rollouts are scored
             while under_way:
                 rollouts, future = under_way[0]
                 self._add_rewards(rollouts, future)
@@ -454,7 +456,7 @@ class RSTrainer:
         Raises:
             ValueError: if there is no batch.
         """
-        self.model.prepare_for_training()
+        self.model.prepare_for_training(wait_for_states=False)
         loss_mean = None
         for batch in dataloader_iter:
             start = time.monotonic()

@@ -16,6 +16,7 @@ def apply() -> None:
         cpu,
         device,
         log_noise,
+        mcore_optimizer,
         no_apex,
         no_transformer_engine,
         resume,
@@ -31,6 +32,7 @@ def apply() -> None:
     resume.apply()
     adam_step.apply()
     virtual_stages.apply()
+    mcore_optimizer.apply()
     log_noise.apply()
     if device.on_cpu():
         cpu.redirect_nemo()

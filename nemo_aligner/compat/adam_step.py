@@ -42,7 +42,8 @@ def apply() -> None:
 
 
 def restore_on_load(optimizer: torch.optim.Optimizer) -> None:
-    """Let `optimizer.load_state_dict` find the steps where `apply` had them put."""
+    """Let `load_state_dict` of the optimizer, or of the one that NeMo wraps, find the steps where `apply` put them."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         optimizer.register_load_state_dict_pre_hook(_move_steps_to_state)
 

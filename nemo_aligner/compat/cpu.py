@@ -26,6 +26,7 @@ def enable() -> None:
 
     device.set_on_cpu()
     _redirect_torch()
+    _redirect_optimizers()
     schedules.torch = _TorchWithoutCudaDevice()
     # Random states of the tracker are those of the CPU's generator.
     random._set_cuda_rng_state = lambda state, device=-1: torch.set_rng_state(state)
@@ -51,6 +52,20 @@ def redirect_nemo() -> None:
     megatron_init._set_random_seed = set_random_seed_and_tracker
 
 
+def _redirect_optimizers() -> None:
+    """megatron-core's optimizers tell dtypes by the names of CUDA's tensor types."""
+    from megatron.core.optimizer import optimizer
+
+    optimizer.torch = _TorchWithoutCudaDevice()
+    tensor_type = torch.Tensor.type
+
+    def type_as_on_a_gpu(self, *args, **kwargs):
+        result = tensor_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.nn.Parameter.type = type_as_on_a_gpu
+
+
 def _redirect_torch() -> None:
     for moving in (torch.Tensor, torch.nn.Module):
         moving.cuda = lambda self, *args, **kwargs: self
@@ -68,7 +83,7 @@ def _redirect_torch() -> None:
 
 
 class _TorchWithoutCudaDevice:
-    """torch, for a module that writes `device="cuda"` into a call: `schedules` does so once, in `torch.zeros`."""
+    """torch, for modules that write `device="cuda"` into calls of `torch.zeros` and `torch.tensor`."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -76,6 +91,10 @@ class _TorchWithoutCudaDevice:
     @staticmethod
     def zeros(*args, device=None, **kwargs):
         return torch.zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+    @staticmethod
+    def tensor(*args, device=None, **kwargs):
+        return torch.tensor(*args, device="cpu" if device == "cuda" else device, **kwargs)
 
 
 class _NoStream:

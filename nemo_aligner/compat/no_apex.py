@@ -14,6 +14,7 @@ def apply() -> None:
     if nlp_overrides.HAVE_APEX:
         return
     _allow_strategies(nlp_overrides)
+    _allow_main_params()
     _fill_build_model()
     _fill_weight_decay_groups()
 
@@ -28,6 +29,13 @@ def _allow_strategies(nlp_overrides) -> None:
     nlp_overrides.HAVE_APEX = True
     nlp_overrides.McoreDistributedOptimizer = McoreDistributedOptimizer
     nlp_overrides.MegatronDistributedFusedAdam = MegatronDistributedFusedAdam
+
+
+def _allow_main_params() -> None:
+    """The optimizer with fp32 master weights asks for Apex and uses it for fp16 alone, which is refused anyway."""
+    from nemo.core.optim import optimizer_with_main_params
+
+    optimizer_with_main_params.HAVE_APEX = True
 
 
 def _fill_build_model() -> None:

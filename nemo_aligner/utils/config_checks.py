@@ -61,6 +61,11 @@ def check_rs_config(cfg: DictConfig) -> None:
     _check_lengths(cfg.model)
     _check_sampling(cfg.model.rs.sampling_params)
     _check_data(cfg.model)
+    if cfg.model.rs.offload_adam_states and "distributed" not in cfg.model.optim.name:
+        logging.info(
+            f"model.rs.offload_adam_states=True does nothing with model.optim.name={cfg.model.optim.name}: only the "
+            "state of a distributed optimizer leaves the GPU"
+        )
     for warning in check_rewards(cfg):
         logging.warning(warning)
     for key, silent in WITHOUT_EFFECT:
@@ -93,17 +98,25 @@ def _check_unsupported(cfg: DictConfig) -> None:
     model = cfg.model
     if str(cfg.trainer.precision) in ("16", "16-mixed"):
         raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported; use bf16 or 32")
-    if cfg.trainer.accelerator == "cpu" and str(cfg.trainer.precision) not in ("32", "32-true"):
-        raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported on a CPU; use 32")
-    if model.megatron_amp_O2 and "bf16" in str(cfg.trainer.precision) and importlib.util.find_spec("apex") is None:
-        raise ConfigError("model.megatron_amp_O2=True needs Apex, which is not installed; set it to False")
+    is_float32 = str(cfg.trainer.precision) in ("32", "32-true")
+    if cfg.trainer.accelerator == "cpu" and not is_float32 and not model.megatron_amp_O2:
+        raise ConfigError(
+            f"trainer.precision={cfg.trainer.precision} is supported on a CPU only with model.megatron_amp_O2=True; "
+            "set that, or use precision 32"
+        )
     if (model.get("context_parallel_size") or 1) > 1:
         raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
-    optimizer = model.optim.name
-    if optimizer == "mcore_distributed_optim":
-        raise ConfigError(f"model.optim.name={optimizer} is not supported; use distributed_fused_adam or adamw")
-    if optimizer in ("distributed_fused_adam", "fused_adam") and importlib.util.find_spec("apex") is None:
-        raise ConfigError(f"model.optim.name={optimizer} needs Apex, which is not installed; use adamw")
+    _check_optimizer(cfg)
+
+
+def _check_optimizer(cfg: DictConfig) -> None:
+    optim = cfg.model.optim
+    if optim.name in ("distributed_fused_adam", "fused_adam") and importlib.util.find_spec("apex") is None:
+        raise ConfigError(
+            f"model.optim.name={optim.name} needs Apex, which is not installed; use mcore_distributed_optim or adamw"
+        )
+    if optim.get("overlap_param_gather_with_optimizer_step", False):
+        raise ConfigError("model.optim.overlap_param_gather_with_optimizer_step=True is not supported; set it to False")
 
 
 def _check_numbers(cfg: DictConfig) -> None:

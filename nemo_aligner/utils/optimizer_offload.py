@@ -1,26 +1,191 @@
-"""Move the state of a distributed optimizer to the host while rollouts need the GPU's memory."""
+"""A distributed optimizer's state on the host while rollouts need the GPU's memory.
 
-from contextlib import contextmanager, nullcontext
+Tensors keep their identity: what goes and comes is the memory behind them. So one mechanism serves every optimizer,
+whatever references it keeps. Copies run on a stream of their own; freed memory can be taken by others as the copies out
+of it end, which torch's allocator sees to.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 _SHARDS = ("params_shard", "param_remainders_shard", "exp_avg_shard", "exp_avg_sq_shard")
+# torch's allocator of page-locked memory rounds up to powers of two: with pieces of such sizes nothing is lost.
+_PIECE_BYTES, _SMALLEST_PIECE_BYTES = 1 << 28, 1 << 20
 
 
-def offload_optimizer_states(ptl_model):
-    """A context manager: within it, the optimizer's moments and master weights are on the host.
+class OptimizerOffload:
+    """Moves the tensors of an optimizer's state to page-locked host memory and back.
 
-    A null context if `ptl_model.to_offload_adam_states` is off or the optimizer is not a distributed one.
+    As a context manager: within, they are on the host.
+
+    Every method may be called in any state, and again after an exception: a tensor's memory is let go only once its
+    values are on their way to the host, and its host copy is needed only until then.
+
+    Args:
+        find_tensors: gives the tensors of the state as they are now. Those on a CPU are left where they are.
     """
-    if not (ptl_model.to_offload_adam_states and ptl_model.with_distributed_adam):
-        return nullcontext()
-    state = ptl_model._optimizer.state_dict(state_dict_format=1, gather_on_root=False)
-    return offload_distributed_adam(state, force_clear_memory=True)
+
+    def __init__(self, find_tensors: Callable[[], Iterable[torch.Tensor]]):
+        self._find_tensors = find_tensors
+        self._host = _PinnedBuffer()
+        self._away: list[tuple[torch.UntypedStorage, int, list[torch.Tensor]]] = []  # storage, its size, its host copy
+        self._arrival: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def pin_in_background(self) -> None:
+        """Begin to page-lock host memory for the state as it is now, so that the first `offload` need not."""
+        self._host.begin_to_grow(sum(storage.nbytes() for storage in self._storages()))
+
+    def __enter__(self) -> "OptimizerOffload":
+        self.offload()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.start_onload()
+        self.finish_onload()
+
+    def offload(self) -> int:
+        """Send the state to the host and let go of its GPU memory, without waiting; returns the bytes that it frees."""
+        self.finish_onload()
+        storages = self._storages()
+        if not storages:
+            return 0
+        if self._away:  # an exception came in between
+            self.start_onload()
+            self.finish_onload()
+            storages = self._storages()
+        host_copies = self._host.parts([storage.nbytes() for storage in storages])
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        for storage, host_copy in zip(storages, host_copies, strict=True):
+            on_gpu = _as_bytes(storage)
+            with torch.cuda.stream(self._stream):
+                for part, part_on_gpu in zip(host_copy, _split_like(host_copy, storage), strict=True):
+                    part.copy_(part_on_gpu, non_blocking=True)
+            on_gpu.record_stream(self._stream)  # the allocator keeps the memory until the copy has been made
+            self._away.append((storage, storage.nbytes(), host_copy))
+            storage.resize_(0)
+        return sum(num_bytes for _, num_bytes, _ in self._away)
+
+    def start_onload(self) -> None:
+        """Begin to bring the state back, beside whatever the GPU does; `finish_onload` makes it usable."""
+        if not self._away:
+            return
+        self._allocate()
+        self._stream.wait_stream(torch.cuda.current_stream())  # which may still use what the memory held before
+        with torch.cuda.stream(self._stream):
+            for storage, _, host_copy in self._away:
+                for part, part_on_gpu in zip(host_copy, _split_like(host_copy, storage), strict=True):
+                    part_on_gpu.copy_(part, non_blocking=True)
+            self._arrival = self._stream.record_event()
+        self._away = []
+
+    def finish_onload(self) -> None:
+        """Have the current stream wait for the state, if it is on its way back. The host does not wait."""
+        if self._arrival is not None:
+            torch.cuda.current_stream().wait_event(self._arrival)
+            self._arrival = None
+
+    def _allocate(self) -> None:
+        """GPU memory for all that is away, or, if there is not enough, for nothing."""
+        try:
+            for storage, num_bytes, _ in self._away:
+                storage.resize_(num_bytes)
+        except torch.OutOfMemoryError:
+            for storage, _, _ in self._away:
+                storage.resize_(0)
+            raise
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        """The state's memory on the GPU, each piece once though several tensors may look at it."""
+        found = {}
+        for tensor in self._find_tensors():
+            storage = tensor.untyped_storage()
+            if tensor.is_cuda and storage.nbytes() > 0:
+                found[storage.data_ptr()] = storage
+        return list(found.values())
+
+
+class _PinnedBuffer:
+    """Page-locked host memory that only grows, and is kept."""
+
+    def __init__(self):
+        self.pieces: list[torch.Tensor] = []
+        self._worker = ThreadPoolExecutor(1)
+        self._growth: Future | None = None
+
+    def begin_to_grow(self, num_bytes: int) -> None:
+        """Make it at least that large, in a thread."""
+        self.wait()
+        missing = num_bytes - sum(piece.numel() for piece in self.pieces)
+        if missing > 0:
+            self._growth = self._worker.submit(self._grow, missing, torch.cuda.current_device())
+
+    def wait(self) -> None:
+        """Return when it has its size, or raise what kept it from that."""
+        if self._growth is not None:
+            growth, self._growth = self._growth, None
+            growth.result()
+
+    def parts(self, sizes: list[int]) -> list[list[torch.Tensor]]:
+        """For each size, disjoint parts of it that are so large together; uint8, one-dimensional."""
+        self.begin_to_grow(sum(sizes))
+        self.wait()
+        pieces, rest, found = iter(self.pieces), torch.empty(0, dtype=torch.uint8), []
+        for size in sizes:
+            parts = []
+            while size > 0:
+                rest = rest if rest.numel() else next(pieces)
+                parts.append(rest[:size])
+                rest = rest[size:]
+                size -= parts[-1].numel()
+            found.append(parts)
+        return found
+
+    def _grow(self, num_bytes: int, device: int) -> None:
+        torch.cuda.set_device(device)
+        for size in _piece_sizes(num_bytes):
+            self.pieces.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+
+
+def _piece_sizes(num_bytes: int) -> list[int]:
+    """Powers of two that are together `num_bytes` or a little more."""
+    num_full, rest = divmod(num_bytes, _PIECE_BYTES)
+    rest = -(-rest // _SMALLEST_PIECE_BYTES) * _SMALLEST_PIECE_BYTES
+    return [_PIECE_BYTES] * num_full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _split_like(parts: list[torch.Tensor], storage: torch.UntypedStorage) -> tuple[torch.Tensor, ...]:
+    return _as_bytes(storage).split([part.numel() for part in parts])
+
+
+def state_tensors(ptl_model) -> Iterator[torch.Tensor]:
+    """The moments and master weights of the model's distributed optimizer, as far as they have memory of their own."""
+    if not ptl_model.use_mcore_dist_optim:
+        for bucket in ptl_model._optimizer.state["buckets"]:
+            shards = (getattr(bucket, name) for name in _SHARDS)
+            yield from (shard for shard in shards if shard is not None)
+        return
+    optimizer = ptl_model._optimizer.mcore_optimizer
+    for state in optimizer.optimizer.state.values():
+        yield from (state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)
+    for group in optimizer.shard_fp32_from_float16_groups:
+        yield from group
+
+
+# For scripts that move the buckets of Apex's optimizer themselves
 
 
 @contextmanager
 def offload_distributed_adam(state_dict: dict, force_clear_memory: bool = False):
-    """Within the context every bucket's shards of Apex's DistributedFusedAdam lie on the host.
+    """Within the context every bucket's shards of Apex's DistributedFusedAdam are tensors on the host.
 
     Args:
         state_dict: `optimizer.state_dict(state_dict_format=1)`, whose buckets are those of the optimizer itself.

@@ -86,6 +86,18 @@ def grad_reductions(ptl_model) -> None:
         ptl_model.allreduce_first_last_embeddings()
 
 
+def finish_param_sync(ptl_model) -> None:
+    """Wait for updated parameters from the other data-parallel ranks, which otherwise come with the next forward."""
+    if not ptl_model.cfg.optim.get("overlap_param_sync", False):
+        return
+    if ptl_model.use_mcore_dist_optim:
+        for chunk in ptl_model.model:
+            for bucket_group in chunk.bucket_groups:
+                bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
+    elif ptl_model.with_distributed_adam:
+        ptl_model._optimizer.param_sync()
+
+
 @torch.no_grad()
 def clip_gradients(ptl_model, clip_val: float | None) -> float | None:
     """Scale the gradients so that their 2-norm over all model-parallel shards is at most `clip_val`.
@@ -96,6 +108,8 @@ def clip_gradients(ptl_model, clip_val: float | None) -> float | None:
     if clip_val is None or clip_val <= 0:
         return None
     if ptl_model.with_distributed_adam:
+        if ptl_model.use_mcore_dist_optim:
+            return _clip_mcore_gradients(ptl_model, clip_val)
         from nemo.collections.nlp.modules.common.megatron.clip_grads import clip_grad_norm_distributed_optimizer
 
         return float(clip_grad_norm_distributed_optimizer(ptl_model._optimizer, clip_val))
@@ -103,26 +117,39 @@ def clip_gradients(ptl_model, clip_val: float | None) -> float | None:
         parameters = ptl_model._optimizer.get_parameters_with_grad()
     else:
         parameters = ptl_model.get_parameters_with_grad()
-    norm = _model_parallel_grad_norm(parameters)
+    counted_here = [p.grad for p in parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
+    norm = _norm_over_ranks(counted_here, parallel_state.get_model_parallel_group())
     torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
     return norm.item()
 
 
-def _model_parallel_grad_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """2-norm (fp32 scalar) over the replica, each parameter counted on one of the ranks that hold a copy of it."""
-    counted_here = [p.grad for p in parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
-    squared = torch.nn.utils.get_total_norm(counted_here).float().square().to(torch.cuda.current_device())
-    torch.distributed.all_reduce(squared, group=parallel_state.get_model_parallel_group())
+def _clip_mcore_gradients(ptl_model, clip_val: float) -> float:
+    """Each data-parallel rank holds a shard of the reduced gradients; what is scaled are the buffers below them."""
+    optimizer = ptl_model._optimizer.mcore_optimizer
+    optimizer.prepare_grads()
+    everybody = torch.distributed.group.WORLD
+    norm = _norm_over_ranks(optimizer.get_main_grads_for_grad_norm(), everybody).item()
+    factor = clip_val / (norm + 1e-6)  # as torch has it
+    if factor < 1:
+        for chunk in ptl_model.model:
+            chunk.scale_gradients(factor)
+    return norm
+
+
+def _norm_over_ranks(gradients: list[torch.Tensor], group) -> torch.Tensor:
+    """2-norm (fp32 scalar) over the ranks of `group`, of which each gives the gradients that it alone counts."""
+    squared = torch.nn.utils.get_total_norm(gradients).float().square().to(torch.cuda.current_device())
+    torch.distributed.all_reduce(squared, group=group)
     return squared.sqrt()
 
 
 def set_train(ptl_model) -> None:
-    for module in _chunks(ptl_model):
+    for module in (ptl_model, *_chunks(ptl_model)):
         module.train()
 
 
 def set_eval(ptl_model) -> None:
-    for module in _chunks(ptl_model):
+    for module in (ptl_model, *_chunks(ptl_model)):
         module.eval()
 
 

@@ -1,4 +1,4 @@
-"""The training script on a GPU: a tiny model, two steps, with what optimizers are installed."""
+"""The training script on GPUs: every optimizer, precision and layout, from start to resume."""
 
 import importlib.util
 import json
@@ -8,55 +8,122 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_aligner.utils.checkpoints import newest_complete_checkpoint, read_counters
+from tests.distributed.test_training_script import scalars
 
 ROOT = Path(__file__).parents[2]
+NUM_STEPS = 4
 REWARD = """
 def reward(prompts, responses):
     return [float(len(response)) for response in responses]
 """
+needs_apex = pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="needs Apex")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+OPTIMIZERS = [
+    pytest.param("adamw", id="adamw"),
+    pytest.param("fused_adam", id="fused_adam", marks=needs_apex),
+    pytest.param("distributed_fused_adam", id="distributed_fused_adam", marks=needs_apex),
+    pytest.param("mcore_distributed_optim", id="mcore_distributed_optim"),
+]
+DIFFERENT_ACROSS_RANKS = [parameter for parameter in OPTIMIZERS if parameter.id != "fused_adam"]  # adamw's way
+OVERLAP = ["model.optim.overlap_grad_sync=True", "+model.optim.overlap_param_sync=True"]
+PRECISIONS = {
+    "fp32": ["trainer.precision=32", "model.megatron_amp_O2=False"],
+    "fp32_O2": ["trainer.precision=32", "model.megatron_amp_O2=True"],
+    "bf16": ["trainer.precision=bf16", "model.megatron_amp_O2=False"],
+    "bf16_O2": ["trainer.precision=bf16", "model.megatron_amp_O2=True"],
+}
+LAYOUTS = {
+    "one": ["trainer.devices=1"],
+    "dp2": ["trainer.devices=2"],
+    "tp2": ["trainer.devices=2", "model.tensor_model_parallel_size=2"],
+    "pp2": ["trainer.devices=2", "model.pipeline_model_parallel_size=2"],
+}
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        pytest.param(
-            ["model.optim.name=adamw", "trainer.precision=32", "model.megatron_amp_O2=False"], id="adamw-fp32"
-        ),
-        pytest.param(
-            ["model.optim.name=distributed_fused_adam", "trainer.precision=bf16", "model.megatron_amp_O2=True"],
-            id="distributed_fused_adam-bf16-O2",
-            marks=pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="needs Apex"),
-        ),
-    ],
-)
-def test_two_steps_and_a_third_after_a_restart(tiny_nemo, tmp_path, optimizer):
-    (tmp_path / "reward.py").write_text(REWARD)
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"text": f"one two three {i}"}) + "\n" for i in range(8)))
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_nemo):
+    folder = tmp_path_factory.mktemp("gpu_run")
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": f"one two three {i}"}) + "\n" for i in range(8)))
+    (folder / "tiny.nemo").symlink_to(tiny_nemo)
+    return folder
+
+
+def run_script(workplace: Path, name: str, *overrides: str) -> Path:
+    prompts = workplace / "prompts.jsonl"
     command = [
-        sys.executable, ROOT / "examples/nlp/gpt/train_gpt_rs_actor.py", "trainer.num_nodes=1", "trainer.devices=1",
-        "trainer.rs.val_check_interval=1", "trainer.rs.max_epochs=2", "+model.optim.sched.max_steps=9",
-        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
-        f"pretrained_checkpoint.restore_from_path={tiny_nemo}",
-        f"model.rs.reward.target={tmp_path / 'reward.py'}:reward",
+        sys.executable, ROOT / "examples/nlp/gpt/train_gpt_rs_actor.py", "trainer.num_nodes=1",
+        "trainer.rs.val_check_interval=1", "trainer.rs.max_epochs=2", f"+model.optim.sched.max_steps={NUM_STEPS}",
+        f"exp_manager.explicit_log_dir={workplace / name}", "exp_manager.name=tiny",
+        f"pretrained_checkpoint.restore_from_path={workplace / 'tiny.nemo'}",
+        f"model.rs.reward.target={workplace / 'reward.py'}:reward",
         f"model.data.data_prefix={{train: [{prompts}], validation: [{prompts}], test: [{prompts}]}}",
         "model.encoder_seq_length=128", "model.rs.length_params.max_length=16", "model.global_batch_size=4",
         "model.rs.num_rollout_samples=4", "model.rs.rollout_micro_batch_size=2",
-        "exp_manager.checkpoint_callback_params.save_top_k=0", *optimizer,
+        "model.optim.lr=1e-3", "model.optim.sched.warmup_steps=0", "model.optim.sched.constant_steps=0",
+        "exp_manager.checkpoint_callback_params.save_top_k=0", *overrides,
     ]  # fmt: skip
     # without the rendezvous of the process group that this process may hold itself
     rendezvous = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
     environment = {key: value for key, value in os.environ.items() if key not in rendezvous}
-    for max_steps in (2, 3):
-        finished = subprocess.run(
-            [*command, f"trainer.rs.max_steps={max_steps}"], capture_output=True, text=True, cwd=ROOT, env=environment
-        )
-        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
-    rollouts = [json.loads(line) for line in (tmp_path / "run/rollouts/train_rank0.jsonl").open()]
-    assert len(rollouts) == 3 * 4 * 4 and {rollout["step"] for rollout in rollouts} == {0, 1, 2}
-    assert sum(rollout["kept"] for rollout in rollouts) == 3 * 4
-    saved = newest_complete_checkpoint(tmp_path / "run/checkpoints")
-    assert read_counters(saved) == {"step": 3, "consumed_samples": 12, "epoch": 1, "rs_optimization_step": 3}
-    assert (tmp_path / "run/checkpoints/megatron_gpt_rs_actor.nemo").is_file()
+    environment["NVIDIA_TF32_OVERRIDE"] = "0"
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    return workplace / name
+
+
+def losses(run: Path) -> list[float]:
+    return [loss for _, loss in sorted(dict(scalars(run)["train_optim/loss"]).items())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace):
+    """The losses of a run of torch's AdamW in float32 on one GPU."""
+    settings = ["model.optim.name=adamw", *PRECISIONS["fp32"], *LAYOUTS["one"]]
+    return losses(run_script(workplace, "adamw", f"trainer.rs.max_steps={NUM_STEPS}", *settings))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_half_a_run_and_the_rest_after_a_restart(workplace, undisturbed, optimizer, precision):
+    name, settings = (
+        f"{optimizer}_{precision}",
+        [f"model.optim.name={optimizer}", *PRECISIONS[precision], *LAYOUTS["one"]],
+    )
+    for max_steps in (NUM_STEPS // 2, NUM_STEPS):
+        folder = run_script(workplace, name, f"trainer.rs.max_steps={max_steps}", *settings)
+    if precision.startswith("fp32"):
+        assert losses(folder) == pytest.approx(undisturbed, rel=1e-5)
+    else:  # sampled from other logits, so that only the first step trains on about the same rows
+        assert losses(folder)[0] == pytest.approx(undisturbed[0], rel=0.1)
+    lines = [json.loads(line) for line in (folder / "rollouts/train_rank0.jsonl").open()]
+    assert len(lines) == NUM_STEPS * 4 * 4 and sum(line["kept"] for line in lines) == NUM_STEPS * 4
+    counters = {"step": 4, "consumed_samples": 16, "epoch": 2, "rs_optimization_step": 4}
+    assert read_counters(newest_complete_checkpoint(folder / "checkpoints")) == counters
+    assert (folder / "checkpoints/tiny.nemo").is_file()
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("optimizer", DIFFERENT_ACROSS_RANKS)
+def test_half_a_run_on_two_replicas_goes_on_in_every_layout(workplace, undisturbed, optimizer, layout):
+    settings = [f"model.optim.name={optimizer}", *PRECISIONS["fp32"]]
+    overlap = OVERLAP if "distributed" in optimizer else []
+    name = f"{optimizer}_{layout}"
+    run_script(workplace, name, f"trainer.rs.max_steps={NUM_STEPS // 2}", *settings, *overlap, *LAYOUTS["dp2"])
+    folder = run_script(workplace, name, f"trainer.rs.max_steps={NUM_STEPS}", *settings, *LAYOUTS[layout])
+    assert losses(folder) == pytest.approx(undisturbed, rel=1e-5)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("optimizer", DIFFERENT_ACROSS_RANKS)
+def test_bf16_on_two_gpus(workplace, undisturbed, optimizer, layout):
+    folder = run_script(
+        workplace, f"{optimizer}_{layout}_bf16_O2", f"trainer.rs.max_steps={NUM_STEPS // 2}",
+        f"model.optim.name={optimizer}", *PRECISIONS["bf16_O2"], *LAYOUTS[layout],
+    )  # fmt: skip
+    assert losses(folder)[0] == pytest.approx(undisturbed[0], rel=0.1)

@@ -25,6 +25,7 @@ from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 from nemo.collections.nlp.modules.common.megatron import build_model, megatron_init, utils
 from nemo.collections.nlp.parts import nlp_overrides
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+from nemo.core.optim import optimizer_with_main_params
 from nemo.utils import exp_manager
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import filesystem
@@ -46,6 +47,7 @@ on_cpu = pytest.mark.skipif(not device.on_cpu(), reason="the suite runs on a GPU
 APEX_NAMES = (
     (nlp_overrides, "McoreDistributedOptimizer"),
     (nlp_overrides, "MegatronDistributedFusedAdam"),
+    (optimizer_with_main_params, "HAVE_APEX"),
     (build_model, "set_defaults_if_not_set_tensor_model_parallel_attributes"),
     (utils, "listify_model"),
     (utils, "FusedLayerNorm"),

@@ -152,9 +152,13 @@ def test_all_rollouts_of_a_micro_batch_come_from_one_call():
 def test_rewards_are_requested_at_once_and_awaited_when_all_are_under_way():
     trainer = make_trainer(g=4)
     trainer.generate_rollouts(iter(trainer.train_dataloader), 4)
-    assert trainer.model.events == (
-        ["prepare_for_inference", *["infer", "reward requested"] * 4, *["reward awaited"] * 4, "finish_inference"]
-    )
+    assert trainer.model.events == [
+        "prepare_for_inference",
+        *["infer", "reward requested"] * 4,
+        "prefetch_adam_states",
+        *["reward awaited"] * 4,
+        "finish_inference",
+    ]
 
 
 def test_the_reward_sees_every_rollout_with_its_record():

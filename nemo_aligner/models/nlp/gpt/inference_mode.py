@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron.core import ModelParallelConfig
+from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 
 from nemo_aligner.utils.train_utils import set_eval, set_train
@@ -31,6 +32,14 @@ def fill_missing_keys(cfg: DictConfig) -> None:
     with open_dict(cfg):
         for key, value in _READ_WITHOUT_DEFAULT.items():
             cfg.setdefault(key, value)
+
+
+def switch_off_O2_in_float32(cfg: DictConfig) -> None:
+    """Weights in float32 are their own master weights; NeMo would fail for want of half-precision ones."""
+    if cfg.get("megatron_amp_O2", False) and str(cfg.precision) in ("32", "32-true"):
+        logging.info(f"model.megatron_amp_O2=True has nothing to do with precision {cfg.precision}; it is switched off")
+        with open_dict(cfg):
+            cfg.megatron_amp_O2 = False
 
 
 class InferenceMode:

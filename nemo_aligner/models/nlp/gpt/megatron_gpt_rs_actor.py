@@ -3,9 +3,10 @@
 Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabulary, TP/PP/DP parallel sizes.
 """
 
+import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +17,28 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
-from nemo_aligner.compat import virtual_stages
+from nemo_aligner.compat import mcore_optimizer, virtual_stages
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.sampling import SamplingParams, random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
-from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys
+from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
 from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
-from nemo_aligner.utils.optimizer_offload import offload_optimizer_states
+from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
-from nemo_aligner.utils.train_utils import grad_reductions, prepare_for_training_step, set_sync_funcs
+from nemo_aligner.utils.train_utils import (
+    finish_param_sync,
+    grad_reductions,
+    prepare_for_training_step,
+    set_sync_funcs,
+)
 from nemo_aligner.utils.utils import configure_batch_sizes
 
 compat.apply()
@@ -43,6 +49,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         fill_missing_keys(cfg)
+        switch_off_O2_in_float32(cfg)
         virtual_stages.choose_messages(cfg)
         with virtual_stages.built_without_O2(self, cfg):
             super().__init__(cfg, trainer=trainer)
@@ -56,7 +63,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.forward_micro_batch_size = cfg.rs.forward_micro_batch_size
         # Kept here because the config's own key is switched off during inference.
         self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
-        self.distributed_adam_offload_manager: AbstractContextManager | None = None
+        self._optimizer_offload = OptimizerOffload(functools.partial(state_tensors, self))
+        self.distributed_adam_offload_manager: contextlib.AbstractContextManager | None = None
         self._inference_mode = InferenceMode(self)
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
@@ -67,6 +75,27 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             super()._build_tokenizer()
         else:
             self.tokenizer = build_packed_tokenizer(self)
+
+    def setup_mcore_distributed_parallel(self) -> None:
+        """NeMo calls one option by two names."""
+        with open_dict(self.cfg):
+            self.cfg.optim.setdefault("overlap_param_gather", self.cfg.optim.get("overlap_param_sync", False))
+        super().setup_mcore_distributed_parallel()
+
+    def setup_megatron_optimization(self, optim_config: dict):
+        """Settings of megatron-core's optimizer; gradients are clipped outside it, as with every other optimizer."""
+        settings = super().setup_megatron_optimization(optim_config)
+        settings.clip_grad = 0.0
+        settings.adam_eps = optim_config.get("eps", settings.adam_eps)
+        return settings
+
+    def configure_optimizers(self):
+        optimizers = super().configure_optimizers()
+        if self.use_mcore_dist_optim:
+            mcore_optimizer.complete(self._optimizer)
+        if self._offloads():
+            self._optimizer_offload.pin_in_background()
+        return optimizers
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Add the trainer's counters, which whoever saves has put into `rs_trainer_state`."""
@@ -207,22 +236,33 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             return [iter(microbatches) for _ in self.model]
         return iter(microbatches)
 
-    def prepare_for_training(self) -> None:
+    def prepare_for_training(self, wait_for_states: bool = True) -> None:
+        """Set batch sizes for training and bring the optimizer states back to the device.
+
+        Args:
+            wait_for_states: False lets the first forward and backward run while the states are still coming;
+                `finish_training_step` then waits for them. Until it has, nobody else may read them.
+        """
         configure_batch_sizes(
             mbs=self.cfg.micro_batch_size,
             gbs=self.cfg.global_batch_size,
             dp=parallel_state.get_data_parallel_world_size(),
         )
-        self.onload_adam_states()
+        if wait_for_states:
+            self.onload_adam_states()
+        else:
+            self.prefetch_adam_states()
 
     def prepare_for_training_step(self) -> None:
         prepare_for_training_step(self, zero_grad=False)
 
     def finish_training_step(self) -> None:
         grad_reductions(self)
+        self.onload_adam_states()
 
     def finish_training(self) -> None:
-        """Nothing to do: optimizer states stay on the GPU until inference needs its memory."""
+        """Have all parameters in place; optimizer states stay on the device until inference needs its memory."""
+        finish_param_sync(self)
 
     # Inference
 
@@ -333,16 +373,30 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
     # Optimizer states
 
     def offload_adam_states(self) -> None:
-        """Move a distributed optimizer's states to the host. Without one, or if they are there already, do nothing."""
+        """Send a distributed optimizer's states to the host. Without one, or if they are there already, do nothing."""
         if self.distributed_adam_offload_manager is None:
-            self.distributed_adam_offload_manager = offload_optimizer_states(self)
-            self.distributed_adam_offload_manager.__enter__()
+            self.distributed_adam_offload_manager = (
+                self._optimizer_offload if self._offloads() else contextlib.nullcontext()
+            )
+        self.distributed_adam_offload_manager.__enter__()
+
+    def prefetch_adam_states(self) -> None:
+        """Begin to bring the optimizer states back, if they were sent away; `onload_adam_states` waits for them.
+
+        If there is no room for them yet, they stay where they are.
+        """
+        if self.distributed_adam_offload_manager is not None:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._optimizer_offload.start_onload()
 
     def onload_adam_states(self) -> None:
-        """Bring the optimizer states back to the device if they were moved."""
+        """Have the optimizer states back on the device, if they were sent away."""
         if self.distributed_adam_offload_manager is not None:
             self.distributed_adam_offload_manager.__exit__(None, None, None)
             self.distributed_adam_offload_manager = None
+
+    def _offloads(self) -> bool:
+        return self.to_offload_adam_states and self.with_distributed_adam and self._optimizer is not None
 
 
 def _global_token_count(mask: torch.Tensor) -> torch.Tensor:

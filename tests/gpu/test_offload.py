@@ -1,0 +1,123 @@
+"""The optimizer's state on its way to the host and back, bit for bit, whatever order the calls come in."""
+
+import pytest
+import torch
+
+from nemo_aligner.utils.optimizer_offload import OptimizerOffload
+
+SIZES = (1, 1000, 4096, 3_000_001)
+
+
+@pytest.fixture
+def state():
+    """Tensors of several sizes and dtypes; two of them look at the same memory."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    tensors = [torch.randn(size, generator=generator, device="cuda") for size in SIZES]
+    tensors.append(torch.randint(-(2**15), 2**15, (777,), dtype=torch.int16, device="cuda", generator=generator))
+    return [*tensors, tensors[2][100:200]]
+
+
+@pytest.fixture
+def offload(state):
+    return OptimizerOffload(lambda: state)
+
+
+def memory_of(tensors) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def use_the_gpu() -> torch.Tensor:
+    """Something that takes a while and the freed memory."""
+    matrix = torch.ones(4096, 4096, device="cuda")
+    for _ in range(20):
+        matrix = matrix @ matrix / 4096
+    return matrix
+
+
+def test_there_and_back(state, offload):
+    expected, num_bytes = [tensor.clone() for tensor in state], memory_of(state[:-1])
+    offload.pin_in_background()
+    for _ in range(3):
+        before = torch.cuda.memory_allocated()
+        assert offload.offload() == num_bytes
+        freed = before - torch.cuda.memory_allocated()
+        assert num_bytes <= freed < num_bytes + 2**20 * len(state)  # what the allocator may round up to
+        assert memory_of(state) == 0
+        in_between = use_the_gpu()
+        offload.start_onload()
+        others = torch.full((1000, 1000), 7.0, device="cuda")
+        offload.finish_onload()
+        assert all(torch.equal(tensor, value) for tensor, value in zip(state, expected, strict=True))
+        assert (in_between == 1).all() and (others == 7).all()
+        state[1].mul_(1.5)
+        expected[1].mul_(1.5)
+
+
+def test_calls_in_any_order(state, offload):
+    expected = [tensor.clone() for tensor in state]
+    calls = {"o": offload.offload, "s": offload.start_onload, "f": offload.finish_onload}
+    for order in ("oo", "ss", "f", "osos", "of", "sfsf", "oooss", "fo", "offss", "os", "o", "sf"):
+        for call in order:
+            calls[call]()
+    assert all(torch.equal(tensor, value) for tensor, value in zip(state, expected, strict=True))
+
+
+@pytest.mark.parametrize("next_call", ["offload", "start_onload"])
+def test_an_exception_half_way_out_loses_nothing(state, offload, monkeypatch, next_call):
+    expected, resize = [tensor.clone() for tensor in state], torch.UntypedStorage.resize_
+    resized = []
+
+    def fail_at_the_third(storage, size):
+        resized.append(storage)
+        if len(resized) == 3:
+            raise KeyboardInterrupt
+        return resize(storage, size)
+
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        offload.offload()
+    getattr(offload, next_call)()
+    offload.start_onload()
+    offload.finish_onload()
+    assert all(torch.equal(tensor, value) for tensor, value in zip(state, expected, strict=True))
+
+
+def test_without_room_on_the_gpu_everything_stays_on_the_host(state, offload, monkeypatch):
+    expected, resize = [tensor.clone() for tensor in state], torch.UntypedStorage.resize_
+    offload.offload()
+
+    def refuse_the_largest(storage, size):
+        if size > 10**6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return resize(storage, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "resize_", refuse_the_largest)
+        with pytest.raises(torch.OutOfMemoryError):
+            offload.start_onload()
+        assert memory_of(state) == 0
+    offload.start_onload()
+    offload.finish_onload()
+    assert all(torch.equal(tensor, value) for tensor, value in zip(state, expected, strict=True))
+
+
+def test_host_memory_is_kept_and_no_larger_than_the_state(state, offload):
+    num_bytes = memory_of(state[:-1])
+    offload.offload()
+    pieces = list(offload._host.pieces)
+    assert sum(piece.numel() for piece in pieces) <= num_bytes + 2**20
+    assert all(piece.is_pinned() for piece in pieces)
+    offload.start_onload()
+    offload.offload()
+    assert all(kept is piece for kept, piece in zip(offload._host.pieces, pieces, strict=True))
+
+
+def test_a_state_that_has_grown_finds_room(state, offload):
+    offload.offload()
+    offload.start_onload()
+    offload.finish_onload()
+    state.append(torch.arange(5_000_000, device="cuda"))
+    offload.offload()
+    offload.start_onload()
+    offload.finish_onload()
+    assert torch.equal(state[-1], torch.arange(5_000_000, device="cuda"))
