@@ -32,6 +32,34 @@ def save_tiny_llama(folder: Path, seed: int = 0, model_class=LlamaForCausalLM, *
     return folder
 
 
+def save_gpt2_like(tiny_hf: Path, path: Path, **overrides) -> Path:
+    """Write a `.nemo` archive of a model with LayerNorm, learned positions, GELU and biases, all parameters random.
+
+    `overrides` are keys of its config, the tokenizer is the one in `tiny_hf`.
+    """
+    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+    from pytorch_lightning import Trainer
+    from transformers import AutoConfig
+
+    from nemo_aligner.convert.hf_to_nemo import ConvertedGPTModel, model_config
+    from nemo_aligner.models.nlp.gpt.hf_tokenizer import tokenizer_config
+
+    cfg = model_config(AutoConfig.from_pretrained(tiny_hf), tokenizer_config(tiny_hf), "32")
+    defaults = {
+        "normalization": "layernorm", "position_embedding_type": "learned_absolute", "activation": "gelu", "bias": True,
+    }  # fmt: skip
+    cfg.update({**defaults, **overrides})
+    trainer = Trainer(devices=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False, enable_checkpointing=False)
+    model = ConvertedGPTModel(cfg, trainer)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.cfg.perform_initialization = True  # as the converter leaves it
+    model.save_to(str(path))
+    return path
+
+
 def save_tokenizer(folder: Path) -> Path:
     _tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -439,8 +439,16 @@ class RSTrainer:
         return cpu_dict({"response_tokens": tokens, "mask": mask, "prompt_tokens": prompts}), {}
 
     def _optimizer_batches(self, rollout_data: dict) -> Iterator[dict]:
-        """This replica's rows, in order, in batches of gbs / DP rows."""
-        rows_per_batch = self.cfg.model_gbs // parallel_state.get_data_parallel_world_size()
+        """This replica's rows, in order, in batches of gbs / DP rows.
+
+        Raises:
+            ValueError: if they are not G * K / DP. Replicas with other numbers of batches would wait for each other.
+        """
+        num_replicas = parallel_state.get_data_parallel_world_size()
+        rows, expected = len(rollout_data["mask"]), self.num_prompts_per_step * self.top_n_rollouts // num_replicas
+        if rows != expected:
+            raise ValueError(f"this replica has {rows} rollouts to train on, but each replica must have {expected}")
+        rows_per_batch = self.cfg.model_gbs // num_replicas
         parts = {key: value.split(rows_per_batch) for key, value in rollout_data.items()}
         num_batches = len(parts["mask"])
         batches = ({key: value[i] for key, value in parts.items()} for i in range(num_batches))

@@ -21,6 +21,7 @@ def apply() -> None:
         no_transformer_engine,
         resume,
         torch_version,
+        virtual_stages,
     )  # fmt: skip
 
     no_apex.apply()
@@ -30,6 +31,7 @@ def apply() -> None:
     checkpoint_writer.apply()
     resume.apply()
     adam_step.apply()
+    virtual_stages.apply()
     mcore_optimizer.apply()
     log_noise.apply()
     if device.on_cpu():

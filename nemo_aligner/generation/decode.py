@@ -1,4 +1,4 @@
-"""Generate responses token by token with megatron-core's key/value cache, through Megatron's pipeline schedule.
+"""Generate responses token by token with megatron-core's key/value cache, through all pipeline stages.
 
 Legend: B rows, P longest prompt, W = P + max_length columns, t the position that is being decided, V vocabulary.
 Rows are right-padded. The loop starts behind the shortest prompt: at position t a row whose prompt is longer copies
@@ -7,10 +7,10 @@ its prompt token, the others draw one (as NeMo's `generate` does, whose tokens t
 
 import torch
 from megatron.core import InferenceParams, parallel_state
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from nemo_aligner.generation.sampling import SamplingParams, sample
+from nemo_aligner.generation.stages import forward_through_stages
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 
 
@@ -33,7 +33,7 @@ def generate(
     afterwards where each row ended.
 
     Args:
-        model: a `MegatronGPTModel` without virtual pipeline stages, prepared for inference.
+        model: a `MegatronGPTModel`, prepared for inference.
         prompts_BP: int64 [B, at least P] on the device; not modified.
         prompt_lengths_B: int64 [B] on the device.
         min_length: tokens that a row generates before it may end; the strategy has to know it too.
@@ -43,7 +43,7 @@ def generate(
     width = int(prompt_lengths_B.max()) + max_length
     tokens_BW = _widened(prompts_BP, width, eod_id)
     stepper = _CachedForward(model, tokens_BW, eod_id)
-    is_last_stage = parallel_state.is_pipeline_last_stage()
+    is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     end_ids = strategy.end_token_ids(eod_id, end_strings)
     is_done_B = torch.zeros_like(prompt_lengths_B, dtype=torch.bool)
     for t in range(int(prompt_lengths_B.min()), width):
@@ -79,31 +79,27 @@ class _CachedForward:
     def __init__(self, model, tokens_BW: torch.Tensor, eod_id: int):
         self.model = model
         self.eod_id = eod_id
-        self.cache = InferenceParams(max_batch_size=tokens_BW.size(0), max_sequence_length=tokens_BW.size(1))
+        self.chunks = model.model if isinstance(model.model, list) else [model.model]
+        rows, width = tokens_BW.shape
+        # one for each chunk, as attention layers count from their chunk's first
+        self.caches = [InferenceParams(max_batch_size=rows, max_sequence_length=width) for _ in self.chunks]
 
     def next_logits(self, tokens_BW: torch.Tensor, t: int) -> torch.Tensor | None:
         """Logits of the token at position t, float32 [B, V] on the last pipeline stage, None on the others."""
-        seen = self.cache.sequence_len_offset
+        seen = self.caches[0].sequence_len_offset
         mask, position_ids = attention_mask_and_position_ids(tokens_BW[:, :t], self.eod_id, **self.model.resets)
         mask = None if mask is None else mask[:, :, seen:]
 
-        def forward_step(data_iterator, gpt_model):
-            output = gpt_model(tokens_BW[:, seen:t], position_ids[:, seen:], mask, inference_params=self.cache)
-            return output, lambda logits: (logits[:, -1], {"logits": logits[:, -1]})
+        def forward(number, chunk):
+            cache = self.caches[number]
+            output = chunk(tokens_BW[:, seen:t], position_ids[:, seen:], mask, inference_params=cache)
+            cache.sequence_len_offset = t
+            return output
 
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=None,
-            model=[self.model.model[0] if isinstance(self.model.model, list) else self.model.model],
-            num_microbatches=1,
-            forward_only=True,
-            seq_length=t - seen,
-            micro_batch_size=tokens_BW.size(0),
-        )
-        self.cache.sequence_len_offset = t
-        if not outputs:
+        logits_BSV = forward_through_stages(self.chunks, forward, num_rows=tokens_BW.size(0), num_positions=t - seen)
+        if logits_BSV is None:
             return None
-        return gather_from_tensor_model_parallel_region(outputs[0]["logits"]).float()
+        return gather_from_tensor_model_parallel_region(logits_BSV[:, -1]).float()
 
 
 def _from_last_stage(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.rewards.build import check_rewards
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
+from nemo_aligner.utils.parallel_checks import check_parallel
 from nemo_aligner.utils.peft_checks import check_peft
 
 TRAINER_RS_KEYS = {
@@ -56,6 +57,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     check_peft(cfg)
     _check_unsupported(cfg)
     _check_numbers(cfg)
+    check_parallel(cfg)
     _check_lengths(cfg.model)
     _check_sampling(cfg.model.rs.sampling_params)
     _check_data(cfg.model)
@@ -102,8 +104,6 @@ def _check_unsupported(cfg: DictConfig) -> None:
             f"trainer.precision={cfg.trainer.precision} is supported on a CPU only with model.megatron_amp_O2=True; "
             "set that, or use precision 32"
         )
-    if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
-        raise ConfigError("model.virtual_pipeline_model_parallel_size must be null: virtual stages are not supported")
     if (model.get("context_parallel_size") or 1) > 1:
         raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
     _check_optimizer(cfg)

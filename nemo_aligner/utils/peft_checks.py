@@ -191,6 +191,11 @@ def _check_layout(lora: DictConfig, model: DictConfig) -> None:
         raise ConfigError(
             "model.sequence_parallel=True is not supported with model.peft.peft_scheme=lora; set it to False"
         )
+    if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
+        raise ConfigError(
+            "model.virtual_pipeline_model_parallel_size is not supported with model.peft.peft_scheme=lora, as NeMo 2.0 "
+            "adds adapters to the first virtual stage only; set it to null"
+        )
     if model.get("perform_initialization") is False:
         raise ConfigError("model.perform_initialization=False would leave new adapters uninitialized; set it to True")
     selected = lora.get("layer_selection") or range(1, model.num_layers + 1)

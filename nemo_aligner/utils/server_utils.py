@@ -14,10 +14,7 @@ import torch
 
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils import parallel_state
-
-
-class RewardError(RuntimeError):
-    """A reward could not be had. The message is one line and the same on every rank of the replica."""
+from nemo_aligner.utils.errors import RewardError
 
 
 class FutureResult(ABC):

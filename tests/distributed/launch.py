@@ -16,7 +16,7 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = 300.0) -> lis
     """
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_rank_main, args=(function, rank, world_size, port, timeout_s, results, args))
         for rank in range(world_size)
@@ -63,7 +63,7 @@ def _rank_main(function, rank, world_size, port, timeout_s, results, args):
         raise
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -51,7 +51,10 @@ def undisturbed(workplace, zygote):
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    one_process = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "optim.name": "adamw"}
+    one_process = {
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None, "optim.name": "adamw",
+    }  # fmt: skip
     model = load_actor(folder / "checkpoints/tiny.nemo", **one_process)
     return {name: value.clone() for name, value in model.named_parameters()}
 

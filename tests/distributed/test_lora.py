@@ -170,7 +170,7 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
 
     model = load_actor(
         nemo_path, world_size, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-        micro_batch_size=1, global_batch_size=4,
+        micro_batch_size=1, global_batch_size=8,
         peft={"peft_scheme": "lora", "restore_from_path": None, "lora_tuning": LORA},
     )  # fmt: skip
     init_peft(model, model.cfg)
@@ -180,7 +180,7 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
     first = infer(model)
 
     model.prepare_for_training()
-    batch = {key: value.chunk(dp_size)[dp_rank] for key, value in training_batch().items()}
+    batch = training_batch(model, dp_rank, dp_size)
     loss, _ = model.get_loss_and_metrics(batch, forward_only=False)
     model.finish_training_step()
     gradients = weights(model, lambda parameter: parameter.grad)

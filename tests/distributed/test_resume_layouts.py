@@ -1,4 +1,4 @@
-"""A checkpoint of two tensor parallel ranks continues on one rank, on two pipeline stages and on two replicas."""
+"""A checkpoint of tensor parallel, pipeline and virtual pipeline ranks continues on any other layout."""
 
 import os
 import shutil
@@ -15,42 +15,47 @@ from tests.distributed.test_training_script import G, K, command, environment, r
 
 __all__ = ["workplace"]  # a fixture
 NUM_STEPS = 4
+VPP = "++model.virtual_pipeline_model_parallel_size=2"
+FIRST_LAYOUT = (
+    "trainer.devices=4", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", VPP,
+)  # fmt: skip
 LAYOUTS = {
     "tp2": ("trainer.devices=2", "model.tensor_model_parallel_size=2"),
     "one": ("trainer.devices=1",),
     "pp2": ("trainer.devices=2", "model.pipeline_model_parallel_size=2"),
     "dp2": ("trainer.devices=2",),
+    "vpp": ("trainer.devices=2", "model.pipeline_model_parallel_size=2", VPP),
 }
 
 
-def settings(layout: str) -> tuple[str, ...]:
+def settings(layout: tuple[str, ...]) -> tuple[str, ...]:
     # One optimizer step for each RS step: replicas then train on the same rows together, however many there are.
     return (
         f"trainer.rs.max_steps={NUM_STEPS}", "trainer.rs.max_epochs=2", "trainer.rs.val_check_interval=1",
-        f"model.global_batch_size={G * K}", *LAYOUTS[layout],
+        f"model.global_batch_size={G * K}", *layout,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace):
     """A run of one process that was left alone."""
-    process = run_script(workplace, "one_process", *settings("one"))
+    process = run_script(workplace, "one_process", *settings(LAYOUTS["one"]))
     assert process.returncode == 0, process.stderr[-3000:]
     return workplace / "one_process"
 
 
 @pytest.fixture(scope="module")
 def half_way(workplace):
-    """The folder of a run with TP=2, of which one rank was killed after its second checkpoint."""
+    """The folder of a run of four ranks, of which one was killed after its second checkpoint."""
     folder = workplace / "half_way"
     process = subprocess.Popen(
-        command("half_way", *settings("tp2")), cwd=workplace, env=environment(), text=True,
+        command("half_way", *settings(FIRST_LAYOUT)), cwd=workplace, env=environment(), text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     while not list(folder.glob("checkpoints/*-step=2-*-last")):
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.01)
-    (other_rank,) = [child for child in psutil.Process(process.pid).children() if "train_gpt" in str(child.cmdline())]
+    *_, other_rank = [child for child in psutil.Process(process.pid).children() if "train_gpt" in str(child.cmdline())]
     os.kill(other_rank.pid, signal.SIGKILL)
     killed_at = time.monotonic()
     assert process.wait(timeout=60) != 0, "the other rank went on by itself"
@@ -66,7 +71,7 @@ def test_the_ranks_that_are_left_end_too_and_leave_a_complete_checkpoint(half_wa
 def test_a_run_continues_on_another_layout(workplace, half_way, undisturbed, layout):
     folder = workplace / f"resumed_{layout}"
     shutil.copytree(half_way, folder)
-    process = run_script(workplace, folder.name, *settings(layout))
+    process = run_script(workplace, folder.name, *settings(LAYOUTS[layout]))
     assert process.returncode == 0, process.stderr[-3000:]
     assert "Resuming training from checkpoint" in process.stdout + process.stderr
     expected, found = trajectory(undisturbed), trajectory(folder)

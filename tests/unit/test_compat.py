@@ -16,7 +16,7 @@ import types
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, common, filesystem_async
-from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -193,8 +193,36 @@ print("PROBED " + json.dumps({
     "cuda of ModelPT": "cuda" in vars(modelPT.ModelPT),
     "seeds need a GPU": "device_count() > 0" in inspect.getsource(megatron_init._set_random_seed),
     "random states are CUDA's": "torch.cuda" in inspect.getsource(random._set_cuda_rng_state),
+    "virtual stages": "only supported when using megatron_amp_O2" in inspect.getsource(
+        megatron_gpt_model.MegatronGPTModel.__init__),
+    "DDP": "DistributedDataParallel(" in inspect.getsource(nlp_overrides.NLPDDPStrategy.configure_ddp),
+    **specs(),
 }))
 """
+# The layer specs that NeMo chooses from, under their names, with and without our stand-in.
+PROBE = (
+    """
+import sys, types
+
+def specs():
+    package = "nemo.collections.nlp.models.language_modeling.megatron.gemma2.gemma2_spec"
+    sys.modules[package] = types.SimpleNamespace(get_gemma2_layer_spec=lambda: "gemma")
+    for name in vars(megatron_gpt_model).copy():
+        if name.startswith("get_") and name.endswith("_spec"):
+            setattr(megatron_gpt_model, name, lambda *args, name=name: name)
+    from nemo_aligner.compat import no_transformer_engine
+    no_transformer_engine._keep_weight_decay_off_own_norm = lambda: None
+    found = {}
+    for is_there in (True, False):
+        megatron_gpt_model.HAVE_TE = is_there
+        no_transformer_engine.apply()
+        found[f"get_specs {is_there}"] = megatron_gpt_model.get_specs.__module__
+        if is_there:
+            found["with"], found["off"] = (megatron_gpt_model.get_specs("", None, use) for use in (True, False))
+    return found
+"""
+    + PROBE
+)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +252,53 @@ def test_nemo_still_needs_apex(bare, what, found):
 @pytest.mark.parametrize("what, found", [("bert models", "NameError"), ("layer spec", "ModuleNotFoundError")])
 def test_nemo_still_needs_transformer_engine(bare, what, found):
     assert bare[what] == found
+
+
+def test_with_transformer_engine_nemo_chooses_the_spec(bare):
+    assert bare["with"] == "get_gpt_layer_with_transformer_engine_spec"
+    assert bare["off"] == "get_gpt_layer_local_spec"  # model.transformer_engine: False, although it is installed
+    assert bare["get_specs True"] == megatron_gpt_model.__name__
+    assert bare["get_specs False"] == no_transformer_engine.__name__
+
+
+def test_virtual_stages_without_O2_still_need_their_stand_ins(bare):
+    assert bare["virtual stages"] and bare["DDP"]
+
+
+def _recorder(calls: list, kind: str):
+    """Stands for `isend` and `irecv`, whose peer's argument has another name in each."""
+    return lambda tensor, peer=None, group=None, **peers: calls.append((kind, group, tensor))
+
+
+@pytest.mark.parametrize("exchange", [p2p_communication._batched_p2p_ops, p2p_communication._p2p_ops])
+def test_batched_messages_between_two_stages_are_still_confused(monkeypatch, exchange):
+    """Between two ranks, a group's sends and receives are paired by their order."""
+    distributed, calls = torch.distributed, {0: [], 1: []}
+    monkeypatch.setattr(p2p_communication, "get_pipeline_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "P2POp", lambda op, tensor, peer, group: op(tensor, peer, group))
+    monkeypatch.setattr(distributed, "batch_isend_irecv", lambda ops: [])
+    for rank, own in calls.items():
+        monkeypatch.setattr(p2p_communication, "get_pipeline_model_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(
+            distributed, "isend", lambda tensor, dst, group, own=own: own.append(("send", group, tensor))
+        )
+        monkeypatch.setattr(
+            distributed, "irecv", lambda tensor, src, group, own=own: own.append(("take", group, tensor))
+        )
+        exchange(
+            tensor_send_prev="gradient", tensor_recv_prev="activation", tensor_send_next="activation",
+            tensor_recv_next="gradient", group="pipeline", prev_pipeline_rank=1 - rank, next_pipeline_rank=1 - rank,
+        )  # fmt: skip
+
+    def tensors(rank, kind, group):
+        return [tensor for what, where, tensor in calls[rank] if (what, where) == (kind, group)]
+
+    is_right = [
+        tensors(rank, "send", group) == tensors(1 - rank, "take", group)
+        for rank in (0, 1) for group in ("pipeline", distributed.group.WORLD)
+    ]  # fmt: skip
+    assert sum(len(own) for own in calls.values()) == 8
+    assert all(is_right) == (exchange is p2p_communication._p2p_ops)
 
 
 def test_nemo_still_needs_the_version_of_a_container(bare):

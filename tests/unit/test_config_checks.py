@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nemo_aligner.compat import virtual_stages
 from nemo_aligner.rewards import build
 from nemo_aligner.utils import config_checks
 from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
@@ -116,7 +117,6 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
             ["trainer.precision=bf16", "on a CPU only with model.megatron_amp_O2=True"],
         ),
         (["++model.context_parallel_size=2"], ["model.context_parallel_size", "must be 1"]),
-        (["++model.virtual_pipeline_model_parallel_size=2"], ["virtual_pipeline_model_parallel_size", "must be null"]),
         (
             ["model.optim.name=mcore_distributed_optim", "+model.optim.overlap_param_gather_with_optimizer_step=True"],
             ["model.optim.overlap_param_gather_with_optimizer_step=True", "False"],
@@ -352,3 +352,83 @@ def test_settings_without_effect_are_mentioned(files, warnings):
         "trainer.max_time=00:01:00:00 has no effect in rejection sampling",
         "model.rs.sampling_params.compute_logprob=True has no effect in rejection sampling",
     ]
+
+
+# ---- parallel layouts
+
+VPP = "++model.virtual_pipeline_model_parallel_size=2"
+PP = "model.pipeline_model_parallel_size"
+TP = "model.tensor_model_parallel_size"
+RECOMPUTE = "++model.activations_checkpoint_granularity=full"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ([f"{TP}=2", "++model.num_attention_heads=9"], f"{TP}=2 must divide the model's num_attention_heads=9"),
+        ([f"{TP}=2", "++model.num_query_groups=3"], f"{TP}=2 must divide the model's num_query_groups=3"),
+        ([f"{TP}=2", "++model.ffn_hidden_size=129"], f"{TP}=2 must divide the model's ffn_hidden_size=129"),
+        ([f"{TP}=2", "++model.override_vocab_size=321"], f"{TP}=2 must divide the model's override_vocab_size=321"),
+        ([f"{TP}=2", "++model.perform_initialization=False"], "model.perform_initialization=False would"),
+        ([f"{PP}=2", "++model.num_layers=5"], f"num_layers=5 must be a multiple of {PP}=2"),
+        (
+            [f"{PP}=2", VPP, "++model.num_layers=6"],
+            f"num_layers=6 must be a multiple of {PP}=2 * model.virtual_pipeline_model_parallel_size=2",
+        ),
+        ([VPP], f"model.virtual_pipeline_model_parallel_size=2 needs {PP} of 2 or more"),
+        (
+            [f"{PP}=2", VPP, "model.global_batch_size=8", "model.micro_batch_size=8"],
+            "model.global_batch_size=8 / (model.micro_batch_size=8 * 1 data-parallel replicas) = 1",
+        ),
+        ([f"{PP}=2", VPP, "++model.batch_p2p_comm=True"], "model.batch_p2p_comm=True would confuse"),
+        ([f"{PP}=2", VPP, "++model.overlap_p2p_comm=True"], "model.overlap_p2p_comm=True is not supported on a CPU"),
+        (["++model.activations_checkpoint_granularity=some"], "must be null, selective or full"),
+        ([RECOMPUTE], "model.activations_checkpoint_method=None must be uniform or block"),
+        (
+            [RECOMPUTE, "++model.activations_checkpoint_method=block"],
+            "model.activations_checkpoint_num_layers=None must be a positive whole number",
+        ),
+        (
+            ["++model.activations_checkpoint_granularity=selective", "++model.activations_checkpoint_num_layers=1"],
+            "model.activations_checkpoint_num_layers must be null",
+        ),
+        (
+            [
+                RECOMPUTE, "++model.activations_checkpoint_method=uniform",
+                "++model.activations_checkpoint_num_layers=2", f"{PP}=2", "++model.num_layers=6",
+            ],
+            "model.activations_checkpoint_num_layers=2 must divide the 3 layers",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_split_so_is_refused(files, overrides, message):
+    assert message in refusal(*overrides)
+
+
+def test_layouts_that_work_pass(files, monkeypatch):
+    sizes = ["++model.num_layers=8", "++model.num_attention_heads=4", "++model.num_query_groups=2"]
+    for layout in ([f"{PP}=2", VPP], [f"{PP}=2", VPP, "++model.batch_p2p_comm=False"], [f"{TP}=2"]):
+        check_rs_config(config(*sizes, *layout))
+
+
+def test_virtual_stages_in_bf16_need_O2(files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    overrides = ("trainer.accelerator=gpu", "trainer.precision=bf16", "model.megatron_amp_O2=False", f"{PP}=2", VPP)
+    assert "needs model.megatron_amp_O2=True with trainer.precision=bf16" in refusal(*overrides)
+
+
+def test_messages_are_batched_where_their_order_tells_them_apart():
+    def batched(stages, **keys):
+        cfg = OmegaConf.create({"pipeline_model_parallel_size": stages, **keys})
+        virtual_stages.choose_messages(cfg)
+        return cfg.get("batch_p2p_comm")
+
+    assert batched(2) is None and batched(4) is None
+    assert batched(2, virtual_pipeline_model_parallel_size=2) is False
+    assert batched(4, virtual_pipeline_model_parallel_size=2) is True
+    assert batched(4, virtual_pipeline_model_parallel_size=2, overlap_p2p_comm=True) is False
+
+
+def test_sequence_parallelism_without_tensor_parallelism_is_said_to_do_nothing(files, warnings):
+    check_rs_config(config("model.sequence_parallel=True"))
+    assert "model.sequence_parallel=True has no effect with model.tensor_model_parallel_size=1" in str(warnings)

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from nemo_aligner.models.nlp.gpt.layer_spec import Norm, ScaledDotProductAttention, get_block_spec
-from tests.tiny import load_actor, prompt_batch
+from tests.tiny import load_actor, prompt_batch, save_gpt2_like
 
 
 def config(**changes):
@@ -172,31 +172,10 @@ def test_what_these_layers_cannot_do_is_refused():
 @pytest.fixture(scope="module", params=["layernorm", "layernorm1p"])
 def gpt2_like(request, tiny_hf, tmp_path_factory):
     """An actor with LayerNorm, learned positions, GELU and biases, all parameters random."""
-    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
-    from pytorch_lightning import Trainer
-    from transformers import AutoConfig
-
-    from nemo_aligner.convert.hf_to_nemo import ConvertedGPTModel, model_config
-    from nemo_aligner.models.nlp.gpt.hf_tokenizer import tokenizer_config
-
-    cfg = model_config(AutoConfig.from_pretrained(tiny_hf), tokenizer_config(tiny_hf), "32")
-    cfg.update(
-        normalization=request.param,
-        position_embedding_type="learned_absolute",
-        activation="gelu",
-        bias=True,
-        encoder_seq_length=16,
-        max_position_embeddings=16,
-        num_layers=2,
-    )
-    trainer = Trainer(devices=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False, enable_checkpointing=False)
-    model = ConvertedGPTModel(cfg, trainer)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    path = tmp_path_factory.mktemp("gpt2_like") / "model.nemo"
-    model.save_to(str(path))
+    path = save_gpt2_like(
+        tiny_hf, tmp_path_factory.mktemp("gpt2_like") / "model.nemo", normalization=request.param,
+        encoder_seq_length=16, max_position_embeddings=16, num_layers=2,
+    )  # fmt: skip
     actor = load_actor(path, rs={"length_params.max_length": 6})
     actor.prepare_for_inference()
     return actor

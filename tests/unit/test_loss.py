@@ -5,8 +5,10 @@ Legend: R rows of the global batch, S padded width; response tokens are those wi
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from nemo_aligner.convert.name_map import hf_names, pack
+from nemo_aligner.generation import stages
 from tests.tiny import load_actor
 
 END_ID = 0
@@ -212,3 +214,21 @@ def test_resets_are_read_from_the_data_section(tiny_nemo):
         assert mask.dtype == torch.bool and mask.tolist() == [[blocked]]
         assert loss_mask.tolist() == [[1, 1, 1]]
         assert position_ids.tolist() == [[0, 1, 0 if keys.get("reset_position_ids") else 2]]
+
+
+def test_stages_send_what_the_next_one_expects(actor, monkeypatch):
+    """Both in training and in generation, whatever dtype a stage computes in; the last one's loss is float32."""
+    monkeypatch.setattr(parallel_state, "is_pipeline_last_stage", lambda ignore_virtual=False: False)
+    for config in (actor.model_parallel_config, actor.model.config):
+        monkeypatch.setattr(config, "pipeline_dtype", torch.bfloat16)
+    hidden = torch.zeros(1, 2, 3)
+    step = actor.get_actor_forward_output_and_loss_func()
+    output, _ = step(iter([make_batch(ROWS)]), lambda *args, **kwargs: hidden)
+    sent = []
+    monkeypatch.setattr(stages, "send_forward", lambda tensor, config: sent.append(tensor.dtype))
+    assert stages.forward_through_stages([actor.model], lambda number, chunk: hidden, 2, 1) is None
+    assert [output.dtype, *sent] == [torch.bfloat16] * 2
+
+    batch = make_batch(ROWS)
+    logits = torch.randn(*batch["response_tokens"].shape, 384).bfloat16()
+    assert actor._loss(logits, batch, None, 1).dtype == torch.float32

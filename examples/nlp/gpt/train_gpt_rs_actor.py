@@ -27,6 +27,7 @@ from nemo_aligner.data.nlp.builders import (
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 from nemo_aligner.rewards.build import build_reward
 from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.rank_failure import end_all_ranks_on_error
 from nemo_aligner.utils.termination import StopRequested
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
@@ -48,7 +49,7 @@ OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
 
 @hydra_runner(config_path="../../../configs", config_name="gpt_rs_actor")
 def main(cfg) -> None:
-    with exit_on_config_error(), exit_on_reward_error():
+    with exit_on_config_error(), exit_on_reward_error(), end_all_ranks_on_error():
         train(cfg)
 
 

@@ -1,18 +1,29 @@
 """Switch a NeMo GPT model to inference and back."""
 
+from collections.abc import Iterator
+
+from megatron.core import ModelParallelConfig
 from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 
 from nemo_aligner.utils.train_utils import set_eval, set_train
 
-# Keys of the model config that MegatronGPTModel reads without a default, and that an archive may lack.
-_READ_WITHOUT_DEFAULT = {
-    "optim": {"name": "adamw"},
+# What training may switch on, and how it is off: in the config, in Megatron's configs, in the modules.
+_OFF_IN_CONFIG = {
     "activations_checkpoint_granularity": None,
     "activations_checkpoint_method": None,
     "activations_checkpoint_num_layers": None,
     "activations_checkpoint_layers_per_pipeline": None,
     "sequence_parallel": False,
+}
+_OFF_IN_MEGATRON_CONFIGS = {
+    "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None, "sequence_parallel": False,
+}  # fmt: skip
+_OFF_IN_MODULES = {"checkpoint_core_attention": False, "sequence_parallel": False, "reduce_scatter_embeddings": False}
+# Keys of the model config that MegatronGPTModel reads without a default, and that an archive may lack.
+_READ_WITHOUT_DEFAULT = {
+    "optim": {"name": "adamw"},
+    **_OFF_IN_CONFIG,
 }
 
 
@@ -34,25 +45,36 @@ def switch_off_O2_in_float32(cfg: DictConfig) -> None:
 class InferenceMode:
     """Activation checkpointing and sequence parallelism of a model, off for inference and restored behind it.
 
-    NeMo remembers one set of values: switching off twice in a row would make it remember "off".
+    NeMo's own methods for this leave out that megatron-core's embeddings scatter their output, and when called twice in
+    a row remember "off".
     """
 
     def __init__(self, model):
         self._model = model
-        self._is_on = False
+        self._before: list[tuple[object, str, object]] | None = None  # owner, attribute, value; None in training
 
     def enter(self) -> None:
         """Prepare for inference. A second call before `leave` changes nothing."""
-        if not self._is_on:
-            self._model._reset_activation_checkpointing_args()
-            self._model._reset_sequence_parallelism_args()
-            self._is_on = True
+        if self._before is None:
+            self._before = []
+            for owner, off in self._switches():
+                for name, value in off.items():
+                    if hasattr(owner, name):
+                        self._before.append((owner, name, getattr(owner, name)))
+                        setattr(owner, name, value)
         set_eval(self._model)
 
     def leave(self) -> None:
         """Restore what `enter` switched off."""
-        if self._is_on:
-            self._model._restore_activation_checkpointing_args()
-            self._model._restore_sequence_parallelism_args()
-            self._is_on = False
+        for owner, name, value in self._before or ():
+            setattr(owner, name, value)
+        self._before = None
         set_train(self._model)
+
+    def _switches(self) -> Iterator[tuple[object, dict]]:
+        modules = [module for chunk in self._model.get_model_module_list() for module in chunk.modules()]
+        configs = [self._model.model_parallel_config, *(getattr(module, "config", None) for module in modules)]
+        configs = {id(config): config for config in configs if isinstance(config, ModelParallelConfig)}
+        yield self._model.cfg, _OFF_IN_CONFIG
+        yield from ((config, _OFF_IN_MEGATRON_CONFIGS) for config in configs.values())
+        yield from ((module, _OFF_IN_MODULES) for module in modules)

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
-from nemo_aligner.compat import mcore_optimizer
+from nemo_aligner.compat import mcore_optimizer, virtual_stages
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.sampling import SamplingParams, random_streams
@@ -50,7 +50,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
     def __init__(self, cfg: DictConfig, trainer: Trainer):
         fill_missing_keys(cfg)
         switch_off_O2_in_float32(cfg)
-        super().__init__(cfg, trainer=trainer)
+        virtual_stages.choose_messages(cfg)
+        with virtual_stages.built_without_O2(self, cfg):
+            super().__init__(cfg, trainer=trainer)
         self.automatic_optimization = False
         self.resets = {
             key: cfg.get("data", {}).get(key, False) for key in ("reset_position_ids", "reset_attention_mask")

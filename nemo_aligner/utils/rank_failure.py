@@ -1,0 +1,158 @@
+"""An error on one rank ends the job on all ranks, and that rank's message is the last that the job prints.
+
+Without this the other ranks wait in their next collective: on GPUs for the minutes of NCCL's timeout, on CPUs until
+gloo has an error of its own, which hides the one that counts. Every rank watches a key of the job's TCP store (the one
+in which `init_process_group` meets, whatever the launcher). A failing rank writes its message there, the others fall
+silent and say so, then the failing rank prints the message, and all end.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from datetime import timedelta
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+from tqdm import tqdm
+
+from nemo_aligner.utils.errors import ConfigError, RewardError
+
+POLL_INTERVAL_S = 0.5
+# The failing rank waits this long for the others to fall silent, and they as long for it to have printed its message.
+ANSWER_S = 10.0
+# When the store is gone, which rank 0 or the launcher keeps, a rank has this long to end by itself.
+GRACE_S = 10.0
+# Raised on every rank of the job at the same place, or by a person.
+ON_ALL_RANKS = (RewardError, SystemExit, KeyboardInterrupt)
+
+
+@contextlib.contextmanager
+def end_all_ranks_on_error():
+    """Within, an error other than ON_ALL_RANKS ends all ranks of the job: exit code 2 for a `ConfigError`, else 1.
+
+    Before the process group exists, or if it has one rank, errors pass through.
+    """
+    # tqdm's own lock is a semaphore, about whose loss Python's resource tracker would have the last words.
+    tqdm.set_lock(threading.RLock())
+    watch = _Watch()
+    watch.start()
+    try:
+        yield
+    except ON_ALL_RANKS:
+        raise
+    except BaseException as error:
+        if not _has_peers():
+            raise
+        watch.end_job(error)
+    finally:
+        watch.finish()
+
+
+class _Watch(threading.Thread):
+    """Ends this process when another rank has failed."""
+
+    def __init__(self):
+        super().__init__(name="rank-failure-watch", daemon=True)
+        self.is_over = threading.Event()
+        self._own_message = None
+
+    def run(self) -> None:
+        while not _has_peers():
+            if self.is_over.wait(POLL_INTERVAL_S):
+                return
+        try:
+            store = _connect()
+        except (KeyError, RuntimeError) as error:
+            warnings.warn(f"errors on other ranks are noticed late: no connection to the store ({error})", stacklevel=1)
+            return
+        try:
+            while not store.check([_key("failed")]):
+                if self.is_over.wait(POLL_INTERVAL_S) or store.check([_key("over")]):
+                    return
+            message = store.get(_key("failed")).decode()
+        except RuntimeError:
+            if not self.is_over.wait(GRACE_S):
+                _say(f"rank {torch.distributed.get_rank()} ends, as the store that the ranks share is gone")
+                os._exit(1)
+            return
+        if message != self._own_message:
+            _fall_silent()
+            with contextlib.suppress(RuntimeError):  # the store may be gone already
+                store.add(_key("silent"), 1)
+                store.wait([_key("printed")], timedelta(seconds=ANSWER_S))
+                if torch.distributed.get_rank() == 0:
+                    time.sleep(POLL_INTERVAL_S)  # the store may go with this process
+            os._exit(1)
+
+    def finish(self) -> None:
+        """Watch no longer. Rank 0, with which the store may go, tells the others."""
+        self.is_over.set()
+        if _has_peers() and torch.distributed.get_rank() == 0:
+            with contextlib.suppress(KeyError, RuntimeError):
+                _connect().set(_key("over"), "yes")
+                time.sleep(2 * POLL_INTERVAL_S)
+
+    def end_job(self, error: BaseException) -> None:
+        """Print the error when the other ranks are silent, and end this process."""
+        rank, reason = torch.distributed.get_rank(), " ".join(str(error).split())
+        self._own_message = f"rank {rank}: {type(error).__name__}: {reason}"
+        is_users_mistake = isinstance(error, ConfigError)
+        store = None
+        with contextlib.suppress(KeyError, RuntimeError):  # without a store only this process ends here
+            store = _connect()
+            first = store.compare_set(_key("failed"), "", self._own_message).decode()
+            if first != self._own_message:
+                _say(f"{self._own_message} ({first.split(':')[0]} failed before)")
+                time.sleep(3 * ANSWER_S)  # `run` ends this process
+        if not is_users_mistake:
+            traceback.print_exception(error)
+            if "TORCHELASTIC_ERROR_FILE" in os.environ:  # from which torchrun takes its own last words
+                ErrorHandler().record_exception(error)
+        with contextlib.suppress(RuntimeError):
+            if store is not None:
+                _wait_for_silence(store)
+        _say(f"error: {reason if is_users_mistake else self._own_message}")
+        with contextlib.suppress(RuntimeError):
+            if store is not None:
+                store.set(_key("printed"), "yes")
+        os._exit(2 if is_users_mistake else 1)
+
+
+def _has_peers() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _connect() -> torch.distributed.TCPStore:
+    """A connection of its own: calls on one connection wait for each other."""
+    return torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+        timeout=timedelta(seconds=ANSWER_S),
+    )  # fmt: skip
+
+
+def _key(name: str) -> str:
+    """A name that a job which torchrun starts anew does not share with the one before."""
+    return f"nemo_aligner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+
+
+def _wait_for_silence(store: torch.distributed.TCPStore) -> None:
+    deadline = time.monotonic() + ANSWER_S
+    while store.add(_key("silent"), 0) < torch.distributed.get_world_size() - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_INTERVAL_S / 5)
+
+
+def _say(line: str) -> None:
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fall_silent() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)

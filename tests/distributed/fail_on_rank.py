@@ -1,0 +1,43 @@
+"""The training script with an error on one rank, as FAIL="<place>:<rank>" in the environment says.
+
+At `select` it is not an error, but a rollout too few.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+import nemo_aligner.compat.quiet_imports  # noqa: F401  as the script itself
+from nemo_aligner.algorithms.rs import RSTrainer
+from nemo_aligner.data.nlp.datasets import RLHFDataset
+from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
+
+SCRIPT = Path(__file__).parents[2] / "examples/nlp/gpt/train_gpt_rs_actor.py"
+PLACES = {
+    "infer": (MegatronGPTRSModel, "infer", RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")),
+    "loss": (MegatronGPTRSModel, "_loss", ValueError("a loss that is none")),
+    "data": (RLHFDataset, "__getitem__", OSError("the prompts are gone")),
+    "select": (RSTrainer, "_select", None),
+}
+
+
+def fail(place: str, rank: int) -> None:
+    owner, name, error = PLACES[place]
+    method = getattr(owner, name)
+
+    def failing(self, *args, **kwargs):
+        if torch.distributed.get_rank() != rank:
+            return method(self, *args, **kwargs)
+        if error is not None:
+            raise error
+        return {key: value[:-1] for key, value in method(self, *args, **kwargs).items()}
+
+    setattr(owner, name, failing)
+
+
+if __name__ == "__main__":
+    place, rank = os.environ["FAIL"].split(":")
+    fail(place, int(rank))
+    # not runpy, which puts the script where Lightning looks for what to start on the other ranks
+    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec"))
