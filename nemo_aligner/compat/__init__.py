@@ -19,6 +19,7 @@ def apply() -> None:
         mcore_optimizer,
         no_apex,
         no_transformer_engine,
+        numpy_version,
         resume,
         torch_version,
         virtual_stages,
@@ -27,6 +28,7 @@ def apply() -> None:
     no_apex.apply()
     no_transformer_engine.apply()
     torch_version.apply()
+    numpy_version.apply()
     adapters.apply()
     checkpoint_writer.apply()
     resume.apply()

@@ -1,11 +1,13 @@
 """megatron-core 0.9.0 with a torch that is newer than itself."""
 
+import dataclasses
 import functools
 import inspect
 
 
 def apply() -> None:
     _adapt_checkpoint_writer()
+    _keep_what_megatron_core_adds_to_metadata()
 
 
 def _adapt_checkpoint_writer() -> None:
@@ -24,3 +26,29 @@ def _adapt_checkpoint_writer() -> None:
     if "serialization_format" in parameters:
         keywords["serialization_format"] = filesystem.SerializationFormat.TORCH_SAVE
     filesystem_async._write_item = functools.partial(filesystem._write_item, *arguments, **keywords)
+
+
+def _keep_what_megatron_core_adds_to_metadata() -> None:
+    """The shapes of flattened optimizer states stand in an attribute that torch does not know.
+
+    torch 2.11 writes a copy of the metadata, which lacks it; torch 2.13 writes the object itself. Removal: when that is
+    the oldest, or with a megatron-core that stores them elsewhere.
+    """
+    from torch.distributed.checkpoint import filesystem
+
+    if "dataclasses.replace(" in inspect.getsource(filesystem._FileSystemWriter.finish):
+        filesystem.dataclasses = _ReplaceKeepsAttributes()
+
+
+class _ReplaceKeepsAttributes:
+    """The module `dataclasses`, but copies have the attributes that are no fields, too."""
+
+    def __getattr__(self, name):
+        return getattr(dataclasses, name)
+
+    @staticmethod
+    def replace(instance, **changes):
+        copy = dataclasses.replace(instance, **changes)
+        for name, value in vars(instance).items():
+            vars(copy).setdefault(name, value)
+        return copy

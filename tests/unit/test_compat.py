@@ -1,6 +1,7 @@
 """The stand-ins for what is not installed: only where something is missing, once, and only while it is needed."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -13,8 +14,10 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing import validation
 from megatron.core.dist_checkpointing.strategies import async_utils, common, filesystem_async
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
@@ -30,10 +33,10 @@ from nemo.utils import exp_manager
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from nemo_aligner import compat
-from nemo_aligner.compat import cpu, device, log_noise, no_apex, no_transformer_engine, torch_version
+from nemo_aligner.compat import cpu, device, log_noise, no_apex, no_transformer_engine, numpy_version, torch_version
 from nemo_aligner.models.nlp.gpt.layer_spec import Norm
 from nemo_aligner.testing.utils import Utils
 
@@ -122,6 +125,27 @@ def test_the_checkpoint_writer_fits_every_torch(monkeypatch, writer, written):
     torch_version.apply()
     assert (filesystem_async._write_item is writer) == (writer is write_item_of_torch_2_6)
     assert filesystem_async._write_item(1, 2, 3, 4) == written
+
+
+def test_metadata_that_torch_copies_keeps_what_megatron_core_added(monkeypatch):
+    def finish(self, metadata, results):
+        return filesystem.dataclasses.replace(metadata, version="2.11")
+
+    monkeypatch.setattr(filesystem._FileSystemWriter, "finish", finish)
+    monkeypatch.setattr(filesystem, "dataclasses", dataclasses, raising=False)
+    metadata = Metadata({})
+    metadata.mcore_data = {"key": "shape"}
+    assert not hasattr(finish(None, metadata, []), "mcore_data")
+    torch_version.apply()
+    assert finish(None, metadata, []).mcore_data == {"key": "shape"}
+    assert finish(None, metadata, []).version == "2.11"
+
+
+def test_numpy_2_gets_back_the_name_that_megatron_core_calls(monkeypatch):
+    monkeypatch.delattr(np, "product", raising=False)
+    numpy_version.apply()
+    assert np.product((2, 3)) == 6
+    assert "np.product(" in inspect.getsource(validation), "megatron-core no longer calls it"
 
 
 # ---- once
