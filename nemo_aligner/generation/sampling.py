@@ -29,6 +29,11 @@ class SamplingParams:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
+    @classmethod
+    def of(cls, configured: dict) -> "SamplingParams":
+        """Those of the configured options that decide which token is drawn."""
+        return cls(**{key: configured[key] for key in cls.__dataclass_fields__ if key in configured})
+
 
 def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], length: int) -> torch.Tensor:
     """Each row's own random numbers in [0, 1), float64 [B, length] on the CPU.
@@ -40,12 +45,13 @@ def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], len
 
 
 def sample(
-    logits_BV: torch.Tensor, previous_BT: torch.Tensor, params: SamplingParams, uniform_B: torch.Tensor
+    logits_BV: torch.Tensor, previous_BT: torch.Tensor | None, params: SamplingParams, uniform_B: torch.Tensor
 ) -> torch.Tensor:
     """The next token of each row, int64 [B].
 
-    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far), top-k, top-p, draw. What is
-    drawn depends on the logits and `uniform_B`, float64 in [0, 1), alone.
+    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far, any number of times each; None
+    if there is no penalty), top-k, top-p, draw. What is drawn depends on the logits and `uniform_B`, float64 in [0, 1),
+    alone.
     """
     if not params.use_greedy and params.temperature != 1.0:
         logits_BV = logits_BV / params.temperature
