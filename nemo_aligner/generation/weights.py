@@ -13,6 +13,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
+from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import AdapterName
 from torch.nn import functional as F
 
 from nemo_aligner.models.nlp.gpt.lora import LINEARS
@@ -140,7 +141,7 @@ def unsupported_part(model: torch.nn.Module) -> str | None:
         if not (isinstance(layer.self_attention, SelfAttention) and isinstance(layer.mlp, MLP)):
             return f"the layer {type(layer).__name__} with {type(layer.mlp).__name__}"
         for module in (layer.self_attention, layer.mlp):
-            unknown = sorted(set(getattr(module, "adapter_layer", ())) - set(LINEARS))
+            unknown = sorted({AdapterName(name).value for name in getattr(module, "adapter_layer", ())} - set(LINEARS))
             if unknown:
                 return f"the adapter {unknown[0]}"
     known = {id(tensor) for tensor in find_weights(model)._tensors()}
@@ -179,7 +180,7 @@ def _linear(parent: torch.nn.Module, name: str) -> Linear:
 
 def _adapter(parent: torch.nn.Module, linear: str) -> torch.nn.Module | None:
     for name, module in getattr(parent, "adapter_layer", {}).items():
-        if LINEARS[str(name)] == linear and parent.adapter_cfg[name]["enabled"]:
+        if LINEARS.get(AdapterName(name).value) == linear and parent.adapter_cfg[name]["enabled"]:
             return module
     return None
 
