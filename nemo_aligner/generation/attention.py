@@ -30,6 +30,10 @@ class RotaryTable:
             self.cos_TD = angles_TD.cos().to(weights.dtype)
             self.sin_TD = (angles_TD.sin() * sign_D).to(weights.dtype)
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if self.cos_TD is None else (self.cos_TD, self.sin_TD)
+
     def at(self, positions_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None if self.cos_TD is None else (self.cos_TD[positions_M], self.sin_TD[positions_M])
 
@@ -38,7 +42,7 @@ class PromptAttention:
     """Causal attention of packed prompts, each to itself; its keys and values go to rows 0, 1, ... of `cache`.
 
     Args:
-        lengths: of the prompts that are packed one behind the other, none of them 0.
+        lengths: of the prompts that are packed one behind the other; not all are 0.
     """
 
     def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int]):
@@ -97,6 +101,25 @@ class RowAttention:
             keys_RGTD[:num_rows, :, :t],
             values_RGTD[:num_rows, :, :t],
             self.is_filled_Bt,
+        )
+
+
+class FusedRowAttention:
+    """`RowAttention` in one kernel, which reads what is filled and no more: it needs no bound from the host."""
+
+    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, positions_B: torch.Tensor):
+        self.weights, self.rotary, self.cache, self.positions_B = weights, rotary, cache, positions_B
+
+    def __call__(self, number: int, qkv_BX: torch.Tensor) -> torch.Tensor:
+        from nemo_aligner.generation import triton_ops
+
+        return triton_ops.row_attention(
+            qkv_BX,
+            self.cache.keys_LRGTD[number],
+            self.cache.values_LRGTD[number],
+            self.positions_B,
+            self.rotary.tables,
+            self.weights.heads_per_group,
         )
 
 

@@ -10,15 +10,17 @@ be decoded a few tokens beyond its end, which are dropped.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from megatron.core import parallel_state
 from nemo.utils import logging
 
 from nemo_aligner.generation import torch_ops
-from nemo_aligner.generation.attention import PromptAttention, RotaryTable, RowAttention
+from nemo_aligner.generation.attention import FusedRowAttention, PromptAttention, RotaryTable, RowAttention
+from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.forward import forward, vocabulary_logits
 from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, usable_memory
@@ -51,8 +53,13 @@ class Engine:
 
     def __init__(self, model: torch.nn.Module, max_rows: int):
         self._model, self._max_rows = model, max_rows
-        self._cache: KVCache | None = None
-        self._prompts: KVCache | None = None
+        self._device = next(model.parameters()).device
+        self._on_gpu = self._device.type == "cuda"
+        self._ops = _kernels() if self._on_gpu else torch_ops
+        # How far the host runs ahead, in steps. On a CPU it is the device itself.
+        self._steps_between_looks, self._looks_behind = (2, 1) if self._on_gpu else (1, 0)
+        self._in_flight: list[Row] = []
+        self.release()
 
     @torch.no_grad()
     def generate(self, rows: list[Row], decoding: Decoding, end_strings: EndStrings) -> Iterator[Row]:
@@ -60,11 +67,10 @@ class Engine:
 
         All tensor-parallel ranks call it together with the same rows, and take the same steps.
         """
-        self._weights = find_weights(self._model)
-        self._make_room(rows, decoding)
-        self._device_rows = DeviceRows(self._cache.num_rows, self._cache.capacity, decoding, self._weights.device)
-        self._in_flight: list[Row] = []
         waiting = deque(_Prompt(deque(same)) for _, same in groupby(rows, key=lambda row: row.prompt))
+        self._weights = find_weights(self._model)
+        self._make_room(len(rows), waiting, decoding)
+        self._in_flight = []
         stored: deque[tuple[int, _Prompt]] = deque()
         looks = deque()
         while waiting or stored or self._in_flight:
@@ -74,44 +80,48 @@ class Engine:
                 yield from self._take_in(looks.popleft(), decoding, end_strings)
 
     def release(self) -> None:
-        """Give the memory of keys and values back."""
-        self._cache = self._prompts = self._device_rows = self._rotary = None
-
-    # How far the host runs ahead. On a CPU it is the device itself.
-
-    @property
-    def _steps_between_looks(self) -> int:
-        return 2 if self._weights.device.type == "cuda" else 1
-
-    @property
-    def _looks_behind(self) -> int:
-        return 1 if self._weights.device.type == "cuda" else 0
+        """Give the memory of keys and values back, and the graphs that point there."""
+        self._cache: KVCache | None = None
+        self._prompts: KVCache | None = None
+        self._rotary: RotaryTable | None = None
+        self._device_rows: DeviceRows | None = None
+        self._graphs: StepGraphs | None = None
 
     # Memory
 
-    def _make_room(self, rows: list[Row], decoding: Decoding) -> None:
-        """Have a cache for as many of `rows` as may be in flight, and a store for prompts."""
-        longest = max(len(row.prompt) for row in rows)
+    def _make_room(self, num_rows: int, prompts: Collection[_Prompt], decoding: Decoding) -> None:
+        """Have a cache for as many rows as may be in flight, a store for prompts, and what goes with them."""
+        self._make_caches(num_rows, prompts, decoding)
+        if self._device_rows is None or self._device_rows.decoding != decoding:
+            self._device_rows = DeviceRows(self._cache.num_rows, self._cache.capacity, decoding, self._device)
+        self._device_rows.clear_(slice(None))
+        reads = (self._weights.pointers(), id(self._device_rows), id(self._cache))
+        if self._graphs is None or not self._graphs.are_valid_for(reads):
+            self._graphs = StepGraphs(self._step, reads)
+
+    def _make_caches(self, num_rows: int, prompts: Collection[_Prompt], decoding: Decoding) -> None:
+        longest = max(len(prompt.tokens) for prompt in prompts)
         capacity = _round_up(longest + decoding.max_length, CAPACITY_STEP)
         prompt_capacity = _round_up(longest, CAPACITY_STEP)
-        wanted = min(len(rows), self._max_rows)
+        wanted = min(num_rows, self._max_rows)
         if self._has_room(wanted, capacity, prompt_capacity):
             return
         self.release()
         weights = self._weights
-        size = (len(weights.layers), weights.num_groups, weights.head_dim, weights.dtype)
-        num_prompts = max(1, min(len(rows), MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL // prompt_capacity))
-        memory = usable_memory(weights.device) - num_prompts * prompt_capacity * bytes_per_position(*size)
-        num_rows = max(1, min(wanted, memory // (capacity * bytes_per_position(*size))))
-        num_rows = _least_of_all_ranks(num_rows, weights.device)
+        sizes = {"num_layers": len(weights.layers), "num_groups": weights.num_groups, "head_dim": weights.head_dim}
+        bytes_per_token = bytes_per_position(**sizes, dtype=weights.dtype)
+        num_prompts = max(1, min(len(prompts), MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL // prompt_capacity))
+        memory = usable_memory(self._device) - num_prompts * prompt_capacity * bytes_per_token
+        fitting = _least_of_all_ranks(memory // (capacity * bytes_per_token), self._device)
+        num_rows = max(1, min(wanted, fitting))
         if num_rows < wanted:
             logging.warning(
                 f"rollouts: memory for keys and values of {num_rows} rows in flight instead of {wanted}; "
                 "the others wait for their turn"
             )
-        num_layers, num_groups, head_dim, dtype = size
-        self._cache = KVCache(num_layers, num_rows, num_groups, capacity, head_dim, dtype, weights.device)
-        self._prompts = KVCache(num_layers, num_prompts, num_groups, prompt_capacity, head_dim, dtype, weights.device)
+        where = {"dtype": weights.dtype, "device": self._device}
+        self._cache = KVCache(**sizes, num_rows=num_rows, capacity=capacity, **where)
+        self._prompts = KVCache(**sizes, num_rows=num_prompts, capacity=prompt_capacity, **where)
         self._rotary = RotaryTable(weights, capacity)
         logging.info(
             f"rollouts: {(self._cache.num_bytes + self._prompts.num_bytes) / 2**20:.0f} MiB for keys and values of "
@@ -155,41 +165,45 @@ class Engine:
             if stored and num_tokens > MAX_TOKENS_PER_PREFILL:
                 break
             stored.append((len(stored), waiting.popleft()))
-        # prompts of one token have nothing to prefill; the others take the first rows of the store
-        filled = [prompt for _, prompt in stored if len(prompt.tokens) > 1]
-        if not filled:
+        prompts = [prompt.tokens[:-1] for _, prompt in stored]
+        if not any(prompts):
             return
-        empty = [prompt for _, prompt in stored if len(prompt.tokens) == 1]
-        in_order = {id(prompt): number for number, prompt in enumerate(filled + empty)}
-        for index, (_, prompt) in enumerate(stored):
-            stored[index] = (in_order[id(prompt)], prompt)
-        attention = PromptAttention(
-            self._weights, self._rotary, self._prompts, [len(prompt.tokens) - 1 for prompt in filled]
-        )
-        tokens_M = torch.tensor([token for prompt in filled for token in prompt.tokens[:-1]])
-        forward(
-            self._weights, tokens_M.to(self._weights.device, non_blocking=True), attention.position_M, attention,
-            torch_ops,
-        )  # fmt: skip
+        attention = PromptAttention(self._weights, self._rotary, self._prompts, list(map(len, prompts)))
+        tokens_M = torch.tensor([token for prompt in prompts for token in prompt]).to(self._device)
+        forward(self._weights, tokens_M, attention.position_M, attention, self._ops)
 
     # Rows are decoded
 
     def _decode(self, num_steps: int) -> Snapshot:
+        """Queue so many steps, one token for each row in flight in each, and a look at what they generate."""
+        num_rows = len(self._in_flight)
         for _ in range(num_steps):
-            self._step(len(self._in_flight))
+            if self._on_gpu:
+                self._graphs.run(min(graph_size(num_rows), self._cache.num_rows))
+            else:
+                self._step(num_rows)
         return Snapshot(self._device_rows, self._in_flight, num_steps)
 
     def _step(self, num_rows: int) -> None:
-        """One token for each row in flight."""
-        num_looked_at = max(len(row.prompt) + len(row.generated) for row in self._in_flight)
+        """One token for each of the first rows; all that it needs is on the device."""
+        num_looked_at = self._num_looked_at()
         logits_BV = self._next_logits(num_rows, num_looked_at)
         self._device_rows.advance_(self._device_rows.draw(logits_BV, num_looked_at))
+
+    def _num_looked_at(self) -> int:
+        """Positions in front of which all rows stand. A GPU does not wait until the host knows better."""
+        if self._on_gpu:
+            return self._cache.capacity
+        return max(len(row.prompt) + len(row.generated) for row in self._in_flight)
 
     def _next_logits(self, num_rows: int, num_looked_at: int) -> torch.Tensor:
         """Logits of the next token of the first rows, float32 [B, V]."""
         tokens_B, positions_B = self._device_rows.newest_tokens(num_rows)
-        attention = RowAttention(self._weights, self._rotary, self._cache, positions_B, num_looked_at)
-        hidden_BH = forward(self._weights, tokens_B, positions_B, attention, torch_ops)
+        if self._on_gpu:
+            attention = FusedRowAttention(self._weights, self._rotary, self._cache, positions_B)
+        else:
+            attention = RowAttention(self._weights, self._rotary, self._cache, positions_B, num_looked_at)
+        hidden_BH = forward(self._weights, tokens_B, positions_B, attention, self._ops)
         return vocabulary_logits(self._weights, hidden_BH)
 
     # Rows leave
@@ -207,18 +221,28 @@ class Engine:
 
     def _close_gaps(self) -> None:
         """Move the last rows in flight to the places of those that have finished."""
+        rows, num_before = self._in_flight, len(self._in_flight)
         place = 0
-        while place < len(self._in_flight):
-            while self._in_flight and self._in_flight[-1].is_finished:
-                self._in_flight.pop()
-            if place < len(self._in_flight) and self._in_flight[place].is_finished:
-                last = self._in_flight.pop()
-                source = len(self._in_flight)
-                length = len(last.prompt) + len(last.generated)
-                self._cache.copy_row_(place, self._cache, source, length)
-                self._device_rows.move_(place, source)
-                self._in_flight[place] = last
-            place += 1
+        while place < len(rows):
+            if not rows[place].is_finished:
+                place += 1
+                continue
+            last = rows.pop()
+            if last.is_finished:
+                continue
+            rows[place] = last
+            # the device may be ahead of what the host knows
+            length = len(last.prompt) + len(last.generated) + self._steps_between_looks * self._looks_behind
+            self._cache.copy_row_(place, self._cache, len(rows), min(length, self._cache.capacity))
+            self._device_rows.move_(place, len(rows))
+        self._device_rows.clear_(slice(len(rows), num_before))
+
+
+def _kernels():
+    """The operations of a GPU. Triton is imported where there is one."""
+    from nemo_aligner.generation import triton_ops
+
+    return triton_ops
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -227,8 +251,6 @@ def _round_up(number: int, multiple: int) -> int:
 
 def _least_of_all_ranks(number: int, device: torch.device) -> int:
     """The smallest `number` among the tensor-parallel ranks, which must have the same rows in flight."""
-    from megatron.core import parallel_state
-
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return number
     least = torch.tensor(number, device=device)

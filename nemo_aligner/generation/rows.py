@@ -87,10 +87,10 @@ class DeviceRows:
         for state in (self.tokens_RT, self.position_R, self.prompt_length_R, self.is_done_R, self.uniform_RL):
             state[place] = state[source]
 
-    def clear_(self, place: int) -> None:
-        """Let the row in `place` stand still at position 0, whatever it was."""
-        self.position_R[place] = 0
-        self.is_done_R[place] = True
+    def clear_(self, places: slice) -> None:
+        """Let the rows in `places` stand still at position 0, whatever they were."""
+        self.position_R[places] = 0
+        self.is_done_R[places] = True
 
     def newest_tokens(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and positions of the first `num_rows` rows, int64 [B] each: the model's next input."""

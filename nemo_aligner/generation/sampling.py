@@ -90,6 +90,10 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
 
     In float64, as float32 sums over a vocabulary are off by more than rare tokens are probable.
     """
+    if logits_BV.is_cuda:
+        from nemo_aligner.generation import triton_ops
+
+        return triton_ops.draw(logits_BV, uniform_B)
     cumulated_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     # a little less than 1, so that rounding cannot reach past the last token
     threshold_B = uniform_B * cumulated_BV[:, -1] * (1 - 2**-40)

@@ -1,0 +1,307 @@
+"""The operations between the matrix products as Triton kernels, one pass over memory each; `torch_ops` says the same.
+
+Legend: M tokens side by side, H hidden size, F MLP size, B rows, G key/value groups of this rank, Q query heads per
+group, N = G * Q, T positions that a row has room for, D channels per head, V vocabulary, Z splits of a row's positions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nemo_aligner.generation.weights import Activation, Norm
+
+# Programs that keep every multiprocessor of a current GPU busy; with fewer, a row's positions are split.
+_ENOUGH_PROGRAMS = 512
+_BLOCK_T = 64
+
+
+# ---- residual and norm
+
+
+def add_norm(
+    hidden_MH: torch.Tensor, delta_MH: torch.Tensor | None, bias_H: torch.Tensor | None, norm: Norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `torch_ops.add_norm`, but `hidden_MH` is updated in place."""
+    num_tokens, size = hidden_MH.shape
+    normed_MH = torch.empty_like(hidden_MH)
+    block = triton.next_power_of_2(size)
+    _add_norm_kernel[(num_tokens,)](
+        hidden_MH, delta_MH, bias_H, norm.weight, norm.bias, normed_MH, size, norm.eps,
+        HAS_DELTA=delta_MH is not None, HAS_BIAS=bias_H is not None, HAS_NORM_BIAS=norm.bias is not None,
+        IS_RMS=norm.is_rms, ZERO_CENTERED=norm.zero_centered, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return hidden_MH, normed_MH
+
+
+@triton.jit
+def _add_norm_kernel(
+    hidden, delta, bias, weight, norm_bias, normed, size, eps,
+    HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, IS_RMS: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * size
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(hidden + start + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        x += tl.load(delta + start + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(hidden.dtype.element_ty)
+        tl.store(hidden + start + column, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    if not IS_RMS:
+        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+    if ZERO_CENTERED:
+        scale += 1.0
+    y *= scale
+    if HAS_NORM_BIAS:
+        y += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=inside)
+
+
+# ---- activation
+
+
+def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """As `torch_ops.activate`; functions that have no kernel here are called as they are."""
+    if activation.name is None:
+        return _activate_unfused(x_MF, activation)
+    num_tokens, size = x_MF.size(0), x_MF.size(1) // (1 + activation.is_gated)
+    activated_MF = x_MF.new_empty(num_tokens, size)
+    _activate_kernel[(num_tokens, triton.cdiv(size, 1024))](
+        x_MF, activated_MF, size, NAME=activation.name, IS_GATED=activation.is_gated, BLOCK=1024, num_warps=4
+    )
+    return activated_MF
+
+
+def _activate_unfused(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
+    from nemo_aligner.generation import torch_ops
+
+    return torch_ops.activate(x_MF, activation)
+
+
+@triton.jit
+def _activate_kernel(x, activated, size, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    start = x + row * size * (2 if IS_GATED else 1)
+    gate = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
+    if NAME == "silu":
+        y = gate * tl.sigmoid(gate)
+    elif NAME == "gelu":
+        y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:  # 0.5 (1 + tanh(a)) = sigmoid(2 a)
+        y = gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
+    if IS_GATED:
+        y *= tl.load(start + size + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(activated + row * size + column, y.to(activated.dtype.element_ty), mask=inside)
+
+
+# ---- attention
+
+
+def row_attention(
+    qkv_BX: torch.Tensor,
+    keys_RGTD: torch.Tensor,
+    values_RGTD: torch.Tensor,
+    positions_B: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    heads_per_group: int,
+) -> torch.Tensor:
+    """One new token of each row attends to the row's filled positions and to itself, and is put into the cache.
+
+    Flash decoding (Dao et al., 2023): where rows and groups are too few to fill the device, a row's positions are split
+    and the parts put together. Only what is filled is read, so the lengths on the device alone decide what it costs.
+
+    Args:
+        qkv_BX: [B, G * (Q + 2) * D], not yet turned by position.
+        positions_B: int64 [B], the new tokens'.
+        angles: cosine and signed sine [T, turned channels], or None.
+
+    Returns:
+        [B, N * D].
+    """
+    num_rows, (_, num_groups, capacity, head_dim) = qkv_BX.size(0), keys_RGTD.shape
+    num_programs = num_rows * num_groups
+    splits = min(triton.cdiv(_ENOUGH_PROGRAMS, num_programs), triton.cdiv(capacity, 2 * _BLOCK_T), 16)
+    splits = 1 << (splits.bit_length() - 1)
+    num_heads = num_groups * heads_per_group
+    context_BX = qkv_BX.new_empty(num_rows, num_heads * head_dim)
+    partial_BNZD = partial_BNZ2 = context_BX
+    if splits > 1:
+        partial_BNZD = torch.empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=qkv_BX.device)
+        partial_BNZ2 = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=qkv_BX.device)
+    cos_TD, sin_TD = angles if angles is not None else (qkv_BX, qkv_BX)
+    block_d = triton.next_power_of_2(head_dim)
+    _row_attention_kernel[(num_rows, num_groups, splits)](
+        qkv_BX, keys_RGTD, values_RGTD, positions_B, cos_TD, sin_TD, context_BX, partial_BNZD, partial_BNZ2,
+        capacity, head_dim**-0.5 * 1.4426950408889634,
+        Q=heads_per_group, BLOCK_Q=1 if heads_per_group == 1 else max(16, triton.next_power_of_2(heads_per_group)),
+        D=head_dim, BLOCK_D=block_d, TURNED=0 if angles is None else cos_TD.size(1), BLOCK_T=_BLOCK_T, Z=splits,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        _join_splits_kernel[(num_rows * num_heads,)](
+            partial_BNZD, partial_BNZ2, context_BX, D=head_dim, BLOCK_D=block_d, Z=splits, num_warps=1
+        )
+    return context_BX
+
+
+@triton.jit
+def _turned(start, d, inside, cos, sin, TURNED: tl.constexpr):
+    """Channels `d` at `start`, each turned against the channel half the turned ones away."""
+    x = tl.load(start + d, mask=inside, other=0.0).to(tl.float32)
+    if TURNED > 0:
+        half: tl.constexpr = TURNED // 2
+        partner = tl.where(d < half, d + half, tl.where(d < TURNED, d - half, d))
+        x = x * cos + tl.load(start + partner, mask=inside, other=0.0).to(tl.float32) * sin
+    return x
+
+
+@triton.jit
+def _row_attention_kernel(
+    qkv, keys, values, positions, cos_table, sin_table, context, partial, partial_sums, capacity, scale_log2,
+    Q: tl.constexpr, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_T: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_groups = tl.num_programs(1)
+    element: tl.constexpr = keys.dtype.element_ty
+    position = tl.load(positions + row).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    cos, sin = d.to(tl.float32), d.to(tl.float32)
+    if TURNED > 0:
+        cos = tl.load(cos_table + position * TURNED + d, mask=d < TURNED, other=1.0).to(tl.float32)
+        sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
+    group_start = qkv + (row * num_groups + group) * (Q + 2) * D
+    cached = (row.to(tl.int64) * num_groups + group) * capacity * D
+
+    # the new token's own key and value: the first split takes them in and keeps them
+    key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
+    value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
+    if split == 0:
+        tl.store(keys + cached + position * D + d, key, mask=inside)
+        tl.store(values + cached + position * D + d, value, mask=inside)
+
+    per_split = tl.cdiv(tl.cdiv(position, Z), BLOCK_T) * BLOCK_T
+    start = split * per_split
+    end = tl.minimum(start + per_split, position)
+    is_first = split == 0
+    if Q == 1:
+        query = _turned(group_start, d, inside, cos, sin, TURNED).to(element).to(tl.float32) * scale_log2
+        highest = tl.where(is_first, tl.sum(query * key.to(tl.float32), axis=0), -float("inf"))
+        total = tl.where(is_first, 1.0, 0.0)
+        mixed = tl.where(is_first, value.to(tl.float32), 0.0)
+        for t in range(start, end, BLOCK_T):
+            at = t + tl.arange(0, BLOCK_T)
+            offset = cached + at[:, None] * D + d[None, :]
+            is_filled = (at < end)[:, None] & inside[None, :]
+            k = tl.load(keys + offset, mask=is_filled, other=0.0)
+            v = tl.load(values + offset, mask=is_filled, other=0.0)
+            score = tl.where(at < end, tl.sum(k.to(tl.float32) * query[None, :], axis=1), -float("inf"))
+            new_highest = tl.maximum(highest, tl.max(score, axis=0))
+            fade = tl.exp2(highest - new_highest)
+            weight = tl.exp2(score - new_highest)
+            total = total * fade + tl.sum(weight, axis=0)
+            mixed = mixed * fade + tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
+            highest = new_highest
+        head = row * num_groups + group
+        if Z == 1:
+            tl.store(context + head * D + d, (mixed / total).to(element), mask=inside)
+        else:
+            tl.store(partial + (head * Z + split) * D + d, mixed, mask=inside)
+            tl.store(partial_sums + (head * Z + split) * 2, highest)
+            tl.store(partial_sums + (head * Z + split) * 2 + 1, total)
+    else:
+        q = tl.arange(0, BLOCK_Q)
+        is_head = q < Q
+        both = is_head[:, None] & inside[None, :]
+        heads = group_start + q[:, None] * D
+        query = _turned(heads, d[None, :], both, cos[None, :], sin[None, :], TURNED)
+        query = query.to(element)
+        own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale_log2
+        highest = tl.where(is_first, own, -float("inf"))
+        total = tl.where(is_first, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
+        mixed = tl.where(is_first, value.to(tl.float32), 0.0)[None, :] + tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        for t in range(start, end, BLOCK_T):
+            at = t + tl.arange(0, BLOCK_T)
+            offset = cached + at[:, None] * D + d[None, :]
+            is_filled = (at < end)[:, None] & inside[None, :]
+            k = tl.load(keys + offset, mask=is_filled, other=0.0)
+            v = tl.load(values + offset, mask=is_filled, other=0.0)
+            score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale_log2
+            score = tl.where((at < end)[None, :], score, -float("inf"))
+            new_highest = tl.maximum(highest, tl.max(score, axis=1))
+            fade = tl.exp2(highest - new_highest)
+            weight = tl.exp2(score - new_highest[:, None])
+            total = total * fade + tl.sum(weight, axis=1)
+            mixed = mixed * fade[:, None] + tl.dot(weight.to(element), v, input_precision="ieee")
+            highest = new_highest
+        head = (row * num_groups + group) * Q + q
+        if Z == 1:
+            tl.store(context + head[:, None] * D + d[None, :], (mixed / total[:, None]).to(element), mask=both)
+        else:
+            part = head * Z + split
+            tl.store(partial + part[:, None] * D + d[None, :], mixed, mask=both)
+            tl.store(partial_sums + part * 2, highest, mask=is_head)
+            tl.store(partial_sums + part * 2 + 1, total, mask=is_head)
+
+
+@triton.jit
+def _join_splits_kernel(
+    partial, partial_sums, context, D: tl.constexpr, BLOCK_D: tl.constexpr, Z: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(0)
+    z, d = tl.arange(0, Z), tl.arange(0, BLOCK_D)
+    inside = d < D
+    highest = tl.load(partial_sums + (head * Z + z) * 2)
+    total = tl.load(partial_sums + (head * Z + z) * 2 + 1)
+    weight = tl.exp2(highest - tl.max(highest, axis=0))
+    mixed = tl.load(partial + (head * Z + z)[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
+    joined = tl.sum(mixed * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    tl.store(context + head * D + d, joined.to(context.dtype.element_ty), mask=inside)
+
+
+# ---- sampling
+
+
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32."""
+    num_rows, num_tokens = logits_BV.shape
+    drawn_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
+    _draw_kernel[(num_rows,)](logits_BV, uniform_B, drawn_B, num_tokens, BLOCK=4096, num_warps=16)
+    return drawn_B
+
+
+@triton.jit
+def _draw_kernel(logits, uniform, drawn, num_tokens, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * num_tokens
+    column = tl.arange(0, BLOCK)
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    for first in range(0, num_tokens, BLOCK):
+        index = first + column
+        highest = tl.maximum(highest, tl.load(start + index, mask=index < num_tokens, other=-float("inf")))
+    top = tl.max(highest, axis=0)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, num_tokens, BLOCK):
+        index = first + column
+        sums += tl.exp(tl.load(start + index, mask=index < num_tokens, other=-float("inf")) - top).to(tl.float64)
+    # a little less than 1, as in `sampling.draw`
+    threshold = tl.load(uniform + row) * tl.sum(sums, axis=0) * (1.0 - 9.094947017729282e-13)
+    before = tl.zeros([], tl.float64)
+    found = num_tokens
+    for first in range(0, num_tokens, BLOCK):
+        index = first + column
+        weight = tl.exp(tl.load(start + index, mask=index < num_tokens, other=-float("inf")) - top).to(tl.float64)
+        behind = before + tl.sum(weight, axis=0)
+        if (before <= threshold) & (behind > threshold):
+            reached = (before + tl.cumsum(weight, axis=0) > threshold) & (weight > 0)
+            found = tl.minimum(found, tl.min(tl.where(reached, index, num_tokens), axis=0))
+        before = behind
+    tl.store(drawn + row, found.to(tl.int64))
