@@ -54,7 +54,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
         self.distributed_adam_offload_manager: AbstractContextManager | None = None
         self._inference_mode = InferenceMode(self)
-        self._rollout_generator = RolloutGenerator(self, GenerationSettings(**cfg.rs.get("generation", {})))
+        self._rollout_generator = RolloutGenerator(self, GenerationSettings(**(cfg.rs.get("generation") or {})))
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
         self._is_saving_archive = False
