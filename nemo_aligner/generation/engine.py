@@ -82,6 +82,7 @@ class Engine:
     def release(self) -> None:
         """Give the memory of keys and values back, and the graphs that point there."""
         self._cache: KVCache | None = None
+        self._is_limited = False  # by memory
         self._prompts: KVCache | None = None
         self._rotary: RotaryTable | None = None
         self._device_rows: DeviceRows | None = None
@@ -114,7 +115,8 @@ class Engine:
         memory = usable_memory(self._device) - num_prompts * prompt_capacity * bytes_per_token
         fitting = _least_of_all_ranks(memory // (capacity * bytes_per_token), self._device)
         num_rows = max(1, min(wanted, fitting))
-        if num_rows < wanted:
+        self._is_limited = num_rows < wanted
+        if self._is_limited:
             logging.warning(
                 f"rollouts: memory for keys and values of {num_rows} rows in flight instead of {wanted}; "
                 "the others wait for their turn"
@@ -130,9 +132,9 @@ class Engine:
 
     def _has_room(self, num_rows: int, capacity: int, prompt_capacity: int) -> bool:
         cache, prompts = self._cache, self._prompts
-        return cache is not None and (
-            cache.num_rows >= num_rows and cache.capacity >= capacity and prompts.capacity >= prompt_capacity
-        )
+        if cache is None or cache.capacity < capacity or prompts.capacity < prompt_capacity:
+            return False
+        return cache.num_rows >= num_rows or self._is_limited
 
     # Rows join
 
