@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch.nn import functional as F
 
+from nemo_aligner.compat.cpu_linear import linear
 from nemo_aligner.generation.weights import Linear, Weights
 
 
@@ -41,7 +42,7 @@ def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor,
 
 def vocabulary_logits(weights: Weights, hidden_MH: torch.Tensor) -> torch.Tensor:
     """Logits over the whole vocabulary, float32 [M, V], on every tensor-parallel rank."""
-    return gather_from_tensor_model_parallel_region(F.linear(hidden_MH, weights.output)).float()
+    return gather_from_tensor_model_parallel_region(linear(hidden_MH, weights.output)).float()
 
 
 def _embed(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor) -> torch.Tensor:
@@ -58,14 +59,14 @@ def _embed(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor) 
     return hidden_MH
 
 
-def _column_parallel(linear: Linear, x_MI: torch.Tensor) -> torch.Tensor:
-    return _add_adapter(linear, x_MI, F.linear(x_MI, linear.weight, linear.bias))
+def _column_parallel(layer: Linear, x_MI: torch.Tensor) -> torch.Tensor:
+    return _add_adapter(layer, x_MI, linear(x_MI, layer.weight, layer.bias))
 
 
-def _row_parallel(linear: Linear, x_MI: torch.Tensor) -> torch.Tensor:
+def _row_parallel(layer: Linear, x_MI: torch.Tensor) -> torch.Tensor:
     """Without the bias, which is added once, behind the sum over the ranks."""
-    return _add_adapter(linear, x_MI, reduce_from_tensor_model_parallel_region(F.linear(x_MI, linear.weight)))
+    return _add_adapter(layer, x_MI, reduce_from_tensor_model_parallel_region(linear(x_MI, layer.weight)))
 
 
-def _add_adapter(linear: Linear, x_MI: torch.Tensor, y_MO: torch.Tensor) -> torch.Tensor:
-    return y_MO if linear.adapter is None else y_MO + linear.adapter(x_MI[None])[0]
+def _add_adapter(layer: Linear, x_MI: torch.Tensor, y_MO: torch.Tensor) -> torch.Tensor:
+    return y_MO if layer.adapter is None else y_MO + layer.adapter(x_MI[None])[0]

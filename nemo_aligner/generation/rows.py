@@ -68,6 +68,8 @@ class DeviceRows:
         self.is_done_R = torch.ones_like(self.position_R, dtype=torch.bool)
         self.uniform_RL = torch.zeros(num_rows, decoding.max_length, dtype=torch.float64, device=device)
         self.end_ids = torch.tensor(decoding.end_ids, device=device)
+        self.is_end_V = torch.zeros(max(decoding.num_tokens, *decoding.end_ids) + 1, dtype=torch.bool, device=device)
+        self.is_end_V[self.end_ids] = True
 
     def put_(self, places: list[int], rows: list[Row]) -> None:
         """Let `rows` begin in `places`: the last token of their prompts goes through the model next."""
@@ -90,6 +92,7 @@ class DeviceRows:
     def clear_(self, places: slice) -> None:
         """Let the rows in `places` stand still at position 0, whatever they were."""
         self.position_R[places] = 0
+        self.prompt_length_R[places] = 1
         self.is_done_R[places] = True
 
     def newest_tokens(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +132,7 @@ class DeviceRows:
         tokens_BT.scatter_(1, next_B, torch.where(is_done_B[:, None], tokens_BT.gather(1, next_B), drawn_B[:, None]))
         position_B.copy_(next_B.squeeze(1))
         num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
-        is_done_B |= torch.isin(drawn_B, self.end_ids) | (num_generated_B >= self.decoding.max_length)
+        is_done_B |= self.is_end_V[drawn_B] | (num_generated_B >= self.decoding.max_length)
 
 
 class Snapshot:
