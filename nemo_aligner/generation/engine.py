@@ -28,7 +28,7 @@ from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
 from nemo_aligner.generation.weights import find_weights
 
 # Prompts that are prefilled together: few enough for their activations, many enough to fill the device.
-MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
+MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 64, 8192
 # The cache grows in steps of so many positions, so that batches of about the same length share one.
 CAPACITY_STEP = 64
 

@@ -27,16 +27,16 @@ def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor,
         tokens_M, positions_M: int64 [M].
         attend: attend(layer number, qkv_MX) -> context [M, heads * channels of this rank]; qkv_MX is the output of the
             layer's fused projection. It also keeps keys and values, where that is wanted.
-        ops: the module with `add_norm` and `activate` for this device.
+        ops: the module with `add_norm`, `product` and `activate` for this device.
     """
     hidden_MH, delta_MH, bias_H = _embed(weights, tokens_M, positions_M), None, None
     for number, layer in enumerate(weights.layers):
         hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.attention_norm)
         context_MX = attend(number, _column_parallel(layer.qkv, normed_MH))
-        delta_MH, bias_H = _row_parallel(layer.proj, context_MX), layer.proj.bias
+        delta_MH, bias_H = _row_parallel(layer.proj, context_MX, ops), layer.proj.bias
         hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.mlp_norm)
         activated_MF = ops.activate(_column_parallel(layer.fc1, normed_MH), weights.activation)
-        delta_MH, bias_H = _row_parallel(layer.fc2, activated_MF), layer.fc2.bias
+        delta_MH, bias_H = _row_parallel(layer.fc2, activated_MF, ops), layer.fc2.bias
     return ops.add_norm(hidden_MH, delta_MH, bias_H, weights.final_norm)[1]
 
 
@@ -63,8 +63,10 @@ def _column_parallel(layer: Linear, x_MI: torch.Tensor) -> torch.Tensor:
     return _add_adapter(layer, x_MI, linear(x_MI, layer.weight, layer.bias))
 
 
-def _row_parallel(layer: Linear, x_MI: torch.Tensor) -> torch.Tensor:
+def _row_parallel(layer: Linear, x_MI: torch.Tensor, ops) -> torch.Tensor:
     """Without the bias, which is added once, behind the sum over the ranks."""
+    if layer.adapter is None and parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return ops.product(x_MI, layer.weight)
     return _add_adapter(layer, x_MI, reduce_from_tensor_model_parallel_region(linear(x_MI, layer.weight)))
 
 

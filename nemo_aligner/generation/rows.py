@@ -127,6 +127,13 @@ class DeviceRows:
         """Write each row's next token, unless it is done, and note which rows that ends."""
         num_rows = drawn_B.numel()
         position_B, is_done_B = self.position_R[:num_rows], self.is_done_R[:num_rows]
+        if drawn_B.is_cuda:
+            from nemo_aligner.generation import triton_ops
+
+            return triton_ops.advance_(
+                self.tokens_RT, position_B, self.prompt_length_R, is_done_B, drawn_B, self.is_end_V,
+                self.decoding.max_length,
+            )  # fmt: skip
         next_B = (position_B + ~is_done_B)[:, None]
         tokens_BT = self.tokens_RT[:num_rows]
         tokens_BT.scatter_(1, next_B, torch.where(is_done_B[:, None], tokens_BT.gather(1, next_B), drawn_B[:, None]))

@@ -7,6 +7,7 @@ positions of the cache, t of them looked at, D channels per head.
 import torch
 from torch.nn import functional as F
 
+from nemo_aligner.compat.cpu_linear import linear
 from nemo_aligner.generation.weights import Activation, Norm
 
 
@@ -23,6 +24,11 @@ def add_norm(
         bias = None if norm.bias is None else norm.bias.float()
         normed_MH = F.layer_norm(hidden_MH.float(), weight_H.shape, weight_H, bias, norm.eps)
     return hidden_MH, normed_MH.to(hidden_MH.dtype)
+
+
+def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x_MI @ weight_OI.T for `add_norm`, [M, O]."""
+    return linear(x_MI, weight_OI)
 
 
 def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
