@@ -28,6 +28,7 @@ from omegaconf import OmegaConf, open_dict
 from pytorch_lightning import Trainer
 
 from nemo_aligner.compat import cpu, device
+from nemo_aligner.generation.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 NUM_IDS = 32_000
@@ -143,10 +144,9 @@ def run_engine(actor, batch) -> int:
     return int((rollouts["response_lengths"] - rollouts["prompt_lengths"]).sum())
 
 
-def run_geometric(actor, batch, args) -> int:
+def run_geometric(actor, engine, batch, args) -> int:
     """Through the engine itself, as no tokenizer has 500 end tokens."""
     from nemo_aligner.generation.ends import EndStrings
-    from nemo_aligner.generation.engine import Engine
     from nemo_aligner.generation.rows import Decoding, Row
     from nemo_aligner.generation.sampling import SamplingParams, random_streams
 
@@ -158,7 +158,6 @@ def run_geometric(actor, batch, args) -> int:
         Row(text[:length].tolist(), stream, 0)
         for text, length, stream in zip(batch["text"], batch["length"].tolist(), streams, strict=True)
     ]
-    engine = Engine(actor.get_model_module_list()[0], args.max_rows)
     return sum(len(row.generated) for row in engine.generate(rows, decoding, EndStrings([], actor.tokenizer)))
 
 
@@ -203,9 +202,10 @@ def copy_bandwidth() -> float:
     for _ in range(8):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        target.copy_(source)
+        for _ in range(4):
+            target.copy_(source)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / 4)
     return 2 * source.numel() / statistics.median(seconds)
 
 
@@ -275,14 +275,15 @@ def main() -> None:
     batch = prompt_batch(args, actor.tokenizer.eos_id)
     num_rows = len(batch["length"])
     many = prompt_batch(argparse.Namespace(**{**vars(args), "prompts": 64, "rollouts": 4}), actor.tokenizer.eos_id)
-    streamed = prompt_batch(
-        argparse.Namespace(**{**vars(args), "prompts": 64, "rollouts": 16}), actor.tokenizer.eos_id
-    )
+    streamed = prompt_batch(argparse.Namespace(**{**vars(args), "prompts": 64, "rollouts": 16}), actor.tokenizer.eos_id)
     runs = {f"engine, {num_rows} in flight": (lambda: run_engine(actor, batch), args.repeats)}
     if not args.cpu:
-        few = argparse.Namespace(**{**vars(args), "max_rows": num_rows})
+        engine = Engine(actor.get_model_module_list()[0], num_rows)
         runs["engine, 256 in flight"] = (lambda: run_engine(actor, many), args.repeats)
-        runs[f"engine, geometric, {num_rows} in flight"] = (lambda: run_geometric(actor, streamed, few), 1)
+        runs[f"engine, geometric, {num_rows} in flight"] = (
+            lambda: run_geometric(actor, engine, streamed, args),
+            args.repeats,
+        )
     runs["NeMo's generate"] = (lambda: run_nemo(actor, batch, args), 1 if args.cpu else 0)
     transformers = []
 
@@ -300,6 +301,8 @@ def main() -> None:
         if args.only and name not in args.only:
             continue
         found = measure(work, repeats)
+        if "geometric" in name:
+            engine.release()
         if "geometric" not in name:
             limit = roofline(actor, batch, args, 256 if "256" in name else num_rows, bandwidth)
             found["share_of_roofline"] = found["tokens_per_s"] / limit

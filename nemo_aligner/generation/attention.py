@@ -61,6 +61,10 @@ class PromptAttention:
             # an index on both sides of a slice would move to the front
             cached_LRGTD[number].transpose(1, 2)[self.row_M, self.position_M] = new_MGD
         query_PNSD, key_PGSD, value_PGSD = (self._padded(x).transpose(1, 2) for x in (query_MND, key_MGD, value_MGD))
+        return self._attended(query_PNSD, key_PGSD, value_PGSD)
+
+    def _attended(self, query_PNSD, key_PGSD, value_PGSD) -> torch.Tensor:
+        """What each token of the prompts sees, packed again, [M, N * D]."""
         context_PNSD = F.scaled_dot_product_attention(
             query_PNSD, key_PGSD, value_PGSD, is_causal=True, enable_gqa=self.weights.heads_per_group > 1
         )
@@ -71,6 +75,31 @@ class PromptAttention:
         padded = x_MND.new_zeros(self.num_prompts, self.longest, *x_MND.shape[1:])
         padded[self.row_M, self.position_M] = x_MND
         return padded
+
+
+class FusedPromptAttention(PromptAttention):
+    """`PromptAttention` with one kernel between the projection and the attention itself."""
+
+    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int]):
+        super().__init__(weights, rotary, cache, lengths)
+        self.tables = rotary.tables
+        num_heads = weights.num_groups * weights.heads_per_group
+        # padding stays 0 from layer to layer
+        self.query_PNSD, self.key_PGSD, self.value_PGSD = (
+            torch.zeros(
+                self.num_prompts, heads, self.longest, weights.head_dim, dtype=weights.dtype, device=weights.device
+            )
+            for heads in (num_heads, weights.num_groups, weights.num_groups)
+        )
+
+    def __call__(self, number: int, qkv_MX: torch.Tensor) -> torch.Tensor:
+        from nemo_aligner.generation import triton_ops
+
+        triton_ops.turn_and_place_(
+            qkv_MX, self.row_M, self.position_M, self.tables, self.query_PNSD, self.key_PGSD, self.value_PGSD,
+            self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number],
+        )  # fmt: skip
+        return self._attended(self.query_PNSD, self.key_PGSD, self.value_PGSD)
 
 
 class RowAttention:

@@ -19,7 +19,13 @@ from megatron.core import parallel_state
 from nemo.utils import logging
 
 from nemo_aligner.generation import torch_ops
-from nemo_aligner.generation.attention import FusedRowAttention, PromptAttention, RotaryTable, RowAttention
+from nemo_aligner.generation.attention import (
+    FusedPromptAttention,
+    FusedRowAttention,
+    PromptAttention,
+    RotaryTable,
+    RowAttention,
+)
 from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.forward import forward, vocabulary_logits
@@ -28,7 +34,7 @@ from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
 from nemo_aligner.generation.weights import find_weights
 
 # Prompts that are prefilled together: few enough for their activations, many enough to fill the device.
-MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 64, 8192
+MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
 # The cache grows in steps of so many positions, so that batches of about the same length share one.
 CAPACITY_STEP = 64
 
@@ -170,7 +176,8 @@ class Engine:
         prompts = [prompt.tokens[:-1] for _, prompt in stored]
         if not any(prompts):
             return
-        attention = PromptAttention(self._weights, self._rotary, self._prompts, list(map(len, prompts)))
+        make_attention = FusedPromptAttention if self._on_gpu else PromptAttention
+        attention = make_attention(self._weights, self._rotary, self._prompts, list(map(len, prompts)))
         tokens_M = torch.tensor([token for prompt in prompts for token in prompt]).to(self._device)
         forward(self._weights, tokens_M, attention.position_M, attention, self._ops)
 

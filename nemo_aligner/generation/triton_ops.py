@@ -22,6 +22,24 @@ _ONE_HEAD, _SEVERAL_HEADS = (32, 2, 3), (64, 4, 3)
 _LOWEST = -1e30
 
 
+# ---- programmatic dependent launch: a kernel is set up while the one in front of it ends, then waits for its results
+
+
+@functools.cache
+def _early() -> dict:
+    """Launch options of kernels that begin with `_wait_for_previous`; they exist since Hopper, in Triton since 3.4."""
+    is_known = hasattr(tl.extra.cuda, "gdc_wait") and torch.cuda.get_device_capability()[0] >= 9
+    return {"EARLY": True, "launch_pdl": True} if is_known else {"EARLY": False}
+
+
+@triton.jit
+def _wait_for_previous(EARLY: tl.constexpr):
+    """Nothing that the kernel in front writes may be read before. What is older is there: that kernel has waited too."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 # ---- residual and norm
 
 
@@ -37,6 +55,7 @@ def add_norm(
         hidden_MH, delta_MH, bias_H, norm.weight, norm.bias, normed_MH, size, norm.eps,
         NUM_PARTS=num_parts, HAS_BIAS=bias_H is not None, HAS_NORM_BIAS=norm.bias is not None,
         IS_RMS=norm.is_rms, ZERO_CENTERED=norm.zero_centered, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        **_early(),
     )  # fmt: skip
     return hidden_MH, normed_MH
 
@@ -45,12 +64,13 @@ def add_norm(
 def _add_norm_kernel(
     hidden, delta, bias, weight, norm_bias, normed, size, eps,
     NUM_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, IS_RMS: tl.constexpr,
-    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    _wait_for_previous(EARLY)
     x = tl.load(hidden + start + column, mask=inside, other=0.0).to(tl.float32)
     if NUM_PARTS > 0:
         for part in tl.static_range(NUM_PARTS):
@@ -90,7 +110,7 @@ def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     parts_ZMO = torch.empty(_NUM_PARTS, num_tokens, size_out, dtype=torch.float32, device=x_MI.device)
     _product_kernel[(size_out // _TILE_O, _NUM_PARTS)](
         x_MI, weight_OI, parts_ZMO, num_tokens, size_out, size_in, BLOCK_M=max(16, triton.next_power_of_2(num_tokens)),
-        TILE_O=_TILE_O, TILE_I=_TILE_I, NUM_PARTS=_NUM_PARTS, STAGES=5, num_warps=4,
+        TILE_O=_TILE_O, TILE_I=_TILE_I, NUM_PARTS=_NUM_PARTS, STAGES=5, num_warps=4, **_early(),
     )  # fmt: skip
     return parts_ZMO
 
@@ -108,13 +128,14 @@ def _num_multiprocessors(device: torch.device) -> int:
 @triton.jit
 def _product_kernel(
     x, weight, parts, num_tokens, size_out, size_in, BLOCK_M: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
-    NUM_PARTS: tl.constexpr, STAGES: tl.constexpr,
+    NUM_PARTS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     m, o = tl.arange(0, BLOCK_M), tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     inside = (m < num_tokens)[:, None]
     per_part = size_in // NUM_PARTS
     summed = tl.zeros([BLOCK_M, TILE_O], tl.float32)
+    _wait_for_previous(EARLY)
     for start in tl.range(0, per_part, TILE_I, num_stages=STAGES):
         i = part * per_part + start + tl.arange(0, TILE_I)
         x_tile = tl.load(x + m[:, None] * size_in + i[None, :], mask=inside, other=0.0)
@@ -133,7 +154,14 @@ def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
     num_tokens, size = x_MF.size(0), x_MF.size(1) // (1 + activation.is_gated)
     activated_MF = x_MF.new_empty(num_tokens, size)
     _activate_kernel[(num_tokens, triton.cdiv(size, 1024))](
-        x_MF, activated_MF, size, NAME=activation.name, IS_GATED=activation.is_gated, BLOCK=1024, num_warps=4
+        x_MF,
+        activated_MF,
+        size,
+        NAME=activation.name,
+        IS_GATED=activation.is_gated,
+        BLOCK=1024,
+        num_warps=4,
+        **_early(),
     )
     return activated_MF
 
@@ -145,11 +173,14 @@ def _activate_unfused(x_MF: torch.Tensor, activation: Activation) -> torch.Tenso
 
 
 @triton.jit
-def _activate_kernel(x, activated, size, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _activate_kernel(
+    x, activated, size, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     start = x + row * size * (2 if IS_GATED else 1)
+    _wait_for_previous(EARLY)
     gate = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
     if NAME == "silu":
         y = gate * tl.sigmoid(gate)
@@ -204,11 +235,11 @@ def row_attention(
         capacity, head_dim**-0.5 * 1.4426950408889634,
         Q=heads_per_group, BLOCK_Q=1 if heads_per_group == 1 else max(16, triton.next_power_of_2(heads_per_group)),
         D=head_dim, BLOCK_D=block_d, TURNED=0 if angles is None else cos_TD.size(1), BLOCK_T=block_t, Z=splits,
-        STAGES=stages, LOWEST=_LOWEST, num_warps=num_warps,
+        STAGES=stages, LOWEST=_LOWEST, num_warps=num_warps, **_early(),
     )  # fmt: skip
     if splits > 1:
         _join_splits_kernel[(num_rows * num_heads,)](
-            partial_BNZD, partial_BNZ2, context_BX, D=head_dim, BLOCK_D=block_d, Z=splits, num_warps=1
+            partial_BNZD, partial_BNZ2, context_BX, D=head_dim, BLOCK_D=block_d, Z=splits, num_warps=1, **_early()
         )
     return context_BX
 
@@ -228,7 +259,7 @@ def _turned(start, d, inside, cos, sin, TURNED: tl.constexpr):
 def _row_attention_kernel(
     qkv, keys, values, positions, cos_table, sin_table, context, partial, partial_sums, capacity, scale_log2,
     Q: tl.constexpr, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK_T: tl.constexpr, Z: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
+    BLOCK_T: tl.constexpr, Z: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_groups = tl.num_programs(1)
@@ -243,6 +274,7 @@ def _row_attention_kernel(
     group_start = qkv + (row * num_groups + group) * (Q + 2) * D
     cached = (row.to(tl.int64) * num_groups + group) * capacity * D
 
+    _wait_for_previous(EARLY)
     # the new token's own key and value: the first split takes them in and keeps them
     key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
     value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
@@ -324,17 +356,71 @@ def _row_attention_kernel(
 
 @triton.jit
 def _join_splits_kernel(
-    partial, partial_sums, context, D: tl.constexpr, BLOCK_D: tl.constexpr, Z: tl.constexpr
+    partial, partial_sums, context, D: tl.constexpr, BLOCK_D: tl.constexpr, Z: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
     head = tl.program_id(0)
     z, d = tl.arange(0, Z), tl.arange(0, BLOCK_D)
     inside = d < D
+    _wait_for_previous(EARLY)
     highest = tl.load(partial_sums + (head * Z + z) * 2)
     total = tl.load(partial_sums + (head * Z + z) * 2 + 1)
     weight = tl.exp2(highest - tl.max(highest, axis=0))
     mixed = tl.load(partial + (head * Z + z)[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
     joined = tl.sum(mixed * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
     tl.store(context + head * D + d, joined.to(context.dtype.element_ty), mask=inside)
+
+
+def turn_and_place_(
+    qkv_MX: torch.Tensor,
+    row_M: torch.Tensor,
+    position_M: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    query_PNSD: torch.Tensor,
+    key_PGSD: torch.Tensor,
+    value_PGSD: torch.Tensor,
+    keys_RGTD: torch.Tensor,
+    values_RGTD: torch.Tensor,
+) -> None:
+    """Put the queries, keys and values of packed prompts, turned by position, where attention and the cache want them.
+
+    Args:
+        row_M, position_M: int64 [M], each token's prompt, which is also its row of the cache, and its place in it.
+    """
+    num_groups, head_dim = key_PGSD.size(1), key_PGSD.size(3)
+    cos_TD, sin_TD = angles if angles is not None else (qkv_MX, qkv_MX)
+    _turn_and_place_kernel[(qkv_MX.size(0), num_groups)](
+        qkv_MX, row_M, position_M, cos_TD, sin_TD, query_PNSD, key_PGSD, value_PGSD, keys_RGTD, values_RGTD,
+        key_PGSD.size(2), keys_RGTD.size(2), Q=query_PNSD.size(1) // num_groups, D=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), TURNED=0 if angles is None else cos_TD.size(1), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turn_and_place_kernel(
+    qkv, rows, positions, cos_table, sin_table, query, key, value, keys, values, longest, capacity,
+    Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    token, group, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, position = tl.load(rows + token), tl.load(positions + token)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    cos, sin = d.to(tl.float32), d.to(tl.float32)
+    if TURNED > 0:
+        cos = tl.load(cos_table + position * TURNED + d, mask=d < TURNED, other=1.0).to(tl.float32)
+        sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
+    start = qkv + (token * num_groups + group) * (Q + 2) * D
+    for head in tl.static_range(Q):
+        turned = _turned(start + head * D, d, inside, cos, sin, TURNED).to(query.dtype.element_ty)
+        place = ((row * num_groups + group) * Q + head) * longest + position
+        tl.store(query + place * D + d, turned, mask=inside)
+    turned = _turned(start + Q * D, d, inside, cos, sin, TURNED).to(key.dtype.element_ty)
+    unturned = tl.load(start + (Q + 1) * D + d, mask=inside, other=0.0)
+    place = ((row * num_groups + group) * longest + position) * D + d
+    cached = ((row * num_groups + group) * capacity + position) * D + d
+    tl.store(key + place, turned, mask=inside)
+    tl.store(keys + cached, turned, mask=inside)
+    tl.store(value + place, unturned, mask=inside)
+    tl.store(values + cached, unturned, mask=inside)
 
 
 # ---- sampling

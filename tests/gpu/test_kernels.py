@@ -3,11 +3,15 @@
 Legend: B rows, G key/value groups, Q query heads per group, T positions of the cache, D channels per head, V ids.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from nemo_aligner.generation import sampling, torch_ops
+from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttention, RotaryTable
+from nemo_aligner.generation.kv_cache import KVCache
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
 from nemo_aligner.generation.sampling import SamplingParams
 from nemo_aligner.generation.weights import Activation, Norm
@@ -143,3 +147,26 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
     ours, theirs = triton_ops.draw(logits, numbers.cuda()).cpu(), sampling.draw(logits.cpu(), numbers)
     assert (ours != theirs).sum() <= 1  # where a number falls on the border of two tokens, to float32's last digit
     assert (ours != 5).all() and (ours < V).all()
+
+
+@DTYPES
+@pytest.mark.parametrize(("G", "Q", "D", "turned"), [(4, 1, 128, 128), (3, 3, 64, 64), (2, 2, 80, 32), (2, 4, 64, 0)])
+def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(normal, dtype, G, Q, D, turned):
+    lengths = [5, 0, 17, 1]
+    sizes = {"num_groups": G, "heads_per_group": Q, "head_dim": D, "dtype": dtype, "device": torch.device("cuda")}
+    angle = normal(32, turned // 2, dtype=torch.float32).repeat(1, 2) if turned else None
+    weights = SimpleNamespace(**sizes, rotary=turned and (lambda capacity: angle[:capacity, None, None]))
+    if not turned:
+        weights.rotary = None
+    rotary = RotaryTable(weights, 32)
+    made = {}
+    qkv = normal(sum(lengths), G * (Q + 2) * D, dtype=dtype)
+    for attention in (PromptAttention, FusedPromptAttention):
+        cache = KVCache(2, 4, G, 32, D, dtype, "cuda")
+        made[attention] = (attention(weights, rotary, cache, lengths)(1, qkv), cache)
+    (plain, plain_cache), (fused, fused_cache) = made.values()
+    assert_close(fused, plain, dtype)
+    for name in ("keys_LRGTD", "values_LRGTD"):
+        ours, theirs = getattr(fused_cache, name), getattr(plain_cache, name)
+        assert torch.equal(ours == 0, theirs == 0)
+        assert_close(ours, theirs, dtype)
