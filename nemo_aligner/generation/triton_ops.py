@@ -22,24 +22,6 @@ _ONE_HEAD, _SEVERAL_HEADS = (32, 2, 3), (64, 4, 3)
 _LOWEST = -1e30
 
 
-# ---- programmatic dependent launch: a kernel is set up while the one in front of it ends, then waits for its results
-
-
-@functools.cache
-def _early() -> dict:
-    """Launch options of kernels that begin with `_wait_for_previous`; they exist since Hopper, in Triton since 3.4."""
-    is_known = hasattr(tl.extra.cuda, "gdc_wait") and torch.cuda.get_device_capability()[0] >= 9
-    return {"EARLY": True, "launch_pdl": True} if is_known else {"EARLY": False}
-
-
-@triton.jit
-def _wait_for_previous(EARLY: tl.constexpr):
-    """Nothing that the kernel in front writes may be read before. What is older is there: that kernel has waited too."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
 # ---- residual and norm
 
 
@@ -55,7 +37,6 @@ def add_norm(
         hidden_MH, delta_MH, bias_H, norm.weight, norm.bias, normed_MH, size, norm.eps,
         NUM_PARTS=num_parts, HAS_BIAS=bias_H is not None, HAS_NORM_BIAS=norm.bias is not None,
         IS_RMS=norm.is_rms, ZERO_CENTERED=norm.zero_centered, BLOCK=block, num_warps=min(16, max(1, block // 512)),
-        **_early(),
     )  # fmt: skip
     return hidden_MH, normed_MH
 
@@ -64,13 +45,12 @@ def add_norm(
 def _add_norm_kernel(
     hidden, delta, bias, weight, norm_bias, normed, size, eps,
     NUM_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, IS_RMS: tl.constexpr,
-    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    _wait_for_previous(EARLY)
     x = tl.load(hidden + start + column, mask=inside, other=0.0).to(tl.float32)
     if NUM_PARTS > 0:
         for part in tl.static_range(NUM_PARTS):
@@ -110,7 +90,7 @@ def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     parts_ZMO = torch.empty(_NUM_PARTS, num_tokens, size_out, dtype=torch.float32, device=x_MI.device)
     _product_kernel[(size_out // _TILE_O, _NUM_PARTS)](
         x_MI, weight_OI, parts_ZMO, num_tokens, size_out, size_in, BLOCK_M=max(16, triton.next_power_of_2(num_tokens)),
-        TILE_O=_TILE_O, TILE_I=_TILE_I, NUM_PARTS=_NUM_PARTS, STAGES=5, num_warps=4, **_early(),
+        TILE_O=_TILE_O, TILE_I=_TILE_I, NUM_PARTS=_NUM_PARTS, STAGES=5, num_warps=4,
     )  # fmt: skip
     return parts_ZMO
 
@@ -128,14 +108,13 @@ def _num_multiprocessors(device: torch.device) -> int:
 @triton.jit
 def _product_kernel(
     x, weight, parts, num_tokens, size_out, size_in, BLOCK_M: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
-    NUM_PARTS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    NUM_PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     m, o = tl.arange(0, BLOCK_M), tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     inside = (m < num_tokens)[:, None]
     per_part = size_in // NUM_PARTS
     summed = tl.zeros([BLOCK_M, TILE_O], tl.float32)
-    _wait_for_previous(EARLY)
     for start in tl.range(0, per_part, TILE_I, num_stages=STAGES):
         i = part * per_part + start + tl.arange(0, TILE_I)
         x_tile = tl.load(x + m[:, None] * size_in + i[None, :], mask=inside, other=0.0)
@@ -161,7 +140,6 @@ def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
         IS_GATED=activation.is_gated,
         BLOCK=1024,
         num_warps=4,
-        **_early(),
     )
     return activated_MF
 
@@ -174,13 +152,12 @@ def _activate_unfused(x_MF: torch.Tensor, activation: Activation) -> torch.Tenso
 
 @triton.jit
 def _activate_kernel(
-    x, activated, size, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    x, activated, size, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     start = x + row * size * (2 if IS_GATED else 1)
-    _wait_for_previous(EARLY)
     gate = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
     if NAME == "silu":
         y = gate * tl.sigmoid(gate)
@@ -235,11 +212,11 @@ def row_attention(
         capacity, head_dim**-0.5 * 1.4426950408889634,
         Q=heads_per_group, BLOCK_Q=1 if heads_per_group == 1 else max(16, triton.next_power_of_2(heads_per_group)),
         D=head_dim, BLOCK_D=block_d, TURNED=0 if angles is None else cos_TD.size(1), BLOCK_T=block_t, Z=splits,
-        STAGES=stages, LOWEST=_LOWEST, num_warps=num_warps, **_early(),
+        STAGES=stages, LOWEST=_LOWEST, num_warps=num_warps,
     )  # fmt: skip
     if splits > 1:
         _join_splits_kernel[(num_rows * num_heads,)](
-            partial_BNZD, partial_BNZ2, context_BX, D=head_dim, BLOCK_D=block_d, Z=splits, num_warps=1, **_early()
+            partial_BNZD, partial_BNZ2, context_BX, D=head_dim, BLOCK_D=block_d, Z=splits, num_warps=1
         )
     return context_BX
 
@@ -259,7 +236,7 @@ def _turned(start, d, inside, cos, sin, TURNED: tl.constexpr):
 def _row_attention_kernel(
     qkv, keys, values, positions, cos_table, sin_table, context, partial, partial_sums, capacity, scale_log2,
     Q: tl.constexpr, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK_T: tl.constexpr, Z: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_T: tl.constexpr, Z: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_groups = tl.num_programs(1)
@@ -274,7 +251,6 @@ def _row_attention_kernel(
     group_start = qkv + (row * num_groups + group) * (Q + 2) * D
     cached = (row.to(tl.int64) * num_groups + group) * capacity * D
 
-    _wait_for_previous(EARLY)
     # the new token's own key and value: the first split takes them in and keeps them
     key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
     value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
@@ -356,12 +332,11 @@ def _row_attention_kernel(
 
 @triton.jit
 def _join_splits_kernel(
-    partial, partial_sums, context, D: tl.constexpr, BLOCK_D: tl.constexpr, Z: tl.constexpr, EARLY: tl.constexpr
+    partial, partial_sums, context, D: tl.constexpr, BLOCK_D: tl.constexpr, Z: tl.constexpr
 ):  # fmt: skip
     head = tl.program_id(0)
     z, d = tl.arange(0, Z), tl.arange(0, BLOCK_D)
     inside = d < D
-    _wait_for_previous(EARLY)
     highest = tl.load(partial_sums + (head * Z + z) * 2)
     total = tl.load(partial_sums + (head * Z + z) * 2 + 1)
     weight = tl.exp2(highest - tl.max(highest, axis=0))
