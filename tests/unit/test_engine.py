@@ -293,20 +293,31 @@ def test_the_next_rollout_uses_the_weights_of_an_optimizer_step(tiny_nemo, gener
     assert rollouts("engine") == rollouts("nemo") != before
 
 
-def test_parameters_that_an_optimizer_has_moved_are_found_within_a_phase(generating):
+def test_parameters_that_were_moved_or_replaced_are_found_within_a_phase(generating):
     actor = generating()
     prompts = ragged_prompts(4)
     before = responses_of(actor.infer(batch_of(actor, prompts)))
-    weight = actor.model.decoder.layers[1].mlp.linear_fc2.weight
-    original = weight.data
+    linear = actor.model.decoder.layers[1].mlp.linear_fc2
+    parameter, values = linear.weight, linear.weight.data
     addresses = find_weights(actor.model).pointers()
-    weight.data = -original
-    try:
+
+    def rollouts():
         assert find_weights(actor.model).pointers() != addresses
-        after = responses_of(actor.infer(batch_of(actor, prompts)))
-        assert after == responses_of(generating("nemo").infer(batch_of(actor, prompts))) != before
+        ours, engine = responses_of(actor.infer(batch_of(actor, prompts))), actor._rollout_generator
+        theirs = responses_of(generating("nemo").infer(batch_of(actor, prompts)))
+        actor._rollout_generator = engine
+        assert ours == theirs
+        return ours
+
+    try:
+        parameter.data = -values
+        moved = rollouts()
+        linear.weight = torch.nn.Parameter(0.5 * values)
+        replaced = rollouts()
     finally:
-        weight.data = original
+        parameter.data = values
+        linear.weight = parameter
+    assert moved != before != replaced != moved
     assert find_weights(actor.model).pointers() == addresses
 
 
