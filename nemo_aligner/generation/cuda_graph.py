@@ -1,5 +1,6 @@
 """A decoding step as CUDA graphs, one for each number of rows: a launch instead of a few hundred."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -40,11 +41,12 @@ class StepGraphs:
             graph.capture_begin(*(() if self._pool is None else (self._pool,)), capture_error_mode="thread_local")
             try:
                 self._step(num_rows)
+                graph.capture_end()
             except RuntimeError as error:
+                with contextlib.suppress(RuntimeError):  # what has failed cannot be ended in order
+                    graph.capture_end()
                 self._is_refused = True
                 logging.warning(f"rollouts: no CUDA graphs, steps are launched one kernel at a time: {error}")
-            finally:
-                graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         if not self._is_refused:
             self._pool = graph.pool()
