@@ -23,6 +23,7 @@ def run_layout(rank: int, nemo_path: str, world_size: int, tp: int, pp: int) -> 
     model.prepare_for_inference()
     rows = [model.tokenizer.text_to_ids(prompt) for prompt in PROMPTS]
     rollouts = model.infer(prompt_batch(rows, model.tokenizer.eos_id, max_length=16))
+    by_engine = model._rollout_generator._engine is not None
     model.finish_inference()
 
     model.prepare_for_training()
@@ -33,6 +34,7 @@ def run_layout(rank: int, nemo_path: str, world_size: int, tp: int, pp: int) -> 
         "loss": loss,
         "gradients": {name: gradient.tolist() for name, gradient in local_gradients(model).items()},
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "by_engine": by_engine,
         "rollouts": {key: value.tolist() for key, value in rollouts.items()},
     }
 
@@ -99,4 +101,5 @@ def test_two_processes_equal_one(tiny_nemo, one_process, tp, pp):
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
     for outcome in outcomes:
         assert outcome["loss"] == pytest.approx(one_process[0]["loss"], rel=1e-5)
+        assert outcome["by_engine"] == (pp == 1)  # pipeline stages go through Megatron's schedule
         assert outcome["rollouts"] == one_process[0]["rollouts"]
