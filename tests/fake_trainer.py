@@ -95,6 +95,9 @@ class FakeModel:
             "is_end": torch.tensor([answer[-1] == EOS for _, answer in rows]),
         }
 
+    def infer_each(self, batches):
+        return map(self.infer, batches)
+
     def get_loss_and_metrics(self, batch, forward_only):
         assert not forward_only
         self.events.append("loss")

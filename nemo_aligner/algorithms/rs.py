@@ -286,9 +286,8 @@ class RSTrainer:
         under_way, scored, kept = [], [], []
         try:
             microbatches = islice(dataloader_iter, num_microbatches)
-            for batch in _progress_bar(microbatches, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
-                self._meet()
-                rollouts = self._take_stored(stored, batch, num_rollouts) or self._generate(batch, num_rollouts)
+            done = self._rollouts(microbatches, stored, num_rollouts)
+            for batch, rollouts in _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
                 is_scored = "rewards" in rollouts
                 under_way.append((rollouts, None if is_scored else self.rm.infer_rm({**rollouts, "records": records})))
@@ -366,16 +365,31 @@ class RSTrainer:
         path = self.unscored.save(split, self.step, [cpu_dict(rollouts) for rollouts in rollout_batches])
         return "" if path is None else f"; the rollouts are in {path}; the same command started again scores them first"
 
-    def _generate(self, batch: dict, num_rollouts: int) -> dict:
-        """Rollouts of the prompts in `batch` from one `infer` call, `num_rollouts` neighbouring rows for each."""
-        repeated = {
-            key: value.repeat_interleave(num_rollouts, dim=0)
-            for key, value in batch.items()
-            if isinstance(value, torch.Tensor) and value.size(0) == batch["length"].size(0)
-        }
-        if "prompt_index" in batch:
-            repeated["rollout_id"] = _rollout_ids(batch["prompt_index"], num_rollouts)
-        output = self.model.infer(repeated)
+    def _rollouts(
+        self, microbatches: Iterator[dict], stored: Iterator[dict], num_rollouts: int
+    ) -> Iterator[tuple[dict, dict]]:
+        """Each micro-batch and its rollouts, as soon as they exist: stored ones, or new ones.
+
+        Raises:
+            StopRequested: on every rank of the job, after SIGTERM.
+        """
+        batches = [(batch, self._take_stored(stored, batch, num_rollouts)) for batch in microbatches]
+        new = self._generate([batch for batch, found in batches if found is None], num_rollouts)
+        for batch, found in batches:
+            self._meet()
+            yield batch, next(new) if found is None else found
+
+    def _generate(self, batches: list[dict], num_rollouts: int) -> Iterator[dict]:
+        """Rollouts of the prompts of each batch, `num_rollouts` neighbouring rows for each prompt.
+
+        The model gets them all at once, so that rows of a batch take the place of those of an earlier one that end.
+        """
+        repeated = [_repeated(batch, num_rollouts) for batch in batches]
+        for batch, output in zip(repeated, self.model.infer_each(repeated), strict=True):
+            yield self._with_inputs(output, batch, num_rollouts)
+
+    def _with_inputs(self, output: dict, repeated: dict, num_rollouts: int) -> dict:
+        """What was generated, with what scoring and selection want to know of its prompts."""
         device = output["response_tokens"].device
         num_rows = repeated["length"].size(0)
         rows = {
@@ -594,6 +608,20 @@ def _summary(train_metrics: dict, val_metrics: dict) -> str:
 
 def _group_numbers(num_rows: int, rows_per_group: int) -> torch.Tensor:
     return torch.arange(num_rows) // rows_per_group
+
+
+def _repeated(batch: dict, num_rollouts: int) -> dict:
+    """The batch with `num_rollouts` neighbouring rows for each of its own, and an id for each that is the same in any
+    batch.
+    """
+    repeated = {
+        key: value.repeat_interleave(num_rollouts, dim=0)
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.size(0) == batch["length"].size(0)
+    }
+    if "prompt_index" in batch:
+        repeated["rollout_id"] = _rollout_ids(batch["prompt_index"], num_rollouts)
+    return repeated
 
 
 def _rollout_ids(prompt_index: torch.Tensor, num_rollouts: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Draw the next token from logits, on the device and without waiting for it.
 
-Shapes: logits_BV float32 over the vocabulary, B rows, V ids; a filtered id has logit -inf.
+Shapes: logits_BV float32 over the vocabulary, B rows, V ids, in K blocks of W; a filtered id has logit -inf.
 """
 
 from collections.abc import Iterable
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+
+_BLOCK = 128  # tokens whose probabilities are summed at once
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class SamplingParams:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
+    @classmethod
+    def of(cls, configured: dict) -> "SamplingParams":
+        """Those of the configured options that decide which token is drawn."""
+        return cls(**{key: configured[key] for key in cls.__dataclass_fields__ if key in configured})
+
 
 def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], length: int) -> torch.Tensor:
     """Each row's own random numbers in [0, 1), float64 [B, length] on the CPU.
@@ -40,12 +48,13 @@ def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], len
 
 
 def sample(
-    logits_BV: torch.Tensor, previous_BT: torch.Tensor, params: SamplingParams, uniform_B: torch.Tensor
+    logits_BV: torch.Tensor, previous_BT: torch.Tensor | None, params: SamplingParams, uniform_B: torch.Tensor
 ) -> torch.Tensor:
     """The next token of each row, int64 [B].
 
-    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far), top-k, top-p, draw. What is
-    drawn depends on the logits and `uniform_B`, float64 in [0, 1), alone.
+    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far, any number of times each; None
+    if there is no penalty), top-k, top-p, draw. What is drawn depends on the logits and `uniform_B`, float64 in [0, 1),
+    alone.
     """
     if not params.use_greedy and params.temperature != 1.0:
         logits_BV = logits_BV / params.temperature
@@ -82,9 +91,22 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """One draw per row from softmax(logits), int64 [B]: where the cumulated probability first exceeds `uniform_B`.
 
-    In float64, as float32 sums over a vocabulary are off by more than rare tokens are probable.
+    The sums are in float64, as float32 sums over a vocabulary are off by more than rare tokens are probable.
     """
-    cumulated_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    if logits_BV.is_cuda:
+        from nemo_aligner.generation import triton_ops
+
+        return triton_ops.draw(logits_BV, uniform_B)
+    weights_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).exp()
+    # sums of blocks first, so that only the block in which the threshold lies is summed token by token
+    weights_BKW = F.pad(weights_BV, (0, -weights_BV.size(1) % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    behind_BK = weights_BKW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     # a little less than 1, so that rounding cannot reach past the last token
-    threshold_B = uniform_B * cumulated_BV[:, -1] * (1 - 2**-40)
-    return torch.searchsorted(cumulated_BV, threshold_B[:, None], right=True).squeeze(1)
+    threshold_B1 = uniform_B[:, None] * behind_BK[:, -1:] * (1 - 2**-40)
+    block_B1 = torch.searchsorted(behind_BK, threshold_B1, right=True)
+    before_B1 = F.pad(behind_BK, (1, 0)).gather(1, block_B1)
+    within_BW = weights_BKW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
+    cumulated_BW = before_B1 + within_BW.cumsum(dim=-1, dtype=torch.float64)
+    threshold_B1 = torch.minimum(threshold_B1, cumulated_BW[:, -1:] * (1 - 2**-40))
+    place_B1 = torch.searchsorted(cumulated_BW, threshold_B1, right=True)
+    return (block_B1 * _BLOCK + place_B1).squeeze(1)

@@ -4,6 +4,7 @@ Training and inference alternate; each phase opens with its `prepare_*` call and
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 
 
 class SupervisedInterface(ABC):
@@ -41,6 +42,10 @@ class Inferrable(ABC):
     @abstractmethod
     def infer(self, *args, **kwargs):
         """Run inference. All ranks of a replica call it together with the same input."""
+
+    def infer_each(self, batches: Iterable) -> Iterator:
+        """`infer` for each batch, in order. A model may work on several of them at a time."""
+        return map(self.infer, batches)
 
     @abstractmethod
     def finish_inference(self) -> None:

@@ -100,6 +100,7 @@ def run_layout(model, save_path: str) -> dict:
     with_ids = model.infer({**batch, "rollout_id": torch.arange(8).reshape(4, 2)})
     without_ids = model.infer(batch)
     model._sampling_params["use_greedy"] = True
+    by_engine = model._rollout_generator._engine is not None
     model.finish_inference()
     after = settings(model)
 
@@ -127,6 +128,7 @@ def run_layout(model, save_path: str) -> dict:
         "numbers": [loss, validation_loss, grad_norm, clipped_norm],
         "gradients": gradients,
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "by_engine": by_engine,
         "rollouts": {key: value.tolist() for key, value in rollouts.items()},
         "trained_rollouts": {key: value.tolist() for key, value in trained_rollouts.items()},
         "sampled": with_ids["response_tokens"].tolist(),
@@ -280,6 +282,7 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
     assert expected["numbers"][2] > CLIP_VALUE and expected["numbers"][3] == pytest.approx(CLIP_VALUE, rel=ERROR)
     for outcome in outcomes:
         assert outcome["numbers"] == pytest.approx(expected["numbers"], rel=ERROR)
+        assert outcome["by_engine"] == (layout.pp == 1)  # pipeline stages go through Megatron's schedule
         assert outcome["rollouts"] == expected["rollouts"]
         assert outcome["trained_rollouts"] == expected["trained_rollouts"]
         check_switches(layout.overrides, outcome)

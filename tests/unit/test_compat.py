@@ -36,7 +36,16 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from nemo_aligner import compat
-from nemo_aligner.compat import cpu, device, log_noise, no_apex, no_transformer_engine, numpy_version, torch_version
+from nemo_aligner.compat import (
+    cpu,
+    cpu_linear,
+    device,
+    log_noise,
+    no_apex,
+    no_transformer_engine,
+    numpy_version,
+    torch_version,
+)
 from nemo_aligner.models.nlp.gpt.layer_spec import Norm
 from nemo_aligner.testing.utils import Utils
 
@@ -478,3 +487,19 @@ def test_a_checkpoint_with_a_config_in_it_is_read_without_running_code(tmp_path)
     torch.save({"hyper_parameters": config}, tmp_path / "common.pt")
     compat.apply()
     assert torch.load(tmp_path / "common.pt", weights_only=True)["hyper_parameters"] == config
+
+
+# Matrix products on a CPU
+
+
+@on_cpu
+@pytest.mark.parametrize(("rows", "with_bias"), [(1, False), (32, True), (300, False)])
+def test_products_through_onednn_are_those_of_torch(rows, with_bias):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((rows, 96), (160, 96), (160,)))
+    bias = bias if with_bias else None
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(cpu_linear.linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
+    half = cpu_linear.linear(x.bfloat16(), weight.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), x.double() @ weight.double().T, rtol=3e-2, atol=0.3)

@@ -1,11 +1,14 @@
-"""`infer` on the tiny model, with its own logits or with scripted ones; transformers and NeMo are the references."""
+"""`infer` on the tiny model, with its own logits or with scripted ones; transformers and NeMo are the references.
+
+Both backends keep the same contract: everything below holds for each, unless its name says which one it is about.
+"""
 
 import pytest
 import torch
 from nemo.collections.nlp.modules.common.text_generation_utils import get_default_sampling_params
 
-from nemo_aligner.generation import decode, sampling
-from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor
+from nemo_aligner.generation import decode, rollouts, sampling
+from nemo_aligner.generation.engine import Engine
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 from tests.tiny import load_actor, prompt_batch
 
@@ -20,9 +23,15 @@ def tiny(tiny_nemo):
     return actor
 
 
+@pytest.fixture(params=["engine", "nemo"])
+def backend(request):
+    return request.param
+
+
 @pytest.fixture
-def configured(tiny, monkeypatch):
+def configured(tiny, backend, monkeypatch):
     """configured(max_length=..., min_length=..., any sampling parameter=...) -> the actor with these settings."""
+    monkeypatch.setattr(tiny._rollout_generator, "_settings", rollouts.GenerationSettings(backend))
 
     def change(**changes):
         for key, value in changes.items():
@@ -43,14 +52,27 @@ def scripted(configured, monkeypatch):
     def run(prompts, responses, **settings):
         actor = configured(**settings)
 
-        def next_logits(self, tokens_BW, t):
-            logits_BV = torch.zeros(len(prompts), 384)
-            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-                step = t - len(prompt)
-                logits_BV[row, response[step] if 0 <= step < len(response) else 99] = 10.0
+        def logits_at(steps_of_rows):
+            """Steps beyond the prompts, of (row, step) pairs."""
+            logits_BV = torch.zeros(len(steps_of_rows), 384)
+            for logits_V, (row, step) in zip(logits_BV, steps_of_rows, strict=True):
+                logits_V[responses[row][step] if 0 <= step < len(responses[row]) else 99] = 10.0
             return logits_BV
 
-        monkeypatch.setattr(decode._CachedForward, "next_logits", next_logits)
+        def of_schedule(self, tokens_BW, t):
+            return logits_at([(row, t - len(prompt)) for row, prompt in enumerate(prompts)])
+
+        def of_engine(self, num_rows, num_looked_at):
+            return logits_at([(all_rows.index(row), len(row.generated)) for row in self._in_flight])
+
+        def generate(self, rows, *options):
+            all_rows.extend(rows)
+            return engine_generate(self, rows, *options)
+
+        all_rows, engine_generate = [], Engine.generate
+        monkeypatch.setattr(decode._CachedForward, "next_logits", of_schedule)
+        monkeypatch.setattr(Engine, "_next_logits", of_engine)
+        monkeypatch.setattr(Engine, "generate", generate)
         return actor.infer(prompt_batch(prompts, actor.tokenizer.eos_id, actor._length_params["max_length"]))
 
     return run
@@ -217,7 +239,8 @@ def test_every_row_has_its_own_budget(scripted, tiny):
     assert rollouts["is_end"].tolist() == [False, False, True]
 
 
-def test_finished_rows_go_on_with_end_tokens(scripted, tiny, monkeypatch):
+@pytest.mark.parametrize("backend", ["nemo"], indirect=True)
+def test_finished_rows_go_on_with_end_tokens_in_nemos_way(scripted, tiny, monkeypatch):
     eos = tiny.tokenizer.eos_id
     generated = []
 
@@ -225,7 +248,7 @@ def test_finished_rows_go_on_with_end_tokens(scripted, tiny, monkeypatch):
         generated.append(decode.generate(*args, **options))
         return generated[0]
 
-    monkeypatch.setattr(megatron_gpt_rs_actor, "generate", generate)
+    monkeypatch.setattr(rollouts, "generate", generate)
     # the first row ends by itself, the second at its budget of 3, the third is decoded to the last column
     scripted([[5], [6], [7] * 4], [[20, eos], [30, 31, 32, 33], [40, 41, 42]], max_length=3)
     assert generated[0].tolist() == [
@@ -244,7 +267,8 @@ def test_end_tokens_inside_a_prompt_end_nothing(scripted, tiny):
     assert rollouts["is_end"].tolist() == [True, True]
 
 
-def test_decoding_stops_when_all_rows_are_done(scripted, tiny, monkeypatch):
+@pytest.mark.parametrize("backend", ["nemo"], indirect=True)
+def test_nemos_way_stops_when_all_rows_are_done(scripted, tiny, monkeypatch):
     eos = tiny.tokenizer.eos_id
     positions = []
 
@@ -255,6 +279,21 @@ def test_decoding_stops_when_all_rows_are_done(scripted, tiny, monkeypatch):
     monkeypatch.setattr(decode, "sample", sample)
     scripted([[5], [6, 6, 6]], [[eos], [30, eos]], max_length=50)
     assert positions == [1, 2, 3, 4]  # from behind the shorter prompt to the last end
+
+
+@pytest.mark.parametrize("backend", ["engine"], indirect=True)
+def test_in_the_engine_rows_leave_when_they_are_done(scripted, tiny, monkeypatch):
+    eos = tiny.tokenizer.eos_id
+    num_rows, step = [], Engine._step
+
+    def counted(self, rows):
+        num_rows.append(rows)
+        return step(self, rows)
+
+    monkeypatch.setattr(Engine, "_step", counted)
+    rollouts = scripted([[5], [6, 6, 6], [7]], [[eos], [30, 31, eos], [40, eos]], max_length=50)
+    assert num_rows == [3, 2, 1]
+    assert responses_of(rollouts) == [[eos], [30, 31, eos], [40, eos]]
 
 
 def test_min_length_holds_for_every_kind_of_end(scripted, tiny):

@@ -6,7 +6,7 @@ Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabu
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,8 @@ from pytorch_lightning.trainer.trainer import Trainer
 from nemo_aligner import compat
 from nemo_aligner.compat import mcore_optimizer, virtual_stages
 from nemo_aligner.compat.device import current_device
-from nemo_aligner.generation.decode import generate
-from nemo_aligner.generation.sampling import SamplingParams, random_streams
+from nemo_aligner.generation.rollouts import GenerationSettings, PromptBatch, RolloutGenerator
+from nemo_aligner.generation.sampling import random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
@@ -32,7 +32,6 @@ from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors
-from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 from nemo_aligner.utils.train_utils import (
     finish_param_sync,
     grad_reductions,
@@ -66,6 +65,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._optimizer_offload = OptimizerOffload(functools.partial(state_tensors, self))
         self.distributed_adam_offload_manager: contextlib.AbstractContextManager | None = None
         self._inference_mode = InferenceMode(self)
+        self._rollout_generator = RolloutGenerator(self, GenerationSettings(**(cfg.rs.get("generation") or {})))
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
         self._is_saving_archive = False
@@ -272,7 +272,11 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.offload_adam_states()
 
     def finish_inference(self) -> None:
-        """Restore what `prepare_for_inference` switched off. Optimizer states come back in `prepare_for_training`."""
+        """Restore what `prepare_for_inference` switched off, and give the memory of keys and values back.
+
+        Optimizer states come back in `prepare_for_training`.
+        """
+        self._rollout_generator.release()
         self._inference_mode.leave()
 
     def seed_step(self, step: int) -> None:
@@ -298,7 +302,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._num_rows_sampled = 0
 
     def _random_streams(self, inference_batch: dict, length: int) -> torch.Tensor:
-        """float64 [B, length] on the device, the same on every rank of the replica."""
+        """float64 [B, length] on the CPU, the same on every rank of the replica."""
         num_rows = inference_batch["length"].size(0)
         if "rollout_id" in inference_batch:
             row_ids = inference_batch["rollout_id"].tolist()
@@ -306,7 +310,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             replica = parallel_state.get_data_parallel_rank()
             row_ids = [(replica, self._num_rows_sampled + row) for row in range(num_rows)]
         self._num_rows_sampled += num_rows
-        return random_streams(self._sampling_key, row_ids, length).to(current_device())
+        return random_streams(self._sampling_key, row_ids, length)
 
     @torch.no_grad()
     def infer(self, inference_batch: dict) -> dict[str, torch.Tensor]:
@@ -316,7 +320,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             inference_batch: `text` int64 [B, at least P], prompts right-padded with the end-of-document id, and
                 `length` int64 [B], on either device and left unmodified. Optionally `rollout_id` int64 [B, any], which
                 settles a row's random stream, wherever it is sampled; else the rows of a replica are counted. Other
-                keys are ignored.
+                keys are ignored. Neighbouring rows with the same prompt share its prefill.
 
         Returns:
             On the device of every rank of the replica: `response_tokens` int64 [B, S], each row its prompt, response,
@@ -326,29 +330,26 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         Raises:
             ValueError: if a prompt is empty, or if one and `max_length` more tokens exceed a learned position table.
         """
-        prompts = inference_batch["text"].to(current_device())
-        prompt_lengths = inference_batch["length"].to(current_device())
-        max_length, min_length = self._length_params["max_length"], self._length_params["min_length"]
-        self._check_prompt_lengths(prompt_lengths, max_length)
-        strategy = TrackLengthGPTModelTextGenerationStrategy(self, prompt_lengths, max_length, min_length)
-        tokens = generate(
-            self,
-            prompts,
-            prompt_lengths,
-            strategy,
-            max_length=max_length,
-            min_length=min_length,
-            end_strings=self._sampling_params["end_strings"],
-            sampling_params=_sampling_params(self._sampling_params),
-            uniform_BL=self._random_streams(inference_batch, max_length),
+        (rollouts,) = self.infer_each([inference_batch])
+        return rollouts
+
+    @torch.no_grad()
+    def infer_each(self, inference_batches: Iterable[dict]) -> Iterator[dict[str, torch.Tensor]]:
+        """What `infer` returns, for each batch in order, as soon as it is complete.
+
+        Rows of later batches take the place of those that have ended: it costs what the tokens cost, not what the
+        longest row of each batch does.
+        """
+        yield from self._rollout_generator.rollouts([self._prompt_batch(batch) for batch in inference_batches])
+
+    def _prompt_batch(self, inference_batch: dict) -> PromptBatch:
+        max_length = self._length_params["max_length"]
+        self._check_prompt_lengths(inference_batch["length"], max_length)
+        return PromptBatch(
+            inference_batch["text"].cpu(),
+            inference_batch["length"].cpu(),
+            self._random_streams(inference_batch, max_length),
         )
-        response_lengths = strategy.get_lengths()
-        return {
-            "response_tokens": tokens[:, : int(response_lengths.max())],
-            "response_lengths": response_lengths,
-            "prompt_lengths": prompt_lengths,
-            "is_end": strategy.get_is_end(),
-        }
 
     def _check_prompt_lengths(self, prompt_lengths: torch.Tensor, max_length: int) -> None:
         shortest, longest, context = int(prompt_lengths.min()), int(prompt_lengths.max()), self.cfg.encoder_seq_length
@@ -383,8 +384,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
     def prefetch_adam_states(self) -> None:
         """Begin to bring the optimizer states back, if they were sent away; `onload_adam_states` waits for them.
 
-        If there is no room for them yet, they stay where they are.
+        For when the last rollouts exist: the memory of keys and values goes first. If there still is no room for the
+        states, they stay where they are.
         """
+        self._rollout_generator.release()
         if self.distributed_adam_offload_manager is not None:
             with contextlib.suppress(torch.OutOfMemoryError):
                 self._optimizer_offload.start_onload()
@@ -404,8 +407,3 @@ def _global_token_count(mask: torch.Tensor) -> torch.Tensor:
     count = mask.sum(dtype=torch.float64).to(current_device())
     torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
     return count.float()
-
-
-def _sampling_params(configured: dict) -> SamplingParams:
-    """The sampling options that decide which token is drawn; the others are `generate`'s or have no effect here."""
-    return SamplingParams(**{key: configured[key] for key in SamplingParams.__dataclass_fields__ if key in configured})

@@ -1,0 +1,162 @@
+"""Attention of prompts to themselves, and of each row's newest token to its cache.
+
+Both take the output of a layer's fused projection, whose columns are, group by group, the query heads, the key head and
+the value head; both turn queries and keys by their positions and put keys and values into a cache.
+
+Legend: M tokens side by side, B rows, G key/value groups of this rank, Q query heads per group, T positions that a row
+has room for, t of them looked at, S longest prompt, P prompts, D channels per head.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from nemo_aligner.generation import torch_ops
+from nemo_aligner.generation.kv_cache import KVCache
+from nemo_aligner.generation.weights import Weights
+
+
+class RotaryTable:
+    """Cosine and signed sine of every position's angles, [T, rotated channels], in the model's dtype; or nothing.
+
+    The first half of a head's channels is turned against the second; the sign of the first half's sine is in the table.
+    """
+
+    def __init__(self, weights: Weights, capacity: int):
+        self.cos_TD = self.sin_TD = None
+        if weights.rotary is not None:
+            angles_TD = weights.rotary(capacity)[:, 0, 0].to(weights.device)
+            sign_D = torch.ones_like(angles_TD[0])
+            sign_D[: sign_D.numel() // 2] = -1
+            self.cos_TD = angles_TD.cos().to(weights.dtype)
+            self.sin_TD = (angles_TD.sin() * sign_D).to(weights.dtype)
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if self.cos_TD is None else (self.cos_TD, self.sin_TD)
+
+    def at(self, positions_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if self.cos_TD is None else (self.cos_TD[positions_M], self.sin_TD[positions_M])
+
+
+class PromptAttention:
+    """Causal attention of packed prompts, each to itself; its keys and values go to rows 0, 1, ... of `cache`.
+
+    Args:
+        lengths: of the prompts that are packed one behind the other; not all are 0.
+    """
+
+    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int]):
+        self.weights, self.cache = weights, cache
+        device = weights.device
+        lengths_P = torch.tensor(lengths)
+        row_M = torch.arange(len(lengths)).repeat_interleave(lengths_P)
+        position_M = torch.cat([torch.arange(length) for length in lengths])
+        self.row_M, self.position_M = row_M.to(device), position_M.to(device)
+        self.num_prompts, self.longest = len(lengths), max(lengths)
+        self.angles = rotary.at(self.position_M)
+
+    def __call__(self, number: int, qkv_MX: torch.Tensor) -> torch.Tensor:
+        query_MND, key_MGD, value_MGD = _split(qkv_MX, self.weights, self.angles)
+        for cached_LRGTD, new_MGD in ((self.cache.keys_LRGTD, key_MGD), (self.cache.values_LRGTD, value_MGD)):
+            # an index on both sides of a slice would move to the front
+            cached_LRGTD[number].transpose(1, 2)[self.row_M, self.position_M] = new_MGD
+        query_PNSD, key_PGSD, value_PGSD = (self._padded(x).transpose(1, 2) for x in (query_MND, key_MGD, value_MGD))
+        return self._attended(query_PNSD, key_PGSD, value_PGSD)
+
+    def _attended(self, query_PNSD, key_PGSD, value_PGSD) -> torch.Tensor:
+        """What each token of the prompts sees, packed again, [M, N * D]."""
+        context_PNSD = F.scaled_dot_product_attention(
+            query_PNSD, key_PGSD, value_PGSD, is_causal=True, enable_gqa=self.weights.heads_per_group > 1
+        )
+        return context_PNSD.transpose(1, 2)[self.row_M, self.position_M].flatten(1)
+
+    def _padded(self, x_MND: torch.Tensor) -> torch.Tensor:
+        """[P, S, heads, D]; behind each prompt 0, which no token of it looks at."""
+        padded = x_MND.new_zeros(self.num_prompts, self.longest, *x_MND.shape[1:])
+        padded[self.row_M, self.position_M] = x_MND
+        return padded
+
+
+class FusedPromptAttention(PromptAttention):
+    """`PromptAttention` with one kernel between the projection and the attention itself."""
+
+    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int]):
+        super().__init__(weights, rotary, cache, lengths)
+        self.tables = rotary.tables
+        num_heads = weights.num_groups * weights.heads_per_group
+        # padding stays 0 from layer to layer
+        self.query_PNSD, self.key_PGSD, self.value_PGSD = (
+            torch.zeros(
+                self.num_prompts, heads, self.longest, weights.head_dim, dtype=weights.dtype, device=weights.device
+            )
+            for heads in (num_heads, weights.num_groups, weights.num_groups)
+        )
+
+    def __call__(self, number: int, qkv_MX: torch.Tensor) -> torch.Tensor:
+        from nemo_aligner.generation import triton_ops
+
+        triton_ops.turn_and_place_(
+            qkv_MX, self.row_M, self.position_M, self.tables, self.query_PNSD, self.key_PGSD, self.value_PGSD,
+            self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number],
+        )  # fmt: skip
+        return self._attended(self.query_PNSD, self.key_PGSD, self.value_PGSD)
+
+
+class RowAttention:
+    """Attention of one new token of each of the first B rows of `cache`, at a position of its own.
+
+    Args:
+        positions_B: int64 [B], the newest token's; what is in front of it is filled.
+        num_looked_at: no row's position is at or beyond it.
+    """
+
+    def __init__(
+        self, weights: Weights, rotary: RotaryTable, cache: KVCache, positions_B: torch.Tensor, num_looked_at: int
+    ):
+        self.weights, self.cache, self.positions_B = weights, cache, positions_B
+        self.row_B = torch.arange(positions_B.numel(), device=positions_B.device)
+        self.num_looked_at = num_looked_at
+        self.is_filled_Bt = torch.arange(num_looked_at, device=positions_B.device) <= positions_B[:, None]
+        self.angles = rotary.at(positions_B)
+
+    def __call__(self, number: int, qkv_BX: torch.Tensor) -> torch.Tensor:
+        query_BND, key_BGD, value_BGD = _split(qkv_BX, self.weights, self.angles)
+        keys_RGTD, values_RGTD = self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number]
+        keys_RGTD.transpose(1, 2)[self.row_B, self.positions_B] = key_BGD
+        values_RGTD.transpose(1, 2)[self.row_B, self.positions_B] = value_BGD
+        num_rows, t = self.positions_B.numel(), self.num_looked_at
+        return torch_ops.decode_attention(
+            query_BND.unflatten(1, (self.weights.num_groups, -1)),
+            keys_RGTD[:num_rows, :, :t],
+            values_RGTD[:num_rows, :, :t],
+            self.is_filled_Bt,
+        )
+
+
+class FusedRowAttention:
+    """`RowAttention` in one kernel, which reads what is filled and no more: it needs no bound from the host."""
+
+    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, positions_B: torch.Tensor):
+        self.weights, self.rotary, self.cache, self.positions_B = weights, rotary, cache, positions_B
+
+    def __call__(self, number: int, qkv_BX: torch.Tensor) -> torch.Tensor:
+        from nemo_aligner.generation import triton_ops
+
+        return triton_ops.row_attention(
+            qkv_BX,
+            self.cache.keys_LRGTD[number],
+            self.cache.values_LRGTD[number],
+            self.positions_B,
+            self.rotary.tables,
+            self.weights.heads_per_group,
+        )
+
+
+def _split(qkv_MX: torch.Tensor, weights: Weights, angles) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [M, G * Q, D] and keys [M, G, D], turned by their positions, and values [M, G, D]."""
+    heads_MGKD = qkv_MX.view(len(qkv_MX), weights.num_groups, weights.heads_per_group + 2, weights.head_dim)
+    query_MND = heads_MGKD[:, :, :-2].flatten(1, 2)
+    key_MGD, value_MGD = heads_MGKD[:, :, -2], heads_MGKD[:, :, -1]
+    if angles is not None:
+        query_MND, key_MGD = (torch_ops.rotate(x, *angles) for x in (query_MND, key_MGD))
+    return query_MND, key_MGD, value_MGD

@@ -1,0 +1,61 @@
+"""A decoding step as CUDA graphs, one for each number of rows: a launch instead of a few hundred."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from nemo.utils import logging
+
+
+class StepGraphs:
+    """Runs `step(num_rows)`: eagerly the first time, which also compiles what it needs, then as a captured graph.
+
+    `step` reads and writes memory that stays where it is and takes nothing from the host. Whoever moves that memory
+    begins with a new object: `reads` are the addresses that the graphs hold, and `are_valid_for` compares.
+    """
+
+    def __init__(self, step: Callable[[int], None], reads: tuple):
+        self._step, self._reads = step, reads
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._warm: set[int] = set()
+        self._pool = None
+        self._is_refused = False
+
+    def are_valid_for(self, reads: tuple) -> bool:
+        return reads == self._reads
+
+    def run(self, num_rows: int) -> None:
+        if num_rows not in self._graphs and num_rows in self._warm and not self._is_refused:
+            self._capture(num_rows)
+        if num_rows in self._graphs:
+            self._graphs[num_rows].replay()
+        else:
+            self._step(num_rows)
+            self._warm.add(num_rows)
+
+    def _capture(self, num_rows: int) -> None:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # torch.cuda.graph would collect garbage and empty the cache before each of them
+        with torch.cuda.stream(stream):
+            graph.capture_begin(*(() if self._pool is None else (self._pool,)), capture_error_mode="thread_local")
+            try:
+                self._step(num_rows)
+                graph.capture_end()
+            except RuntimeError as error:
+                with contextlib.suppress(RuntimeError):  # what has failed cannot be ended in order
+                    graph.capture_end()
+                self._is_refused = True
+                logging.warning(f"rollouts: no CUDA graphs, steps are launched one kernel at a time: {error}")
+        torch.cuda.current_stream().wait_stream(stream)
+        if not self._is_refused:
+            self._pool = graph.pool()
+            self._graphs[num_rows] = graph
+
+
+def graph_size(num_rows: int) -> int:
+    """The number of rows that a step is captured for, at least `num_rows`: few sizes, little waste."""
+    for limit, multiple in ((2, 1), (8, 4), (64, 8), (256, 32)):
+        if num_rows <= limit:
+            return -(-num_rows // multiple) * multiple
+    return -(-num_rows // 64) * 64

@@ -1,0 +1,74 @@
+"""The forward pass of a GPT model over tokens of any rows and positions, side by side, with attention left open.
+
+Prefilling packed prompts and decoding one token of each row differ in attention alone, which comes in as a function.
+
+Legend: M tokens side by side, H hidden size, F MLP size, V vocabulary; of H, F and V a tensor-parallel rank computes
+its share where noted with a stroke. Everything is in the parameters' dtype, as in training.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch.nn import functional as F
+
+from nemo_aligner.compat.cpu_linear import linear
+from nemo_aligner.generation.weights import Linear, Weights
+
+
+def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor, attend: Callable, ops) -> torch.Tensor:
+    """Hidden states behind the final norm, [M, H].
+
+    Args:
+        tokens_M, positions_M: int64 [M].
+        attend: attend(layer number, qkv_MX) -> context [M, heads * channels of this rank]; qkv_MX is the output of the
+            layer's fused projection. It also keeps keys and values, where that is wanted.
+        ops: the module with `add_norm`, `product` and `activate` for this device.
+    """
+    hidden_MH, delta_MH, bias_H = _embed(weights, tokens_M, positions_M), None, None
+    for number, layer in enumerate(weights.layers):
+        hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.attention_norm)
+        context_MX = attend(number, _column_parallel(layer.qkv, normed_MH))
+        delta_MH, bias_H = _row_parallel(layer.proj, context_MX, ops), layer.proj.bias
+        hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.mlp_norm)
+        activated_MF = ops.activate(_column_parallel(layer.fc1, normed_MH), weights.activation)
+        delta_MH, bias_H = _row_parallel(layer.fc2, activated_MF, ops), layer.fc2.bias
+    return ops.add_norm(hidden_MH, delta_MH, bias_H, weights.final_norm)[1]
+
+
+def vocabulary_logits(weights: Weights, hidden_MH: torch.Tensor) -> torch.Tensor:
+    """Logits over the whole vocabulary, float32 [M, V], on every tensor-parallel rank."""
+    return gather_from_tensor_model_parallel_region(linear(hidden_MH, weights.output)).float()
+
+
+def _embed(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor) -> torch.Tensor:
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        hidden_MH = F.embedding(tokens_M, weights.embedding)
+    else:
+        num_here = weights.embedding.size(0)
+        here_M = tokens_M - parallel_state.get_tensor_model_parallel_rank() * num_here
+        is_elsewhere_M = (here_M < 0) | (here_M >= num_here)
+        hidden_MH = F.embedding(here_M.clamp(0, num_here - 1), weights.embedding)
+        hidden_MH = reduce_from_tensor_model_parallel_region(hidden_MH.masked_fill(is_elsewhere_M[:, None], 0.0))
+    if weights.positions is not None:
+        hidden_MH = hidden_MH + F.embedding(positions_M, weights.positions)
+    return hidden_MH
+
+
+def _column_parallel(layer: Linear, x_MI: torch.Tensor) -> torch.Tensor:
+    return _add_adapter(layer, x_MI, linear(x_MI, layer.weight, layer.bias))
+
+
+def _row_parallel(layer: Linear, x_MI: torch.Tensor, ops) -> torch.Tensor:
+    """Without the bias, which is added once, behind the sum over the ranks."""
+    if layer.adapter is None and parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return ops.product(x_MI, layer.weight)
+    return _add_adapter(layer, x_MI, reduce_from_tensor_model_parallel_region(linear(x_MI, layer.weight)))
+
+
+def _add_adapter(layer: Linear, x_MI: torch.Tensor, y_MO: torch.Tensor) -> torch.Tensor:
+    return y_MO if layer.adapter is None else y_MO + layer.adapter(x_MI[None])[0]

@@ -1,0 +1,51 @@
+"""Keys and values of the rows in flight, in memory that is taken once.
+
+Legend: L layers, R rows, G key/value groups of this rank, T positions that a row has room for, D channels per head.
+"""
+
+import psutil
+import torch
+
+# What is left to activations, logits and the allocator's own gaps.
+_USABLE_SHARE = 0.85
+
+
+class KVCache:
+    """Keys and values [L, R, G, T, D]; which of a row's positions are filled is its owner's business."""
+
+    def __init__(self, num_layers: int, num_rows: int, num_groups: int, capacity: int, head_dim: int, dtype, device):
+        shape = (num_layers, num_rows, num_groups, capacity, head_dim)
+        # zeros: what attention masks out is multiplied by 0, which must not meet a NaN
+        self.keys_LRGTD = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LRGTD = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def num_rows(self) -> int:
+        return self.keys_LRGTD.size(1)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys_LRGTD.size(3)
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.keys_LRGTD.numel() * self.keys_LRGTD.element_size()
+
+    def copy_row_(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
+        """Make the first `length` positions of `row` those of a row of `source`, which may be this cache."""
+        for ours, theirs in ((self.keys_LRGTD, source.keys_LRGTD), (self.values_LRGTD, source.values_LRGTD)):
+            ours[:, row, :, :length] = theirs[:, source_row, :, :length]
+
+
+def bytes_per_position(num_layers: int, num_groups: int, head_dim: int, dtype: torch.dtype) -> int:
+    """What the keys and values of one token take."""
+    return 2 * num_layers * num_groups * head_dim * dtype.itemsize
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that keys and values may take now: most of what neither this process nor another one uses."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available * _USABLE_SHARE)
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int((free + cached) * _USABLE_SHARE)

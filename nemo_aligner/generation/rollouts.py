@@ -1,0 +1,164 @@
+"""Responses to batches of prompts, from the engine or, as the reference, through Megatron's pipeline schedule.
+
+Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from nemo.utils import logging
+
+from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation.decode import generate
+from nemo_aligner.generation.ends import EndStrings
+from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.rows import Decoding, Row
+from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.weights import unsupported_part
+from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The section `model.rs.generation`, which existing configurations may lack.
+
+    Attributes:
+        backend: `engine`, or `nemo` for Megatron's schedule with NeMo's way of decoding.
+        max_rows_in_flight: rows that the engine decodes side by side.
+    """
+
+    backend: str = "engine"
+    max_rows_in_flight: int = 256
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts int64 [B, at least P] and their lengths int64 [B], and numbers float64 [B, L] to draw by; on the CPU."""
+
+    prompts_BP: torch.Tensor
+    lengths_B: torch.Tensor
+    uniform_BL: torch.Tensor
+
+
+class RolloutGenerator:
+    """Generates with the weights of `model`, the actor, as they are when it is asked."""
+
+    def __init__(self, model, settings: GenerationSettings):
+        self._model, self._settings = model, settings
+        self._engine: Engine | None = None
+        self._end_strings: dict[tuple[str, ...], EndStrings] = {}
+        self._has_told = False
+
+    def rollouts(self, batches: Iterable[PromptBatch]) -> Iterator[dict[str, torch.Tensor]]:
+        """What `infer` returns, for each batch in order, as soon as it is complete."""
+        if self._use_engine():
+            yield from self._from_engine(list(batches))
+        else:
+            yield from map(self._from_schedule, batches)
+
+    def release(self) -> None:
+        """Give memory that only generation needs back to the device."""
+        if self._engine is not None:
+            self._engine.release()
+            self._engine = None
+
+    def _use_engine(self) -> bool:
+        if self._settings.backend == "nemo":
+            return False
+        reason = self._why_not_engine()
+        if reason is not None and not self._has_told:
+            logging.warning(f"rollouts: {reason}, which the generation engine does not know: the slower way is taken")
+            self._has_told = True
+        return reason is None
+
+    def _why_not_engine(self) -> str | None:
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            return "pipeline parallelism"
+        if any(self._model.resets.values()):
+            return "model.data.reset_attention_mask or reset_position_ids"
+        return unsupported_part(self._model.get_model_module_list()[0])
+
+    def _strategy(self, lengths_B: torch.Tensor) -> TrackLengthGPTModelTextGenerationStrategy:
+        lengths = self._model._length_params
+        return TrackLengthGPTModelTextGenerationStrategy(
+            self._model, lengths_B, lengths["max_length"], lengths["min_length"]
+        )
+
+    # The engine
+
+    def _from_engine(self, batches: list[PromptBatch]) -> Iterator[dict[str, torch.Tensor]]:
+        if not batches:
+            return
+        if self._engine is None:
+            (gpt_model,) = self._model.get_model_module_list()
+            self._engine = Engine(gpt_model, self._settings.max_rows_in_flight)
+        decoding, end_strings = self._decoding(batches[0].lengths_B)
+        rows_of = [_rows(batch, number) for number, batch in enumerate(batches)]
+        num_unfinished = [len(rows) for rows in rows_of]
+        complete = 0
+        for row in self._engine.generate([row for rows in rows_of for row in rows], decoding, end_strings):
+            num_unfinished[row.batch] -= 1
+            while complete < len(batches) and num_unfinished[complete] == 0:
+                yield self._result(rows_of[complete])
+                rows_of[complete] = None
+                complete += 1
+
+    def _decoding(self, lengths_B: torch.Tensor) -> tuple[Decoding, EndStrings]:
+        model, strategy = self._model, self._strategy(lengths_B)
+        end_ids, texts = strategy._end_ids_and_strings(model.tokenizer.eos_id, model._sampling_params["end_strings"])
+        decoding = Decoding(
+            sampling=SamplingParams.of(model._sampling_params),
+            max_length=strategy.max_length,
+            min_length=strategy.min_length,
+            end_ids=tuple(sorted(end_ids)),
+            num_tokens=model.tokenizer.vocab_size,
+        )
+        key = tuple(texts)
+        return decoding, self._end_strings.setdefault(key, EndStrings(texts, model.tokenizer))
+
+    def _result(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        prompt_lengths_B = torch.tensor([len(row.prompt) for row in rows])
+        lengths_B = prompt_lengths_B + torch.tensor([len(row.generated) for row in rows])
+        tokens_BS = torch.full((len(rows), int(lengths_B.max())), self._model.tokenizer.eos_id)
+        for tokens, row in zip(tokens_BS, rows, strict=True):
+            tokens[: len(row.prompt) + len(row.generated)] = torch.tensor(row.prompt + row.generated)
+        result = {
+            "response_tokens": tokens_BS,
+            "response_lengths": lengths_B,
+            "prompt_lengths": prompt_lengths_B,
+            "is_end": torch.tensor([row.is_end for row in rows]),
+        }
+        return {key: tensor.to(current_device()) for key, tensor in result.items()}
+
+    # Megatron's schedule
+
+    def _from_schedule(self, batch: PromptBatch) -> dict[str, torch.Tensor]:
+        lengths_B = batch.lengths_B.to(current_device())
+        strategy = self._strategy(lengths_B)
+        tokens_BW = generate(
+            self._model,
+            batch.prompts_BP.to(current_device()),
+            lengths_B,
+            strategy,
+            max_length=strategy.max_length,
+            min_length=strategy.min_length,
+            end_strings=self._model._sampling_params["end_strings"],
+            sampling_params=SamplingParams.of(self._model._sampling_params),
+            uniform_BL=batch.uniform_BL.to(current_device()),
+        )
+        response_lengths_B = strategy.get_lengths()
+        return {
+            "response_tokens": tokens_BW[:, : int(response_lengths_B.max())],
+            "response_lengths": response_lengths_B,
+            "prompt_lengths": lengths_B,
+            "is_end": strategy.get_is_end(),
+        }
+
+
+def _rows(batch: PromptBatch, number: int) -> list[Row]:
+    return [
+        Row(prompt[:length].tolist(), uniform_L, number)
+        for prompt, length, uniform_L in zip(batch.prompts_BP, batch.lengths_B.tolist(), batch.uniform_BL, strict=True)
+    ]

@@ -1,0 +1,183 @@
+"""Rows in flight: what the host knows of each, and what the device keeps to decode them without asking the host.
+
+Legend: R rows with a place in the cache, B of them decoded in a step, T positions that a row has room for, L tokens
+that a row may generate, K decoding steps between two looks at what has been generated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from nemo_aligner.generation.sampling import SamplingParams, sample
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How rows are continued; what a row generates is a function of this, its prompt, its numbers and the weights.
+
+    Attributes:
+        max_length, min_length: tokens that a row generates at most, and before it may end.
+        end_ids: tokens that end a row by themselves.
+        num_tokens: ids from here on have no token and are never drawn.
+    """
+
+    sampling: SamplingParams
+    max_length: int
+    min_length: int
+    end_ids: tuple[int, ...]
+    num_tokens: int
+
+
+@dataclass(eq=False)
+class Row:
+    """One rollout on the host: its prompt, its numbers float64 [L], and, as they become known, its tokens.
+
+    `batch` is the number of the batch that it belongs to.
+    """
+
+    prompt: list[int]
+    uniform_L: torch.Tensor
+    batch: int
+    generated: list[int] = field(default_factory=list)
+    is_end: bool = False
+    is_finished: bool = False
+
+    def extend(self, tokens: list[int], decoding: Decoding, completes_end_string: Callable) -> None:
+        """Take in what was generated, up to where the row ends."""
+        for token in tokens:
+            self.generated.append(token)
+            may_end = len(self.generated) > decoding.min_length
+            self.is_end = may_end and (token in decoding.end_ids or completes_end_string(self.prompt, self.generated))
+            self.is_finished = self.is_end or len(self.generated) == decoding.max_length
+            if self.is_finished:
+                return
+
+
+class DeviceRows:
+    """The state of R rows on the device. `advance_` needs nothing from the host and tells it nothing.
+
+    A row stands at the position of its newest token, the next to go through the model. One that is done stands still.
+    """
+
+    def __init__(self, num_rows: int, capacity: int, decoding: Decoding, device: torch.device):
+        self.decoding = decoding
+        self.tokens_RT = torch.zeros(num_rows, capacity, dtype=torch.int64, device=device)
+        self.position_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.prompt_length_R = torch.ones_like(self.position_R)
+        self.is_done_R = torch.ones_like(self.position_R, dtype=torch.bool)
+        self.uniform_RL = torch.zeros(num_rows, decoding.max_length, dtype=torch.float64, device=device)
+        self.end_ids = torch.tensor(decoding.end_ids, device=device)
+        self.is_end_V = torch.zeros(max(decoding.num_tokens, *decoding.end_ids) + 1, dtype=torch.bool, device=device)
+        self.is_end_V[self.end_ids] = True
+
+    def put_(self, places: list[int], rows: list[Row]) -> None:
+        """Let `rows` begin in `places`: the last token of their prompts goes through the model next."""
+        device = self.position_R.device
+        lengths = [len(row.prompt) for row in rows]
+        tokens_BP = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+        for tokens, row in zip(tokens_BP, rows, strict=True):
+            tokens[: len(row.prompt)] = torch.tensor(row.prompt)
+        index_B, lengths_B = _to_device(torch.tensor(places), device), _to_device(torch.tensor(lengths), device)
+        self.tokens_RT[index_B, : tokens_BP.size(1)] = _to_device(tokens_BP, device)
+        self.uniform_RL[index_B] = _to_device(torch.stack([row.uniform_L for row in rows]), device)
+        self.position_R[index_B] = lengths_B - 1
+        self.prompt_length_R[index_B] = lengths_B
+        self.is_done_R[index_B] = False
+
+    def move_(self, place: int, source: int) -> None:
+        for state in (self.tokens_RT, self.position_R, self.prompt_length_R, self.is_done_R, self.uniform_RL):
+            state[place] = state[source]
+
+    def clear_(self, places: slice) -> None:
+        """Let the rows in `places` stand still at position 0, whatever they were."""
+        self.position_R[places] = 0
+        self.prompt_length_R[places] = 1
+        self.is_done_R[places] = True
+
+    def newest_tokens(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions of the first `num_rows` rows, int64 [B] each: the model's next input."""
+        position_B = self.position_R[:num_rows]
+        return self.tokens_RT[:num_rows].gather(1, position_B[:, None]).squeeze(1), position_B
+
+    def draw(self, logits_BV: torch.Tensor, num_looked_at: int) -> torch.Tensor:
+        """The next token of each row, int64 [B]. `logits_BV` float32 is modified.
+
+        Args:
+            num_looked_at: no row's position is at or beyond it.
+        """
+        decoding, num_rows = self.decoding, logits_BV.size(0)
+        position_B = self.position_R[:num_rows]
+        num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
+        logits_BV[:, decoding.num_tokens :] = -torch.inf
+        if decoding.min_length > 0:
+            is_short_B = num_generated_B < decoding.min_length
+            ends_BE = logits_BV[:, self.end_ids]
+            logits_BV[:, self.end_ids] = ends_BE.masked_fill(is_short_B[:, None], -torch.inf)
+        previous_BT = None
+        if decoding.sampling.repetition_penalty != 1.0:
+            tokens_BT = self.tokens_RT[:num_rows, :num_looked_at]
+            is_known_BT = torch.arange(num_looked_at, device=tokens_BT.device) <= position_B[:, None]
+            previous_BT = torch.where(is_known_BT, tokens_BT, tokens_BT[:, :1])
+        index_B1 = num_generated_B.clamp(max=decoding.max_length - 1)[:, None]
+        uniform_B = self.uniform_RL[:num_rows].gather(1, index_B1).squeeze(1)
+        return sample(logits_BV, previous_BT, decoding.sampling, uniform_B)
+
+    def advance_(self, drawn_B: torch.Tensor) -> None:
+        """Write each row's next token, unless it is done, and note which rows that ends."""
+        num_rows = drawn_B.numel()
+        position_B, is_done_B = self.position_R[:num_rows], self.is_done_R[:num_rows]
+        if drawn_B.is_cuda:
+            from nemo_aligner.generation import triton_ops
+
+            return triton_ops.advance_(
+                self.tokens_RT, position_B, self.prompt_length_R, is_done_B, drawn_B, self.is_end_V,
+                self.decoding.max_length,
+            )  # fmt: skip
+        next_B = (position_B + ~is_done_B)[:, None]
+        tokens_BT = self.tokens_RT[:num_rows]
+        tokens_BT.scatter_(1, next_B, torch.where(is_done_B[:, None], tokens_BT.gather(1, next_B), drawn_B[:, None]))
+        position_B.copy_(next_B.squeeze(1))
+        num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
+        is_done_B |= self.is_end_V[drawn_B] | (num_generated_B >= self.decoding.max_length)
+
+
+class Snapshot:
+    """What the rows in the first places had generated at one moment, on its way to the host.
+
+    On a GPU the copy is queued behind the steps so far and read later, when the next steps are queued already: neither
+    side waits for the other.
+    """
+
+    def __init__(self, device_rows: DeviceRows, rows: list[Row], num_steps: int):
+        """`num_steps` is how many of a row's last tokens are taken along."""
+        self.rows = list(rows)
+        position_B = device_rows.position_R[: len(rows)]
+        back_K = torch.arange(num_steps - 1, -1, -1, device=position_B.device)
+        recent_BK = device_rows.tokens_RT[: len(rows)].gather(1, (position_B[:, None] - back_K).clamp(min=0))
+        both = torch.cat((position_B[:, None], recent_BK), dim=1)
+        self._event = None
+        if both.is_cuda:
+            self._on_host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._on_host.copy_(both, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._on_host = both
+
+    def news(self) -> list[tuple[Row, list[int]]]:
+        """Each row with the tokens that it did not know of yet."""
+        if self._event is not None:
+            self._event.synchronize()
+        news = []
+        for row, (position, *recent) in zip(self.rows, self._on_host.tolist(), strict=True):
+            num_new = position + 1 - len(row.prompt) - len(row.generated)
+            if num_new > 0 and not row.is_finished:
+                news.append((row, recent[-num_new:]))
+        return news
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

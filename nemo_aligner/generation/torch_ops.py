@@ -1,0 +1,62 @@
+"""The operations between the matrix products, in plain torch: for the CPU, for prefill, and as the kernels' reference.
+
+Legend: M tokens side by side, H hidden size, F MLP size, B rows, G key/value groups, Q query heads per group, T
+positions of the cache, t of them looked at, D channels per head.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from nemo_aligner.compat.cpu_linear import linear
+from nemo_aligner.generation.weights import Activation, Norm
+
+
+def add_norm(
+    hidden_MH: torch.Tensor, delta_MH: torch.Tensor | None, bias_H: torch.Tensor | None, norm: Norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream with `delta_MH` and `bias_H` added, and its norm, computed in float32; both [M, H]."""
+    if delta_MH is not None:
+        hidden_MH = hidden_MH + (delta_MH if bias_H is None else delta_MH + bias_H)
+    weight_H = norm.weight.float() + 1 if norm.zero_centered else norm.weight.float()
+    if norm.is_rms:
+        normed_MH = F.rms_norm(hidden_MH.float(), weight_H.shape, weight_H, norm.eps)
+    else:
+        bias = None if norm.bias is None else norm.bias.float()
+        normed_MH = F.layer_norm(hidden_MH.float(), weight_H.shape, weight_H, bias, norm.eps)
+    return hidden_MH, normed_MH.to(hidden_MH.dtype)
+
+
+def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x_MI @ weight_OI.T for `add_norm`, [M, O]."""
+    return linear(x_MI, weight_OI)
+
+
+def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The activation of [M, F], or, where it is gated, of the halves of [M, 2 F]; [M, F]."""
+    if not activation.is_gated:
+        return activation.function(x_MF)
+    gate_MF, up_MF = x_MF.chunk(2, dim=-1)
+    return activation.function(gate_MF) * up_MF
+
+
+def rotate(x_BND: torch.Tensor, cos_BD: torch.Tensor, sin_BD: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of [B, heads, D] by angles whose cosine and signed sine are `RotaryTable`'s."""
+    half = cos_BD.size(-1) // 2
+    if cos_BD.size(-1) < x_BND.size(-1):
+        rotated = rotate(x_BND[..., : 2 * half], cos_BD, sin_BD)
+        return torch.cat((rotated, x_BND[..., 2 * half :]), dim=-1)
+    swapped_BND = torch.cat((x_BND[..., half:], x_BND[..., :half]), dim=-1)
+    return x_BND * cos_BD[:, None] + swapped_BND * sin_BD[:, None]
+
+
+def decode_attention(
+    query_BGQD: torch.Tensor, keys_BGtD: torch.Tensor, values_BGtD: torch.Tensor, is_filled_Bt: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one new token of each row to the filled positions of its own cache, [B, G * Q * D].
+
+    The query heads of a group stand where the kernel expects query positions: it then reads a group's keys once.
+    """
+    context_BGQD = F.scaled_dot_product_attention(
+        query_BGQD, keys_BGtD, values_BGtD, attn_mask=is_filled_Bt[:, None, None, :]
+    )
+    return context_BGQD.flatten(1)

@@ -1,0 +1,467 @@
+"""The operations between the matrix products as Triton kernels, one pass over memory each; `torch_ops` says the same.
+
+Legend: M tokens side by side, H hidden size, F MLP size, B rows, G key/value groups of this rank, Q query heads per
+group, N = G * Q, T positions that a row has room for, D channels per head, V vocabulary, Z splits of a row's positions.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from nemo_aligner.generation.weights import Activation, Norm
+
+# Programs that keep every multiprocessor of a current GPU busy; with fewer, a row's positions are split.
+_ENOUGH_PROGRAMS = 512
+# Positions that are looked at together, warps and stages of the attention kernel: the best of those tried on an H100,
+# for one query head per group and for several.
+_ONE_HEAD, _SEVERAL_HEADS = (32, 2, 3), (64, 4, 3)
+# Stands for minus infinity where the difference of two must be 0.
+_LOWEST = -1e30
+
+
+# ---- residual and norm
+
+
+def add_norm(
+    hidden_MH: torch.Tensor, delta_MH: torch.Tensor | None, bias_H: torch.Tensor | None, norm: Norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `torch_ops.add_norm`, but `hidden_MH` is updated in place, and `delta_MH` may come in parts to be summed."""
+    num_tokens, size = hidden_MH.shape
+    num_parts = 0 if delta_MH is None else 1 if delta_MH.dim() == 2 else delta_MH.size(0)
+    normed_MH = torch.empty_like(hidden_MH)
+    block = triton.next_power_of_2(size)
+    _add_norm_kernel[(num_tokens,)](
+        hidden_MH, delta_MH, bias_H, norm.weight, norm.bias, normed_MH, size, norm.eps,
+        NUM_PARTS=num_parts, HAS_BIAS=bias_H is not None, HAS_NORM_BIAS=norm.bias is not None,
+        IS_RMS=norm.is_rms, ZERO_CENTERED=norm.zero_centered, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return hidden_MH, normed_MH
+
+
+@triton.jit
+def _add_norm_kernel(
+    hidden, delta, bias, weight, norm_bias, normed, size, eps,
+    NUM_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, IS_RMS: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * size
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(hidden + start + column, mask=inside, other=0.0).to(tl.float32)
+    if NUM_PARTS > 0:
+        for part in tl.static_range(NUM_PARTS):
+            from_here = delta + part * tl.num_programs(0) * size + start
+            x += tl.load(from_here + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(hidden.dtype.element_ty)
+        tl.store(hidden + start + column, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    if not IS_RMS:
+        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+    if ZERO_CENTERED:
+        scale += 1.0
+    y *= scale
+    if HAS_NORM_BIAS:
+        y += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=inside)
+
+
+# ---- the product in front of a residual
+
+
+def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x_MI @ weight_OI.T for `add_norm`: [M, O], or, for a few rows, float32 parts of it, [2, M, O].
+
+    With few rows a product costs what reading the weight costs, for which a narrow matrix has too few tiles to occupy
+    every multiprocessor, unless its input is split too. cuBLAS sums such parts in a kernel of their own.
+    """
+    (num_tokens, size_in), size_out = x_MI.shape, weight_OI.size(0)
+    num_programs = _NUM_PARTS * size_out // _TILE_O
+    few = num_tokens <= 64 and num_programs <= _num_multiprocessors(x_MI.device)
+    fits = size_out % _TILE_O == 0 and size_in % (_NUM_PARTS * _TILE_I) == 0 and x_MI.dtype.itemsize == 2
+    if not (few and fits):
+        return F.linear(x_MI, weight_OI)
+    parts_ZMO = torch.empty(_NUM_PARTS, num_tokens, size_out, dtype=torch.float32, device=x_MI.device)
+    _product_kernel[(size_out // _TILE_O, _NUM_PARTS)](
+        x_MI, weight_OI, parts_ZMO, num_tokens, size_out, size_in, BLOCK_M=max(16, triton.next_power_of_2(num_tokens)),
+        TILE_O=_TILE_O, TILE_I=_TILE_I, NUM_PARTS=_NUM_PARTS, STAGES=5, num_warps=4,
+    )  # fmt: skip
+    return parts_ZMO
+
+
+# The best of eleven tilings on an H100, for 64 rows: 15 and 6 instead of cuBLAS's 18 and 7 microseconds for the two
+# products in front of a residual of 2048 channels. Wider ones cuBLAS does as fast.
+_TILE_O, _TILE_I, _NUM_PARTS = 32, 128, 2
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _product_kernel(
+    x, weight, parts, num_tokens, size_out, size_in, BLOCK_M: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
+    NUM_PARTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    m, o = tl.arange(0, BLOCK_M), tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
+    inside = (m < num_tokens)[:, None]
+    per_part = size_in // NUM_PARTS
+    summed = tl.zeros([BLOCK_M, TILE_O], tl.float32)
+    for start in tl.range(0, per_part, TILE_I, num_stages=STAGES):
+        i = part * per_part + start + tl.arange(0, TILE_I)
+        x_tile = tl.load(x + m[:, None] * size_in + i[None, :], mask=inside, other=0.0)
+        weight_tile = tl.load(weight + o[:, None] * size_in + i[None, :])
+        summed = tl.dot(x_tile, tl.trans(weight_tile), summed)
+    tl.store(parts + (part * num_tokens + m[:, None]) * size_out + o[None, :], summed, mask=inside)
+
+
+# ---- activation
+
+
+def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """As `torch_ops.activate`; functions that have no kernel here are called as they are."""
+    if activation.name is None:
+        return _activate_unfused(x_MF, activation)
+    num_tokens, size = x_MF.size(0), x_MF.size(1) // (1 + activation.is_gated)
+    activated_MF = x_MF.new_empty(num_tokens, size)
+    _activate_kernel[(num_tokens, triton.cdiv(size, 1024))](
+        x_MF,
+        activated_MF,
+        size,
+        NAME=activation.name,
+        IS_GATED=activation.is_gated,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return activated_MF
+
+
+def _activate_unfused(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
+    from nemo_aligner.generation import torch_ops
+
+    return torch_ops.activate(x_MF, activation)
+
+
+@triton.jit
+def _activate_kernel(
+    x, activated, size, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    start = x + row * size * (2 if IS_GATED else 1)
+    gate = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
+    if NAME == "silu":
+        y = gate * tl.sigmoid(gate)
+    elif NAME == "gelu":
+        y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:  # 0.5 (1 + tanh(a)) = sigmoid(2 a)
+        y = gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
+    if IS_GATED:
+        y *= tl.load(start + size + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(activated + row * size + column, y.to(activated.dtype.element_ty), mask=inside)
+
+
+# ---- attention
+
+
+def row_attention(
+    qkv_BX: torch.Tensor,
+    keys_RGTD: torch.Tensor,
+    values_RGTD: torch.Tensor,
+    positions_B: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    heads_per_group: int,
+) -> torch.Tensor:
+    """One new token of each row attends to the row's filled positions and to itself, and is put into the cache.
+
+    Flash decoding (Dao et al., 2023): where rows and groups are too few to fill the device, a row's positions are split
+    and the parts put together. Only what is filled is read, so the lengths on the device alone decide what it costs.
+
+    Args:
+        qkv_BX: [B, G * (Q + 2) * D], not yet turned by position.
+        positions_B: int64 [B], the new tokens'.
+        angles: cosine and signed sine [T, turned channels], or None.
+
+    Returns:
+        [B, N * D].
+    """
+    num_rows, (_, num_groups, capacity, head_dim) = qkv_BX.size(0), keys_RGTD.shape
+    num_programs = num_rows * num_groups
+    block_t, num_warps, stages = _ONE_HEAD if heads_per_group == 1 else _SEVERAL_HEADS
+    splits = min(triton.cdiv(_ENOUGH_PROGRAMS, num_programs), triton.cdiv(capacity, 128), 16)
+    splits = 1 << (splits.bit_length() - 1)
+    num_heads = num_groups * heads_per_group
+    context_BX = qkv_BX.new_empty(num_rows, num_heads * head_dim)
+    partial_BNZD = partial_BNZ2 = context_BX
+    if splits > 1:
+        partial_BNZD = torch.empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=qkv_BX.device)
+        partial_BNZ2 = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=qkv_BX.device)
+    cos_TD, sin_TD = angles if angles is not None else (qkv_BX, qkv_BX)
+    block_d = triton.next_power_of_2(head_dim)
+    _row_attention_kernel[(num_rows, num_groups, splits)](
+        qkv_BX, keys_RGTD, values_RGTD, positions_B, cos_TD, sin_TD, context_BX, partial_BNZD, partial_BNZ2,
+        capacity, head_dim**-0.5 * 1.4426950408889634,
+        Q=heads_per_group, BLOCK_Q=1 if heads_per_group == 1 else max(16, triton.next_power_of_2(heads_per_group)),
+        D=head_dim, BLOCK_D=block_d, TURNED=0 if angles is None else cos_TD.size(1), BLOCK_T=block_t, Z=splits,
+        STAGES=stages, LOWEST=_LOWEST, num_warps=num_warps,
+    )  # fmt: skip
+    if splits > 1:
+        _join_splits_kernel[(num_rows * num_heads,)](
+            partial_BNZD, partial_BNZ2, context_BX, D=head_dim, BLOCK_D=block_d, Z=splits, num_warps=1
+        )
+    return context_BX
+
+
+@triton.jit
+def _turned(start, d, inside, cos, sin, TURNED: tl.constexpr):
+    """Channels `d` at `start`, each turned against the channel half the turned ones away."""
+    x = tl.load(start + d, mask=inside, other=0.0).to(tl.float32)
+    if TURNED > 0:
+        half: tl.constexpr = TURNED // 2
+        partner = tl.where(d < half, d + half, tl.where(d < TURNED, d - half, d))
+        x = x * cos + tl.load(start + partner, mask=inside, other=0.0).to(tl.float32) * sin
+    return x
+
+
+@triton.jit
+def _row_attention_kernel(
+    qkv, keys, values, positions, cos_table, sin_table, context, partial, partial_sums, capacity, scale_log2,
+    Q: tl.constexpr, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_T: tl.constexpr, Z: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_groups = tl.num_programs(1)
+    element: tl.constexpr = keys.dtype.element_ty
+    position = tl.load(positions + row).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    cos, sin = d.to(tl.float32), d.to(tl.float32)
+    if TURNED > 0:
+        cos = tl.load(cos_table + position * TURNED + d, mask=d < TURNED, other=1.0).to(tl.float32)
+        sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
+    group_start = qkv + (row * num_groups + group) * (Q + 2) * D
+    cached = (row.to(tl.int64) * num_groups + group) * capacity * D
+
+    # the new token's own key and value: the first split takes them in and keeps them
+    key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
+    value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
+    if split == 0:
+        tl.store(keys + cached + position * D + d, key, mask=inside)
+        tl.store(values + cached + position * D + d, value, mask=inside)
+
+    per_split = tl.cdiv(tl.cdiv(position, Z), BLOCK_T) * BLOCK_T
+    start = split * per_split
+    end = tl.minimum(start + per_split, position)
+    is_first = split == 0
+    if Q == 1:
+        # One head: every lane of a block keeps a softmax of its own over every BLOCK_T-th position, and they are put
+        # together behind the loop. Within it no lane waits for another, and loads run ahead.
+        query = _turned(group_start, d, inside, cos, sin, TURNED).to(element).to(tl.float32) * scale_log2
+        lane = tl.arange(0, BLOCK_T)
+        is_own = (lane == 0) & is_first
+        highest = tl.where(is_own, tl.sum(query * key.to(tl.float32), axis=0), LOWEST)
+        total = tl.where(is_own, 1.0, 0.0)
+        mixed = tl.where(is_own[:, None], value.to(tl.float32)[None, :], 0.0)
+        for t in tl.range(start, end, BLOCK_T, num_stages=STAGES):
+            at = t + lane
+            offset = cached + at[:, None] * D + d[None, :]
+            is_filled = at < end
+            k = tl.load(keys + offset, mask=is_filled[:, None] & inside[None, :], other=0.0)
+            v = tl.load(values + offset, mask=is_filled[:, None] & inside[None, :], other=0.0)
+            score = tl.where(is_filled, tl.sum(k.to(tl.float32) * query[None, :], axis=1), LOWEST)
+            new_highest = tl.maximum(highest, score)
+            fade = tl.exp2(highest - new_highest)
+            weight = tl.where(is_filled, tl.exp2(score - new_highest), 0.0)
+            total = total * fade + weight
+            mixed = mixed * fade[:, None] + weight[:, None] * v.to(tl.float32)
+            highest = new_highest
+        top = tl.max(highest, axis=0)
+        fade = tl.exp2(highest - top)
+        total = tl.sum(total * fade, axis=0)
+        mixed = tl.sum(mixed * fade[:, None], axis=0)
+        head = row * num_groups + group
+        if Z == 1:
+            tl.store(context + head * D + d, (mixed / total).to(element), mask=inside)
+        else:
+            tl.store(partial + (head * Z + split) * D + d, mixed, mask=inside)
+            tl.store(partial_sums + (head * Z + split) * 2, top)
+            tl.store(partial_sums + (head * Z + split) * 2 + 1, total)
+    else:
+        q = tl.arange(0, BLOCK_Q)
+        is_head = q < Q
+        both = is_head[:, None] & inside[None, :]
+        heads = group_start + q[:, None] * D
+        query = _turned(heads, d[None, :], both, cos[None, :], sin[None, :], TURNED)
+        query = query.to(element)
+        own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale_log2
+        highest = tl.where(is_first, own, LOWEST)
+        total = tl.where(is_first, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
+        mixed = tl.where(is_first, value.to(tl.float32), 0.0)[None, :] + tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        for t in tl.range(start, end, BLOCK_T, num_stages=STAGES):
+            at = t + tl.arange(0, BLOCK_T)
+            offset = cached + at[:, None] * D + d[None, :]
+            is_filled = (at < end)[:, None] & inside[None, :]
+            k = tl.load(keys + offset, mask=is_filled, other=0.0)
+            v = tl.load(values + offset, mask=is_filled, other=0.0)
+            score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale_log2
+            score = tl.where((at < end)[None, :], score, -float("inf"))
+            new_highest = tl.maximum(highest, tl.max(score, axis=1))
+            fade = tl.exp2(highest - new_highest)
+            weight = tl.exp2(score - new_highest[:, None])
+            total = total * fade + tl.sum(weight, axis=1)
+            mixed = mixed * fade[:, None] + tl.dot(weight.to(element), v, input_precision="ieee")
+            highest = new_highest
+        head = (row * num_groups + group) * Q + q
+        if Z == 1:
+            tl.store(context + head[:, None] * D + d[None, :], (mixed / total[:, None]).to(element), mask=both)
+        else:
+            part = head * Z + split
+            tl.store(partial + part[:, None] * D + d[None, :], mixed, mask=both)
+            tl.store(partial_sums + part * 2, highest, mask=is_head)
+            tl.store(partial_sums + part * 2 + 1, total, mask=is_head)
+
+
+@triton.jit
+def _join_splits_kernel(
+    partial, partial_sums, context, D: tl.constexpr, BLOCK_D: tl.constexpr, Z: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(0)
+    z, d = tl.arange(0, Z), tl.arange(0, BLOCK_D)
+    inside = d < D
+    highest = tl.load(partial_sums + (head * Z + z) * 2)
+    total = tl.load(partial_sums + (head * Z + z) * 2 + 1)
+    weight = tl.exp2(highest - tl.max(highest, axis=0))
+    mixed = tl.load(partial + (head * Z + z)[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
+    joined = tl.sum(mixed * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    tl.store(context + head * D + d, joined.to(context.dtype.element_ty), mask=inside)
+
+
+def turn_and_place_(
+    qkv_MX: torch.Tensor,
+    row_M: torch.Tensor,
+    position_M: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    query_PNSD: torch.Tensor,
+    key_PGSD: torch.Tensor,
+    value_PGSD: torch.Tensor,
+    keys_RGTD: torch.Tensor,
+    values_RGTD: torch.Tensor,
+) -> None:
+    """Put the queries, keys and values of packed prompts, turned by position, where attention and the cache want them.
+
+    Args:
+        row_M, position_M: int64 [M], each token's prompt, which is also its row of the cache, and its place in it.
+    """
+    num_groups, head_dim = key_PGSD.size(1), key_PGSD.size(3)
+    cos_TD, sin_TD = angles if angles is not None else (qkv_MX, qkv_MX)
+    _turn_and_place_kernel[(qkv_MX.size(0), num_groups)](
+        qkv_MX, row_M, position_M, cos_TD, sin_TD, query_PNSD, key_PGSD, value_PGSD, keys_RGTD, values_RGTD,
+        key_PGSD.size(2), keys_RGTD.size(2), Q=query_PNSD.size(1) // num_groups, D=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), TURNED=0 if angles is None else cos_TD.size(1), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turn_and_place_kernel(
+    qkv, rows, positions, cos_table, sin_table, query, key, value, keys, values, longest, capacity,
+    Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    token, group, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, position = tl.load(rows + token), tl.load(positions + token)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    cos, sin = d.to(tl.float32), d.to(tl.float32)
+    if TURNED > 0:
+        cos = tl.load(cos_table + position * TURNED + d, mask=d < TURNED, other=1.0).to(tl.float32)
+        sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
+    start = qkv + (token * num_groups + group) * (Q + 2) * D
+    for head in tl.static_range(Q):
+        turned = _turned(start + head * D, d, inside, cos, sin, TURNED).to(query.dtype.element_ty)
+        place = ((row * num_groups + group) * Q + head) * longest + position
+        tl.store(query + place * D + d, turned, mask=inside)
+    turned = _turned(start + Q * D, d, inside, cos, sin, TURNED).to(key.dtype.element_ty)
+    unturned = tl.load(start + (Q + 1) * D + d, mask=inside, other=0.0)
+    place = ((row * num_groups + group) * longest + position) * D + d
+    cached = ((row * num_groups + group) * capacity + position) * D + d
+    tl.store(key + place, turned, mask=inside)
+    tl.store(keys + cached, turned, mask=inside)
+    tl.store(value + place, unturned, mask=inside)
+    tl.store(values + cached, unturned, mask=inside)
+
+
+# ---- sampling
+
+
+def advance_(
+    tokens_RT: torch.Tensor, position_B: torch.Tensor, prompt_length_B: torch.Tensor, is_done_B: torch.Tensor,
+    drawn_B: torch.Tensor, is_end_V: torch.Tensor, max_length: int,
+) -> None:  # fmt: skip
+    """What `DeviceRows.advance_` does, in one kernel instead of ten."""
+    num_rows = drawn_B.numel()
+    _advance_kernel[(1,)](
+        tokens_RT, position_B, prompt_length_B, is_done_B, drawn_B, is_end_V, num_rows, tokens_RT.size(1), max_length,
+        BLOCK=triton.next_power_of_2(num_rows),
+    )  # fmt: skip
+
+
+@triton.jit
+def _advance_kernel(
+    tokens, position, prompt_length, is_done, drawn, is_end, num_rows, capacity, max_length, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.arange(0, BLOCK)
+    inside = row < num_rows
+    at = tl.load(position + row, mask=inside, other=0)
+    token = tl.load(drawn + row, mask=inside, other=0)
+    was_done = tl.load(is_done + row, mask=inside, other=1) != 0
+    at = tl.where(was_done, at, at + 1)
+    tl.store(tokens + row.to(tl.int64) * capacity + at, token, mask=inside & (was_done == 0))
+    tl.store(position + row, at, mask=inside)
+    ends = tl.load(is_end + token, mask=inside, other=0) != 0
+    used_up = at + 1 - tl.load(prompt_length + row, mask=inside, other=0) >= max_length
+    tl.store(is_done + row, was_done | ends | used_up, mask=inside)
+
+
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32."""
+    num_rows, num_tokens = logits_BV.shape
+    drawn_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
+    _draw_kernel[(num_rows,)](logits_BV, uniform_B, drawn_B, num_tokens, BLOCK=4096, num_warps=16)
+    return drawn_B
+
+
+@triton.jit
+def _draw_kernel(logits, uniform, drawn, num_tokens, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * num_tokens
+    column = tl.arange(0, BLOCK)
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    for first in range(0, num_tokens, BLOCK):
+        index = first + column
+        highest = tl.maximum(highest, tl.load(start + index, mask=index < num_tokens, other=-float("inf")))
+    top = tl.max(highest, axis=0)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, num_tokens, BLOCK):
+        index = first + column
+        sums += tl.exp(tl.load(start + index, mask=index < num_tokens, other=-float("inf")) - top).to(tl.float64)
+    # a little less than 1, as in `sampling.draw`
+    threshold = tl.load(uniform + row) * tl.sum(sums, axis=0) * (1.0 - 9.094947017729282e-13)
+    before = tl.zeros([], tl.float64)
+    found = num_tokens
+    for first in range(0, num_tokens, BLOCK):
+        index = first + column
+        weight = tl.exp(tl.load(start + index, mask=index < num_tokens, other=-float("inf")) - top).to(tl.float64)
+        behind = before + tl.sum(weight, axis=0)
+        if (before <= threshold) & (behind > threshold):
+            reached = (before + tl.cumsum(weight, axis=0) > threshold) & (weight > 0)
+            found = tl.minimum(found, tl.min(tl.where(reached, index, num_tokens), axis=0))
+        before = behind
+    tl.store(drawn + row, found.to(tl.int64))

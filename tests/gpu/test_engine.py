@@ -1,0 +1,141 @@
+"""The engine on a GPU, through captured graphs: tokens of Hugging Face, weights that change, precision in bf16."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_aligner.generation.cuda_graph import StepGraphs
+from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
+from tests.tiny import load_actor
+from tests.unit.test_engine import batch_of, ragged_prompts, responses_of
+
+NUM_NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_matmuls():
+    """Float32 means float32: no TF32 while these tests compare."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture
+def actor(tiny_nemo):
+    rs = {"length_params.max_length": NUM_NEW_TOKENS, "sampling_params.end_strings": ["e"]}
+    actor = load_actor(tiny_nemo, rs=rs, micro_batch_size=2, global_batch_size=4)
+    actor.prepare_for_inference()
+    return actor
+
+
+def with_engine(actor, max_rows=256):
+    actor._rollout_generator = RolloutGenerator(actor, GenerationSettings(max_rows_in_flight=max_rows))
+    return actor
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The numbers of rows of all graphs that were replayed."""
+    sizes, run = [], StepGraphs.run
+
+    def counted(self, num_rows):
+        if num_rows in self._graphs:
+            sizes.append(num_rows)
+        run(self, num_rows)
+
+    monkeypatch.setattr(StepGraphs, "run", counted)
+    return sizes
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], ends: set[int], num_ids: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + NUM_NEW_TOKENS:
+        logits = model(torch.tensor([tokens]).cuda()).logits[0, -1, :num_ids]
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] in ends:
+            break
+    return tokens[len(prompt) :]
+
+
+def expected_responses(actor, tiny_hf) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf, torch_dtype=torch.float32).cuda().eval()
+    ends = {actor.tokenizer.eos_id, *actor.tokenizer.text_to_ids("e")}
+    return [greedy(model, prompt, ends, actor.tokenizer.vocab_size) for prompt in ragged_prompts(24)]
+
+
+def test_greedy_tokens_equal_hugging_face_with_rows_ending_and_joining(actor, tiny_hf, replays):
+    expected = expected_responses(actor, tiny_hf)
+    assert len({len(row) for row in expected}) > 2
+    for max_rows in (5, 256):
+        rollouts = with_engine(actor, max_rows).infer(batch_of(actor, ragged_prompts(24)))
+        assert rollouts["response_tokens"].is_cuda
+        assert responses_of(rollouts) == expected
+    assert len(set(replays)) > 2  # more rows than one graph
+
+
+def test_a_rollout_is_the_same_in_any_batch(actor):
+    actor._sampling_params.update(use_greedy=False, temperature=1.2, top_k=50, top_p=0.95)
+    ids, prompts = torch.arange(24)[:, None], ragged_prompts(24)
+    found = []
+    for max_rows in (5, 256):
+        with_engine(actor, max_rows).seed_sampling(3)
+        found.append(responses_of(actor.infer(batch_of(actor, prompts, rollout_id=ids))))
+    assert found[0] == found[1] and len({tuple(row) for row in found[0]}) == 24
+
+
+def test_weights_that_changed_in_place_or_moved_are_seen_through_captured_graphs(actor, replays):
+    prompts = ragged_prompts(8)
+
+    def rollouts(backend):
+        if backend == "nemo":
+            ours, actor._rollout_generator = (
+                actor._rollout_generator,
+                RolloutGenerator(actor, GenerationSettings("nemo")),
+            )
+            found = responses_of(actor.infer(batch_of(actor, prompts)))
+            actor._rollout_generator = ours
+            return found
+        return responses_of(actor.infer(batch_of(actor, prompts)))
+
+    first = rollouts("engine")
+    weight = actor.model.decoder.layers[1].mlp.linear_fc2.weight
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=0.02)
+    for parameter in actor.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    replays.clear()
+    stepped = rollouts("engine")
+    # the graphs of the first call, captured before the step
+    assert len(replays) * 2 >= NUM_NEW_TOKENS and stepped == rollouts("nemo") != first
+    weight.data = -weight.data
+    assert rollouts("engine") == rollouts("nemo") != stepped
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_log_probabilities_while_decoding_are_those_of_the_training_forward(actor, monkeypatch, dtype, bound):
+    actor.model.to(dtype)
+    # This random model's logits reach 20, where bf16 knows sixteenths only: they are brought to a few units.
+    actor.model.decoder.final_layernorm.weight.data.mul_(0.25)
+    seen, next_logits = {}, Engine._next_logits
+
+    def recording(self, num_rows, num_looked_at):
+        logits_BV = next_logits(self, num_rows, num_looked_at)
+        for row, logits_V in zip(self._in_flight, logits_BV.log_softmax(-1), strict=False):
+            seen.setdefault(id(row), (row, []))[1].append(logits_V)
+        return logits_BV
+
+    monkeypatch.setattr(Engine, "_next_logits", recording)
+    # a graph would not call it
+    monkeypatch.setattr(StepGraphs, "run", lambda self, num_rows: self._step(num_rows))
+    with_engine(actor, 5).infer(batch_of(actor, ragged_prompts(12)))
+    differences = []
+    for row, logprobs in seen.values():
+        tokens = torch.tensor([row.prompt + row.generated]).cuda()
+        with torch.no_grad():
+            logits = actor.model(tokens, torch.arange(tokens.size(1)).cuda()[None], None, labels=None)[0].float()
+        generated = torch.tensor(row.generated).cuda()[:, None]
+        trained = logits[len(row.prompt) - 1 : -1].log_softmax(-1).gather(1, generated)
+        differences.append(torch.stack(logprobs[: len(generated)]).gather(1, generated) - trained)
+    differences = torch.cat(differences).abs()
+    assert (differences.max() if dtype == torch.float32 else differences.mean()) <= bound

@@ -1,0 +1,170 @@
+"""The Triton kernels against the same operations in plain torch, in float32 on the same inputs.
+
+Legend: B rows, G key/value groups, Q query heads per group, T positions of the cache, D channels per head, V ids.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nemo_aligner.generation import sampling, torch_ops
+from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttention, RotaryTable
+from nemo_aligner.generation.kv_cache import KVCache
+from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
+from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.weights import Activation, Norm
+
+triton_ops = pytest.importorskip("nemo_aligner.generation.triton_ops")
+
+# One rounding of the result, and in attention of keys and queries turned by their positions.
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.fixture
+def normal():
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    return lambda *shape, dtype: torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def assert_close(ours, expected, dtype):
+    ours, expected = ours.double(), expected.double()
+    assert (ours - expected).norm() <= BOUND[dtype] * expected.norm()
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [64, 576, 2048])
+@pytest.mark.parametrize("is_rms", [True, False], ids=["rms", "layer"])
+@pytest.mark.parametrize("zero_centered", [True, False])
+def test_residual_and_norm(normal, dtype, size, is_rms, zero_centered):
+    hidden, delta, bias = normal(33, size, dtype=dtype) + 1, normal(33, size, dtype=dtype), normal(size, dtype=dtype)
+    weight, shift = normal(size, dtype=dtype), None if is_rms else normal(size, dtype=dtype)
+    in_float = Norm(weight.float(), None if is_rms else shift.float(), 1e-5, is_rms, zero_centered)
+    for given in ((None, None), (delta, None), (delta, bias)):
+        expected = torch_ops.add_norm(hidden.float(), *(None if x is None else x.float() for x in given), in_float)
+        ours = triton_ops.add_norm(hidden.clone(), *given, Norm(weight, shift, 1e-5, is_rms, zero_centered))
+        for one, other in zip(ours, expected, strict=True):
+            assert_close(one, other, dtype)
+
+
+@pytest.mark.parametrize(("rows", "size_in", "size_out"), [(64, 2048, 2048), (3, 8192, 1024), (64, 512, 96)])
+def test_products_in_parts_are_summed_with_the_residual(normal, rows, size_in, size_out):
+    dtype = torch.bfloat16
+    x, weight = normal(rows, size_in, dtype=dtype), normal(size_out, size_in, dtype=dtype) / size_in**0.5
+    hidden, bias, ones = normal(rows, size_out, dtype=dtype), normal(size_out, dtype=dtype), torch.ones(size_out).cuda()
+    parts = triton_ops.product(x, weight)
+    assert parts.shape == (2, rows, size_out)
+    expected = hidden.float() + x.float() @ weight.float().T + bias.float()
+    summed, normed = triton_ops.add_norm(hidden.clone(), parts, bias, Norm(ones.to(dtype), None, 1e-5, True, False))
+    assert_close(summed, expected, dtype)
+    assert_close(normed, torch_ops.add_norm(expected, None, None, Norm(ones, None, 1e-5, True, False))[1], dtype)
+
+
+def test_many_rows_and_odd_sizes_are_left_to_cublas(normal):
+    for rows, size_in, size_out in ((65, 512, 64), (4, 500, 64), (4, 512, 70), (4, 512, 32768)):
+        x, weight = normal(rows, size_in, dtype=torch.bfloat16), normal(size_out, size_in, dtype=torch.bfloat16)
+        assert torch.equal(triton_ops.product(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 64])
+def test_rows_advance_as_on_the_cpu(num_rows):
+    generator = torch.Generator().manual_seed(num_rows)
+    decoding = Decoding(SamplingParams(), max_length=4, min_length=0, end_ids=(2, 5), num_tokens=9)
+    on_cpu, on_gpu = (DeviceRows(64, 20, decoding, torch.device(name)) for name in ("cpu", "cuda"))
+    rows = [Row([3] * (1 + index % 7), torch.zeros(4, dtype=torch.float64), 0) for index in range(num_rows)]
+    for state in (on_cpu, on_gpu):
+        state.put_(list(range(num_rows)), rows)
+    for _ in range(6):
+        drawn = torch.randint(9, (num_rows,), generator=generator)
+        on_cpu.advance_(drawn), on_gpu.advance_(drawn.cuda())
+        for name in ("tokens_RT", "position_R", "is_done_R"):
+            assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu()), name
+    assert on_cpu.is_done_R.all()
+
+
+@DTYPES
+@pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_activation(normal, dtype, is_gated, name):
+    function = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[name]
+    x, activation = normal(33, 3000, dtype=dtype), Activation(name, function, is_gated)
+    assert_close(triton_ops.activate(x, activation), torch_ops.activate(x.float(), activation), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("B", "G", "Q", "D", "T", "turned"),
+    [
+        (64, 16, 1, 128, 384, 128),
+        (3, 2, 1, 64, 2000, 64),  # few rows: positions are split
+        (5, 3, 3, 64, 512, 64),  # SmolLM2's heads
+        (2, 1, 4, 128, 4096, 128),
+        (4, 2, 2, 80, 300, 32),  # channels that are no power of two, and of which some are turned
+        (1, 8, 8, 128, 192, 0),  # learned positions
+    ],
+)
+def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B, G, Q, D, T, turned):
+    keys, values = normal(B, G, T, D, dtype=dtype), normal(B, G, T, D, dtype=dtype)
+    positions = torch.randint(0, T, (B,), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    positions[0] = T - 1
+    positions[-1] = 0 if B > 1 else T - 1
+    qkv, angles = normal(B, G * (Q + 2) * D, dtype=dtype), None
+    if turned:
+        sign = torch.ones(turned, device="cuda")
+        sign[: turned // 2] = -1
+        angle = normal(T, turned // 2, dtype=torch.float32).repeat(1, 2)
+        angles = (angle.cos().to(dtype), (angle.sin() * sign).to(dtype))
+    row = torch.arange(B, device="cuda")
+    heads = qkv.float().view(B, G, Q + 2, D)
+    query, key, value = heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
+    if turned:
+        query, key = (torch_ops.rotate(x, *(table.float()[positions] for table in angles)) for x in (query, key))
+    expected_keys, expected_values = keys.float(), values.float()
+    expected_keys.transpose(1, 2)[row, positions] = key
+    expected_values.transpose(1, 2)[row, positions] = value
+    is_filled = torch.arange(T, device="cuda") <= positions[:, None]
+    expected = torch_ops.decode_attention(query.unflatten(1, (G, Q)), expected_keys, expected_values, is_filled)
+    # what is not filled must not be read
+    hidden = (torch.arange(T, device="cuda") > positions[:, None])[:, None, :, None]
+    keys.masked_fill_(hidden, torch.nan), values.masked_fill_(hidden, torch.nan)
+
+    context = triton_ops.row_attention(qkv, keys, values, positions, angles, Q)
+
+    assert_close(context, expected, dtype)
+    for ours, theirs in ((keys, expected_keys), (values, expected_values)):
+        assert_close(ours[row, :, positions], theirs[row, :, positions], dtype)
+        assert ours[~hidden.expand_as(ours)].isfinite().all() and ours[hidden.expand_as(ours)].isnan().all()
+
+
+@pytest.mark.parametrize("V", [384, 32000, 49152, 128256])
+def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
+    logits = normal(64, V, dtype=torch.float32) * 3
+    logits[:, 5] = -torch.inf
+    numbers = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    numbers[0], numbers[1] = 0.0, 1 - 2**-53
+    ours, theirs = triton_ops.draw(logits, numbers.cuda()).cpu(), sampling.draw(logits.cpu(), numbers)
+    assert (ours != theirs).sum() <= 1  # where a number falls on the border of two tokens, to float32's last digit
+    assert (ours != 5).all() and (ours < V).all()
+
+
+@DTYPES
+@pytest.mark.parametrize(("G", "Q", "D", "turned"), [(4, 1, 128, 128), (3, 3, 64, 64), (2, 2, 80, 32), (2, 4, 64, 0)])
+def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(normal, dtype, G, Q, D, turned):
+    lengths = [5, 0, 17, 1]
+    sizes = {"num_groups": G, "heads_per_group": Q, "head_dim": D, "dtype": dtype, "device": torch.device("cuda")}
+    angle = normal(32, turned // 2, dtype=torch.float32).repeat(1, 2) if turned else None
+    weights = SimpleNamespace(**sizes, rotary=turned and (lambda capacity: angle[:capacity, None, None]))
+    if not turned:
+        weights.rotary = None
+    rotary = RotaryTable(weights, 32)
+    made = {}
+    qkv = normal(sum(lengths), G * (Q + 2) * D, dtype=dtype)
+    for attention in (PromptAttention, FusedPromptAttention):
+        cache = KVCache(2, 4, G, 32, D, dtype, "cuda")
+        made[attention] = (attention(weights, rotary, cache, lengths)(1, qkv), cache)
+    (plain, plain_cache), (fused, fused_cache) = made.values()
+    assert_close(fused, plain, dtype)
+    for name in ("keys_LRGTD", "values_LRGTD"):
+        assert_close(getattr(fused_cache, name), getattr(plain_cache, name), dtype)

@@ -1,0 +1,74 @@
+"""When a step is run, captured and replayed; on the GPU itself in tests/gpu/test_engine.py."""
+
+import logging
+from typing import ClassVar
+
+import pytest
+import torch
+
+from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size
+
+
+class Graph:
+    """Stands for `torch.cuda.CUDAGraph`: what happens to it is noted in `events`."""
+
+    events: ClassVar[list[str]] = []
+
+    def __init__(self):
+        self.name = f"graph {len({event for event in self.events if event.endswith('begins')}) + 1}"
+
+    def capture_begin(self, *pool, capture_error_mode):
+        self.events.append(f"{self.name}, pool {pool}, begins")
+
+    def capture_end(self):
+        self.events.append(f"{self.name} ends")
+
+    def pool(self):
+        return 7
+
+    def replay(self):
+        self.events.append(f"{self.name} replayed")
+
+
+@pytest.fixture
+def events(monkeypatch):
+    Graph.events = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    return Graph.events
+
+
+def test_a_size_is_run_once_then_captured_then_replayed(events):
+    graphs = StepGraphs(lambda num_rows: events.append(f"step of {num_rows}"), reads=(1, 2))
+    for num_rows in (4, 4, 8, 4, 8):
+        graphs.run(num_rows)
+    assert events == [
+        "step of 4",
+        "graph 1, pool (), begins", "step of 4", "graph 1 ends", "graph 1 replayed",
+        "step of 8",
+        "graph 1 replayed",
+        "graph 2, pool (7,), begins", "step of 8", "graph 2 ends", "graph 2 replayed",
+    ]  # fmt: skip
+    assert graphs.are_valid_for((1, 2)) and not graphs.are_valid_for((1, 3))
+
+
+def test_what_cannot_be_captured_is_run_one_kernel_at_a_time_and_said_once(events, caplog):
+    def step(num_rows):
+        events.append("step")
+        if "begins" in events[-2:][0]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = StepGraphs(step, reads=())
+    with caplog.at_level(logging.WARNING, "nemo_logger"):
+        for num_rows in (4, 4, 4, 8, 8):
+            graphs.run(num_rows)
+    assert events == [
+        "step", "graph 1, pool (), begins", "step", "graph 1 ends", "step", "step", "step", "step"
+    ]  # fmt: skip
+    assert sum("no CUDA graphs" in message for message in caplog.messages) == 1
+
+
+def test_few_sizes_cover_all_numbers_of_rows():
+    assert [graph_size(n) for n in (1, 2, 3, 4, 9, 64, 65, 256, 257)] == [1, 2, 4, 4, 16, 64, 96, 256, 320]
+    sizes = {graph_size(n) for n in range(1, 257)}
+    assert len(sizes) <= 18
+    assert all(n <= graph_size(n) <= max(n + 7, 1.5 * n) for n in range(1, 257))

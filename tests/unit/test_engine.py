@@ -1,0 +1,375 @@
+"""The generation engine on the tiny model: against Megatron's schedule, transformers and the training forward.
+
+What `infer` promises, whichever backend generates, is in test_generation.py.
+"""
+
+import logging
+import string
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from nemo_aligner.generation import engine as engine_module
+from nemo_aligner.generation.ends import EndStrings
+from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
+from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
+from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.weights import find_weights, unsupported_part
+from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy, ends_with_text
+from tests.tiny import load_actor, prompt_batch
+from tests.unit.test_sampling import PROBABILITIES, assert_drawn_from, uniforms
+
+NUM_PROMPTS, NUM_NEW_TOKENS = 64, 64
+
+
+@pytest.fixture(scope="module")
+def actor(tiny_nemo):
+    rs = {"length_params.max_length": NUM_NEW_TOKENS, "sampling_params.end_strings": []}
+    actor = load_actor(tiny_nemo, rs=rs, micro_batch_size=2, global_batch_size=4)
+    actor.prepare_for_inference()
+    return actor
+
+
+@pytest.fixture
+def generating(actor, monkeypatch):
+    """generating(backend, max_rows) -> the actor with these settings and an engine of its own."""
+
+    def change(backend="engine", max_rows=256):
+        monkeypatch.setattr(actor, "_rollout_generator", RolloutGenerator(actor, GenerationSettings(backend, max_rows)))
+        return actor
+
+    return change
+
+
+def ragged_prompts(number: int = NUM_PROMPTS, longest: int = 30) -> list[list[int]]:
+    """Lengths 1 to `longest`; some neighbours are equal."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = []
+    while len(prompts) < number:
+        length = int(torch.randint(1, longest + 1, (), generator=generator))
+        prompt = torch.randint(1, 300, (length,), generator=generator).tolist()
+        prompts += [prompt] * int(torch.randint(1, 4, (), generator=generator))
+    return prompts[:number]
+
+
+def responses_of(rollouts) -> list[list[int]]:
+    bounds = zip(rollouts["prompt_lengths"].tolist(), rollouts["response_lengths"].tolist(), strict=True)
+    return [row[start:end].tolist() for row, (start, end) in zip(rollouts["response_tokens"], bounds, strict=True)]
+
+
+def batch_of(actor, prompts, **more):
+    return {**prompt_batch(prompts, actor.tokenizer.eos_id, actor._length_params["max_length"]), **more}
+
+
+# The tokens
+
+
+@pytest.fixture(scope="module")
+def hf_responses(tiny_hf, actor):
+    """Greedy responses of transformers to the ragged prompts, behind their end filled up with the end token."""
+    model = LlamaForCausalLM.from_pretrained(tiny_hf).eval()
+    prompts, eos_id = ragged_prompts(), actor.tokenizer.eos_id
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[eos_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    generated = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=NUM_NEW_TOKENS, do_sample=False, pad_token_id=eos_id,
+        suppress_tokens=list(range(actor.tokenizer.vocab_size, 384)),
+    )  # fmt: skip
+    return generated[:, width:].tolist()
+
+
+def single_token_ends(actor, responses: list[list[int]], number: int) -> tuple[list[str], set[int]]:
+    """Some of the commoner tokens of `responses` as end strings, and the ids that then end a row."""
+    strategy = TrackLengthGPTModelTextGenerationStrategy(actor, torch.zeros(1, dtype=torch.int64), 1)
+    eos_id, texts, ids = actor.tokenizer.eos_id, [], {actor.tokenizer.eos_id}
+    for token in torch.tensor(responses).flatten().bincount().argsort(descending=True)[10:].tolist():
+        text = actor.tokenizer.ids_to_text([token])
+        if len(texts) < number and text and strategy.end_token_ids(eos_id, [text]) == sorted({eos_id, token}):
+            texts.append(text)
+            ids.add(token)
+    return texts, ids
+
+
+def test_greedy_tokens_equal_the_schedules_and_transformers_with_rows_ending_and_joining_at_all_times(
+    generating, hf_responses, monkeypatch
+):
+    """64 ragged prompts, up to 64 tokens each, in the engine at most 7 in flight, or all."""
+    actor = generating()
+    texts, ends = single_token_ends(actor, hf_responses, number=5)
+    monkeypatch.setitem(actor._sampling_params, "end_strings", texts)
+    expected = [until_one_of(row, ends) for row in hf_responses]
+    assert len({len(row) for row in expected}) > 10 and max(map(len, expected)) == NUM_NEW_TOKENS
+    for backend, max_rows in (("engine", 7), ("engine", 256), ("nemo", 1)):
+        rollouts = generating(backend, max_rows).infer(batch_of(actor, ragged_prompts()))
+        assert responses_of(rollouts) == expected
+        assert rollouts["is_end"].tolist() == [row[-1] in ends for row in expected]
+
+
+def until_one_of(row: list[int], ends: set[int]) -> list[int]:
+    return next((row[: index + 1] for index, token in enumerate(row) if token in ends), row)
+
+
+def test_sampled_tokens_equal_the_schedules(generating, monkeypatch):
+    filters = {"use_greedy": False, "temperature": 1.3, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2}
+    ids = torch.arange(20)[:, None]
+    results = []
+    for backend, max_rows in (("nemo", 1), ("engine", 256), ("engine", 3)):
+        actor = generating(backend, max_rows)
+        for key, value in filters.items():
+            monkeypatch.setitem(actor._sampling_params, key, value)
+        actor.seed_sampling(5)
+        results.append(responses_of(actor.infer(batch_of(actor, ragged_prompts(20), rollout_id=ids))))
+    assert results[1] == results[0] and results[2] == results[0]
+    assert len({tuple(row) for row in results[0]}) == 20
+
+
+def test_log_probabilities_while_decoding_are_those_of_the_training_forward(generating, monkeypatch):
+    actor = generating(max_rows=5)
+    prompts, eos_id = ragged_prompts(12), actor.tokenizer.eos_id
+    seen = {}
+    next_logits = Engine._next_logits
+
+    def recording(self, num_rows, num_looked_at):
+        logits_BV = next_logits(self, num_rows, num_looked_at)
+        for row, logits_V in zip(self._in_flight, logits_BV.log_softmax(-1), strict=True):
+            seen.setdefault(id(row), (row, []))[1].append(logits_V)
+        return logits_BV
+
+    monkeypatch.setattr(Engine, "_next_logits", recording)
+    rollouts = actor.infer(batch_of(actor, prompts))
+    assert len(seen) == len(prompts)
+    assert {tuple(row.generated) for row, _ in seen.values()} == {tuple(row) for row in responses_of(rollouts)}
+    for row, logprobs in seen.values():
+        tokens = torch.tensor([row.prompt + row.generated])
+        with torch.no_grad():
+            logits = actor.model(tokens, torch.arange(tokens.size(1))[None], None, labels=None)[0]
+        trained = logits[len(row.prompt) - 1 : -1].log_softmax(-1)
+        generated = torch.tensor(row.generated)[:, None]
+        difference = torch.stack(logprobs).gather(1, generated) - trained.gather(1, generated)
+        assert difference.abs().max() <= 1e-4 and eos_id not in row.prompt
+
+
+FILTERED = [
+    (SamplingParams(), PROBABILITIES),
+    (SamplingParams(temperature=0.5), [p**2 / sum(q**2 for q in PROBABILITIES) for p in PROBABILITIES]),
+    (SamplingParams(top_k=2), [0, 0.4 / 0.69, 0, 0, 0.29 / 0.69, 0]),
+    (SamplingParams(top_p=0.8), [0, 0.4 / 0.84, 0.15 / 0.84, 0, 0.29 / 0.84, 0]),
+]
+
+
+def many_device_rows(decoding: Decoding) -> tuple[DeviceRows, torch.Tensor]:
+    """20,000 rows behind a prompt of two tokens, and their logits."""
+    numbers = uniforms(11)
+    rows = DeviceRows(len(numbers), 6, decoding, torch.device("cpu"))
+    rows.put_(list(range(len(numbers))), [Row([4, 1], number[None].expand(3), 0) for number in numbers])
+    return rows, (torch.tensor([*PROBABILITIES, 1e9]).log() + 3).repeat(len(numbers), 1)
+
+
+@pytest.mark.parametrize(("sampling", "expected"), FILTERED)
+def test_draws_follow_the_filtered_distribution_over_the_ids_that_have_a_token(sampling, expected):
+    rows, logits = many_device_rows(Decoding(sampling, 3, 0, (5,), num_tokens=6))
+    assert_drawn_from(rows.draw(logits, 2), expected)
+
+
+def test_draws_before_the_minimum_length_leave_out_what_ends_a_row():
+    rows, logits = many_device_rows(Decoding(SamplingParams(), 3, 1, (1, 5), num_tokens=6))
+    rest = 1 - PROBABILITIES[1] - PROBABILITIES[5]
+    assert_drawn_from(rows.draw(logits, 2), [0 if i in (1, 5) else p / rest for i, p in enumerate(PROBABILITIES)])
+
+
+def test_draws_with_a_repetition_penalty_count_the_rows_own_tokens_and_no_others():
+    rows, _ = many_device_rows(Decoding(SamplingParams(repetition_penalty=2.0), 3, 0, (5,), num_tokens=6))
+    rows.tokens_RT[:, 2:] = 3  # left over from a row that had this place before
+    logits = torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0, 0.0]).repeat(len(rows.position_R), 1)
+    penalized = torch.tensor([1.0, 1.0, 0.5, 1.5, -2.0, 0.0])  # of the prompt's tokens 4 and 1
+    assert_drawn_from(rows.draw(logits, 4), penalized.softmax(0))
+
+
+# What is shared, and who waits
+
+
+def test_a_prompt_is_prefilled_once_for_all_its_rollouts_even_if_they_join_late(generating, monkeypatch):
+    actor = generating(max_rows=3)
+    prefilled = []
+    attention = engine_module.PromptAttention
+
+    def recording(weights, rotary, cache, lengths):
+        prefilled.extend(lengths)
+        return attention(weights, rotary, cache, lengths)
+
+    monkeypatch.setattr(engine_module, "PromptAttention", recording)
+    monkeypatch.setattr(engine_module, "MAX_PROMPTS_PER_PREFILL", 2)
+    prompts = [[5, 6, 7]] * 5 + [[8]] * 4 + [[9, 10]] * 5 + [[5, 6, 7]]
+    rollouts = actor.infer(batch_of(actor, prompts))
+    assert prefilled == [2, 0, 1, 2]  # all but the last token, which the rows decode
+    monkeypatch.setattr(engine_module, "PromptAttention", attention)
+    alone = [responses_of(actor.infer(batch_of(actor, [prompt])))[0] for prompt in ([5, 6, 7], [8], [9, 10])]
+    assert responses_of(rollouts) == [alone[0]] * 5 + [alone[1]] * 4 + [alone[2]] * 5 + [alone[0]]
+
+
+def test_rows_of_later_batches_take_the_places_of_ended_ones_and_batches_come_when_complete(generating, monkeypatch):
+    actor = generating(max_rows=4)
+    monkeypatch.setitem(actor._sampling_params, "end_strings", list(string.ascii_lowercase[:6]))
+    monkeypatch.setitem(actor._sampling_params, "use_greedy", False)
+    prompts = ragged_prompts(24)
+    batches = [
+        batch_of(actor, prompts[start : start + 8], rollout_id=torch.arange(start, start + 8)[:, None])
+        for start in (0, 8, 16)
+    ]
+    num_rows, step = [], Engine._step
+
+    def counted(self, rows):
+        num_rows.append(rows)
+        return step(self, rows)
+
+    monkeypatch.setattr(Engine, "_step", counted)
+    actor.seed_sampling(2)
+    apart = [responses_of(actor.infer(batch)) for batch in batches]
+    steps_apart = len(num_rows)
+    num_rows.clear()
+    stream = actor.infer_each(batches)
+    first = responses_of(next(stream))
+    steps_to_the_first = len(num_rows)
+    together = [first, *map(responses_of, stream)]
+    assert together == apart
+    assert steps_to_the_first < len(num_rows) < steps_apart
+    num_generated = sum(len(row) for rows in together for row in rows)
+    assert sum(num_rows) == num_generated  # no row is decoded that has ended
+    assert len({len(row) for rows in together for row in rows}) > 5
+
+
+def test_too_little_memory_lowers_the_rows_in_flight_and_says_so_once(generating, monkeypatch, caplog):
+    prompts = ragged_prompts(9)
+    expected = responses_of(generating().infer(batch_of(generating(), prompts)))
+    actor = generating()
+    actor.infer(batch_of(actor, prompts))
+    whole = actor._rollout_generator._engine
+    enough_for_two = 2 * whole._cache.num_bytes // 9 + whole._prompts.num_bytes
+    for memory, num_rows in ((0, 1), (enough_for_two, 2)):
+        actor._rollout_generator.release()
+        monkeypatch.setattr(engine_module, "usable_memory", lambda device, memory=memory: memory)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "nemo_logger"):
+            assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+            assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+        engine = actor._rollout_generator._engine
+        assert engine._cache.num_rows == num_rows
+        assert sum(f"{num_rows} rows in flight instead of 9" in message for message in caplog.messages) == 1
+
+
+def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
+    actor = load_actor(tiny_nemo)
+    actor.prepare_for_inference()
+    actor.infer(batch_of(actor, [[5, 6]]))
+    engine = actor._rollout_generator._engine
+    assert engine._cache.num_bytes > 0
+    actor.finish_inference()
+    assert engine._cache is None and engine._prompts is None and actor._rollout_generator._engine is None
+
+
+# The weights
+
+
+def test_the_next_rollout_uses_the_weights_of_an_optimizer_step(tiny_nemo, generating):
+    actor = load_actor(tiny_nemo, rs={"sampling_params.end_strings": []}, micro_batch_size=2, global_batch_size=4)
+    prompts = ragged_prompts(6)
+
+    def rollouts(backend):
+        actor._rollout_generator = RolloutGenerator(actor, GenerationSettings(backend))
+        actor.prepare_for_inference()
+        found = responses_of(actor.infer(batch_of(actor, prompts)))
+        actor.finish_inference()
+        return found
+
+    before = rollouts("engine")
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=0.05)
+    tokens = torch.randint(1, 300, (4, 12), generator=torch.Generator().manual_seed(1))
+    actor.prepare_for_training()
+    actor.get_loss_and_metrics({"response_tokens": tokens, "mask": torch.ones(4, 11)}, forward_only=False)
+    optimizer.step()
+    assert rollouts("engine") == rollouts("nemo") != before
+
+
+def test_parameters_that_were_moved_or_replaced_are_found_within_a_phase(generating):
+    actor = generating()
+    prompts = ragged_prompts(4)
+    before = responses_of(actor.infer(batch_of(actor, prompts)))
+    linear = actor.model.decoder.layers[1].mlp.linear_fc2
+    parameter, values = linear.weight, linear.weight.data
+    addresses = find_weights(actor.model).pointers()
+
+    def rollouts():
+        assert find_weights(actor.model).pointers() != addresses
+        ours, engine = responses_of(actor.infer(batch_of(actor, prompts))), actor._rollout_generator
+        theirs = responses_of(generating("nemo").infer(batch_of(actor, prompts)))
+        actor._rollout_generator = engine
+        assert ours == theirs
+        return ours
+
+    try:
+        parameter.data = -values
+        moved = rollouts()
+        linear.weight = torch.nn.Parameter(0.5 * values)
+        replaced = rollouts()
+    finally:
+        parameter.data = values
+        linear.weight = parameter
+    assert moved != before != replaced != moved
+    assert find_weights(actor.model).pointers() == addresses
+
+
+def test_norms_that_transformer_engine_has_fused_into_the_next_layer_are_read_from_there(tiny_nemo):
+    actor = load_actor(tiny_nemo, rs={"sampling_params.end_strings": []})
+    actor.prepare_for_inference()
+    prompts = ragged_prompts(4)
+    plain = responses_of(actor.infer(batch_of(actor, prompts)))
+    for layer in actor.model.decoder.layers:
+        for name, linear in (
+            ("input_layernorm", layer.self_attention.linear_qkv), ("pre_mlp_layernorm", layer.mlp.linear_fc1)
+        ):  # fmt: skip
+            linear.layer_norm_weight = getattr(layer, name).weight
+            del linear._parameters["bias"]
+            linear.bias = torch.empty(0)
+            setattr(layer, name, torch.nn.Identity())
+    assert unsupported_part(actor.model) is None
+    assert responses_of(actor.infer(batch_of(actor, prompts))) == plain
+
+
+def test_what_the_engine_does_not_know_goes_through_the_schedule_with_one_line(tiny_nemo, caplog):
+    actor = load_actor(tiny_nemo, rs={"sampling_params.end_strings": []})
+    actor.prepare_for_inference()
+    prompts = ragged_prompts(3)
+    expected = responses_of(actor.infer(batch_of(actor, prompts)))
+    actor.finish_inference()
+    actor.model.decoder.layers[2].post_norm = torch.nn.LayerNorm(64)
+    assert unsupported_part(actor.model) == "the parameter decoder.layers.2.post_norm.weight"
+    actor.prepare_for_inference()
+    with caplog.at_level(logging.WARNING, "nemo_logger"):
+        for _ in range(2):
+            assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+    assert actor._rollout_generator._engine is None
+    assert sum("decoder.layers.2.post_norm.weight" in message for message in caplog.messages) == 1
+
+
+# End strings
+
+
+def test_the_shortcut_by_the_newest_token_misses_no_end_string(actor):
+    tokenizer = actor.tokenizer
+    generator = torch.Generator().manual_seed(3)
+    texts = ["a", "the", "é", "e ", "\n"]
+    ends = EndStrings(texts, tokenizer)
+    pieces = [tokenizer.text_to_ids(text) for text in ("the end", "é", "a", "e ", "\n", "one two", "fox jumps")]
+    found = 0
+    for _ in range(300):
+        row = [5]
+        for index in torch.randint(len(pieces), (3,), generator=generator).tolist():
+            row += pieces[index]
+        generated = row[1:]
+        brute = any(ends_with_text(torch.tensor(row), text, tokenizer) for text in texts)
+        assert ends.are_completed_by(row[:1], generated) == brute
+        found += brute
+    assert 50 < found < 290
