@@ -88,12 +88,14 @@ def test_twenty_kills_at_random_moments_change_nothing(workplace, zygote, undist
         log_dir = f"killed{attempt}"
         finished = False
         while not finished:
-            pid = zygote.start(arguments(log_dir), workplace / f"{log_dir}.log")
+            pid, started_at = zygote.start(arguments(log_dir), workplace / f"{log_dir}.log"), time.monotonic()
             if kills < NUM_KILLS:
                 time.sleep(random_state.uniform(0.2, 0.8) * seconds)
                 os.kill(pid, signal.SIGKILL)
             code = zygote.wait()
             finished = code == 0
+            if finished:  # on a machine that others have left, what was measured before is too long
+                seconds = min(seconds, time.monotonic() - started_at)
             kills += code == -signal.SIGKILL
             assert code in (0, -signal.SIGKILL), (workplace / f"{log_dir}.log").read_text()[-3000:]
         num_resumed += (workplace / f"{log_dir}.log").read_text().count("Resuming training from checkpoint")
