@@ -88,14 +88,15 @@ def test_twenty_kills_at_random_moments_change_nothing(workplace, zygote, undist
         log_dir = f"killed{attempt}"
         finished = False
         while not finished:
-            pid, started_at = zygote.start(arguments(log_dir), workplace / f"{log_dir}.log"), time.monotonic()
+            is_fresh = not (workplace / log_dir).exists()
+            pid = zygote.start(arguments(log_dir), workplace / f"{log_dir}.log")
             if kills < NUM_KILLS:
                 time.sleep(random_state.uniform(0.2, 0.8) * seconds)
                 os.kill(pid, signal.SIGKILL)
             code = zygote.wait()
             finished = code == 0
-            if finished:  # on a machine that others have left, what was measured before is too long
-                seconds = min(seconds, time.monotonic() - started_at)
+            if finished and is_fresh:  # the machine is faster than it was when the undisturbed run was timed
+                seconds *= 0.8
             kills += code == -signal.SIGKILL
             assert code in (0, -signal.SIGKILL), (workplace / f"{log_dir}.log").read_text()[-3000:]
         num_resumed += (workplace / f"{log_dir}.log").read_text().count("Resuming training from checkpoint")
