@@ -21,7 +21,10 @@ LAYOUTS = {
     "dp2_overlap": ("trainer.devices=2", *OVERLAP),
     "tp2": ("trainer.devices=2", "model.tensor_model_parallel_size=2"),
     "pp2": ("trainer.devices=2", "model.pipeline_model_parallel_size=2"),
-}
+    "pp2_vpp2": (
+        "trainer.devices=2", "model.pipeline_model_parallel_size=2", "++model.virtual_pipeline_model_parallel_size=2",
+    ),
+}  # fmt: skip
 
 
 def settings(num_steps: int) -> tuple[str, ...]:
