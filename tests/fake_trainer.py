@@ -64,7 +64,7 @@ class FakeModel:
     def __getattr__(self, name):
         if name in ("prepare_for_inference", "finish_inference", "prepare_for_training", "finish_training",
                     "prepare_for_training_step", "finish_training_step", "prefetch_adam_states"):  # fmt: skip
-            return lambda **settings: self.events.append(name)
+            return lambda: self.events.append(name)
         raise AttributeError(name)
 
     def seed_step(self, step):

@@ -179,7 +179,8 @@ class RSTrainer:
                         return
         except ENDS_OF_A_RUN:
             self.model.finish_inference()
-            if self.step > self._saved_step:
+            advance_save(self.ckpt_callback, wait=True)
+            if self.step > self._saved_step or getattr(self.ckpt_callback, "has_last_save_failed", False):
                 self.save()
             raise
         finally:
@@ -187,7 +188,7 @@ class RSTrainer:
 
     def _is_validation_pending(self) -> bool:
         """Whether an earlier start left this step's validation unfinished, on any replica. Collective over the job."""
-        is_pending = self.unscored.load("val", self.step) is not None
+        is_pending = self._load_unscored("val") is not None
         verdict = torch.tensor([is_pending], dtype=torch.int64, device=current_device())
         torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)
         return bool(verdict.item())
@@ -282,11 +283,12 @@ class RSTrainer:
         split = "val" if is_validation else "train"
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
-        stored = iter(self.unscored.load(split, self.step) or ())
+        stored = iter(self._load_unscored(split) or ())
+        microbatches = islice(dataloader_iter, num_microbatches)
+        batches = [(batch, self._take_stored(stored, batch, num_rollouts)) for batch in microbatches]
         under_way, scored, kept = [], [], []
         try:
-            microbatches = islice(dataloader_iter, num_microbatches)
-            done = self._rollouts(microbatches, stored, num_rollouts)
+            done = self._rollouts(batches, num_rollouts)
             for batch, rollouts in _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
                 records = _records(dataset, batch, len(rollouts["prompt_index"]))
                 is_scored = "rewards" in rollouts
@@ -303,7 +305,9 @@ class RSTrainer:
                 if future is not None:  # else an earlier start wrote them
                     self._write_to_log(split, rollouts, kept_rows)
         except ENDS_OF_A_RUN as error:
-            kept_in = self._keep_for_next_start(split, scored + [rollouts for rollouts, _ in under_way])
+            made = scored + [rollouts for rollouts, _ in under_way]
+            not_reached = [found for _, found in batches[len(made) :] if found is not None]
+            kept_in = self._keep_for_next_start(split, made + not_reached)
             raise type(error)(f"{error}{kept_in}") from error
         except BaseException:
             for rollouts, _ in under_way:
@@ -315,6 +319,22 @@ class RSTrainer:
             metrics["table"] = example(kept[0], self.model.tokenizer)
         self.unscored.remove(split, self.step)
         return kept, metrics
+
+    def _load_unscored(self, split: str) -> list[dict] | None:
+        """What an earlier start left of this step. Collective over the job.
+
+        Raises:
+            RewardError: on every rank of the job, if a replica could not read it.
+        """
+        found = failure = None
+        try:
+            found = self.unscored.load(split, self.step)
+        except RewardError as error:
+            failure = error
+        failure = _failure_of_any_replica(failure)
+        if failure is not None:
+            raise failure
+        return found
 
     def _take_stored(self, stored: Iterator[dict], batch: dict, num_rollouts: int) -> dict | None:
         """The next of the rollouts that an earlier start could not have scored, if they answer these prompts."""
@@ -365,15 +385,12 @@ class RSTrainer:
         path = self.unscored.save(split, self.step, [cpu_dict(rollouts) for rollouts in rollout_batches])
         return "" if path is None else f"; the rollouts are in {path}; the same command started again scores them first"
 
-    def _rollouts(
-        self, microbatches: Iterator[dict], stored: Iterator[dict], num_rollouts: int
-    ) -> Iterator[tuple[dict, dict]]:
-        """Each micro-batch and its rollouts, as soon as they exist: stored ones, or new ones.
+    def _rollouts(self, batches: list[tuple[dict, dict | None]], num_rollouts: int) -> Iterator[tuple[dict, dict]]:
+        """Each micro-batch and its rollouts, as soon as they exist: the stored ones beside it, or else new ones.
 
         Raises:
             StopRequested: on every rank of the job, after SIGTERM.
         """
-        batches = [(batch, self._take_stored(stored, batch, num_rollouts)) for batch in microbatches]
         new = self._generate([batch for batch, found in batches if found is None], num_rollouts)
         for batch, found in batches:
             self._meet()
@@ -474,7 +491,7 @@ class RSTrainer:
         Raises:
             ValueError: if there is no batch.
         """
-        self.model.prepare_for_training(wait_for_states=False)
+        self.model.prepare_for_training()
         loss_mean = None
         for batch in dataloader_iter:
             start = time.monotonic()

@@ -131,6 +131,10 @@ def unsupported_part(model: torch.nn.Module) -> str | None:
     for key in ("rotary_interleaved", "fp32_residual_connection", "apply_residual_connection_post_layernorm"):
         if getattr(config, key):
             return f"the setting {key}"
+    if getattr(config, "enable_autocast", False):
+        return "mixed precision without model.megatron_amp_O2"
+    if getattr(config, "fp8", None):
+        return "fp8"
     if getattr(config, "window_size", None) is not None:
         return "attention within a window"
     if model.position_embedding_type not in ("rope", "learned_absolute", "none"):

@@ -209,7 +209,7 @@ def settle(partial: Path) -> None:
     for path, place in zip(complete, places, strict=True):
         path.rename(place)
     _sync_folder(partial.parent)
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)  # what a network file system holds on to goes next time
 
 
 def _make_room(folder: Path) -> None:

@@ -60,7 +60,13 @@ def newest_complete_checkpoint(folder: str | Path) -> Path | None:
 
     One that a killed run had no time to rename counts, too; rank 0 renames it.
     """
-    folder = Path(folder)
+    try:
+        return _newest_complete(Path(folder))
+    except FileNotFoundError:  # renamed by rank 0 in between
+        return _newest_complete(Path(folder))
+
+
+def _newest_complete(folder: Path) -> Path | None:
     # Those in the making first, so that none is overlooked that rank 0 renames in between.
     partial = [path for path in complete_in(folder / PARTIAL) if path.match("*-last")]
     found = {folder / path.name: path for path in partial}
@@ -95,6 +101,7 @@ def custom_save_ckpt_func(
     pl_module.rs_trainer_state = {
         name: int(monitor_candidates[name]) for name in COUNTERS if name in monitor_candidates
     }
+    self.has_last_save_failed = False
     self.books_before_save = {name: copy.copy(getattr(self, name)) for name in BOOKS}
     with _recording(self) as (folders, obsolete):
         if self.monitor is None or self.monitor in monitor_candidates:
@@ -199,6 +206,7 @@ def _surviving_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
         yield
     except OSError as error:
         vars(callback).update(callback.books_before_save)
+        callback.has_last_save_failed = True
         if error.errno not in DISK_IS_FULL:
             raise
         last = callback.last_model_path or "none"

@@ -92,6 +92,9 @@ def _check_keys(cfg: DictConfig) -> None:
 
 
 def _check_machine(cfg: DictConfig) -> None:
+    for key in ("devices", "num_nodes"):
+        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
+            raise ConfigError(f"trainer.{key}={cfg.trainer[key]!r} must be a positive whole number")
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() == 0:
         raise ConfigError("trainer.accelerator=gpu, but this machine has no GPU; set trainer.accelerator=cpu to use it")
 

@@ -31,6 +31,8 @@ compat.apply()
 # Settings of the distributed optimizers, which a plain one does not take.
 DISTRIBUTED_OPTIMIZER_KEYS = (
     "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
+    "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
+    "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
 )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ def _mcore_sync_funcs(ptl_model):
         no_sync_func = [chunk.no_sync for chunk in ptl_model.model]
         if optim_cfg.get("align_grad_reduce", True):
             grad_sync_func = [chunk.start_grad_sync for chunk in ptl_model.model]
-    if optim_cfg.get("overlap_param_sync", False) and optim_cfg.get("align_param_gather", False):
+    ddp_config = ptl_model.model[0].ddp_config
+    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
         param_sync_func = [chunk.start_param_sync for chunk in ptl_model.model]
     if len(ptl_model.model) == 1:
         return tuple(f[0] if f else None for f in (no_sync_func, grad_sync_func, param_sync_func))
@@ -88,11 +89,9 @@ def grad_reductions(ptl_model) -> None:
 
 def finish_param_sync(ptl_model) -> None:
     """Wait for updated parameters from the other data-parallel ranks, which otherwise come with the next forward."""
-    if not ptl_model.cfg.optim.get("overlap_param_sync", False):
-        return
     if ptl_model.use_mcore_dist_optim:
         for chunk in ptl_model.model:
-            for bucket_group in chunk.bucket_groups:
+            for bucket_group in chunk.bucket_groups if chunk.ddp_config.overlap_param_gather else ():
                 bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
     elif ptl_model.with_distributed_adam:
         ptl_model._optimizer.param_sync()

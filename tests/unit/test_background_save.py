@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from nemo.utils import AppState, logging
 
 from benchmarks.checkpoint import Checkpoints, build
-from nemo_aligner.utils import background_save
+from nemo_aligner.utils import background_save, checkpoints
 from nemo_aligner.utils.background_save import PARTIAL, is_complete
 from nemo_aligner.utils.checkpoints import (
     BOOKS,
@@ -212,7 +212,7 @@ def test_a_kill_between_any_two_renames_loses_nothing(run, tmp_path, monkeypatch
         renames.append(target)
         return rename(self, target)
 
-    def die(*args):
+    def die(*args, **kwargs):
         raise Killed
 
     with monkeypatch.context() as dying:
@@ -226,6 +226,23 @@ def test_a_kill_between_any_two_renames_loses_nothing(run, tmp_path, monkeypatch
     assert is_complete(newest)
     assert names(tmp_path) == ({"2", "2-last"} if after > 1 else {"1", "1-last"})
     assert all(is_complete(path) for path in tmp_path.glob("[!.]*"))
+
+
+def test_a_checkpoint_that_another_rank_moves_meanwhile_is_found(tmp_path, monkeypatch):
+    name = "megatron_gpt-step=2-consumed_samples=8-epoch=0-rs_optimization_step=2-last"
+    partial = tmp_path / ".partial"
+    (partial / name).mkdir(parents=True)
+    (partial / name / "metadata.json").write_text("{}")
+    (partial / ".obsolete").write_text("")
+    read_counters = checkpoints.read_counters
+
+    def read_after_rank_0(path):
+        if partial.exists():
+            background_save.settle(partial)
+        return read_counters(path)
+
+    monkeypatch.setattr(checkpoints, "read_counters", read_after_rank_0)
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / name
 
 
 class Save:

@@ -346,6 +346,9 @@ def test_what_the_engine_does_not_know_goes_through_the_schedule_with_one_line(t
     actor.finish_inference()
     actor.model.decoder.layers[2].post_norm = torch.nn.LayerNorm(64)
     assert unsupported_part(actor.model) == "the parameter decoder.layers.2.post_norm.weight"
+    actor.model.config.enable_autocast = True
+    assert unsupported_part(actor.model) == "mixed precision without model.megatron_amp_O2"
+    actor.model.config.enable_autocast = False
     actor.prepare_for_inference()
     with caplog.at_level(logging.WARNING, "nemo_logger"):
         for _ in range(2):

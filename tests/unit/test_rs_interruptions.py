@@ -10,6 +10,7 @@ from nemo.utils import logging
 
 from nemo_aligner.rewards.python_reward import PythonRewardModel, RewardError, load_reward_function
 from nemo_aligner.testing.utils import Utils
+from nemo_aligner.utils.termination import StopRequested
 from tests.fake_trainer import EOS, FakeModel, OutOfTimeAfter, SecondTokenReward, Tokenizer, make_trainer
 
 
@@ -152,6 +153,36 @@ def test_rollouts_that_could_not_be_scored_are_scored_first_by_the_next_start(tm
     assert trained_tokens(first, second) == trained_tokens(undisturbed)
     for split in ("train", "val"):
         assert logged_rollouts(tmp_path / "broken", split) == logged_rollouts(tmp_path / "whole", split)
+
+
+def test_stored_rollouts_that_were_not_reached_before_sigterm_are_kept(tmp_path, monkeypatch):
+    first, second = run_until_scored(tmp_path, failing={1})
+    before = kept_for_later(tmp_path, "train", 0)
+
+    def asked_to_stop(is_done=True):
+        raise StopRequested
+
+    with monkeypatch.context() as patch:
+        patch.setattr(second.termination, "meet", asked_to_stop)
+        with pytest.raises(StopRequested):
+            second.fit()
+    kept = kept_for_later(tmp_path, "train", 0)
+    assert len(kept) == len(before) == 2
+    assert [batch["response_tokens"].tolist() for batch in kept] == [b["response_tokens"].tolist() for b in before]
+    generated = len(first.model.requests)
+    third = make_trainer(rm=SecondTokenReward(), rollout_dir=tmp_path, model=first.model, k=2, val_check_interval=1,
+                         save_interval=2)  # fmt: skip
+    third.fit()
+    assert len(first.model.requests) == generated + 4, "rollouts of step 0 are those that were stored"
+
+
+def test_a_save_that_failed_is_tried_again_before_the_end(tmp_path):
+    trainer = make_trainer(rm=FlakyReward({3}), rollout_dir=tmp_path, answers=ANSWERS, k=2, val_check_interval=1,
+                           save_interval=1)  # fmt: skip
+    trainer.ckpt_callback.has_last_save_failed = True  # on a full disk, say
+    with pytest.raises(RewardError):
+        trainer.fit()
+    assert [int(saved["step"]) for saved, _ in trainer.ckpt_callback.saved] == [1, 1]
 
 
 def test_a_run_without_a_folder_promises_nothing():

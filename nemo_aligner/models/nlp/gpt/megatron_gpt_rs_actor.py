@@ -64,6 +64,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
         self._optimizer_offload = OptimizerOffload(functools.partial(state_tensors, self))
         self.distributed_adam_offload_manager: contextlib.AbstractContextManager | None = None
+        self._is_prefetching_states = False
         self._inference_mode = InferenceMode(self)
         self._rollout_generator = RolloutGenerator(self, GenerationSettings(**(cfg.rs.get("generation") or {})))
         self.seed_sampling()
@@ -236,22 +237,21 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             return [iter(microbatches) for _ in self.model]
         return iter(microbatches)
 
-    def prepare_for_training(self, wait_for_states: bool = True) -> None:
-        """Set batch sizes for training and bring the optimizer states back to the device.
+    def prepare_for_training(self) -> None:
+        """Set batch sizes for training and have the optimizer states back on the device.
 
-        Args:
-            wait_for_states: False lets the first forward and backward run while the states are still coming;
-                `finish_training_step` then waits for them. Until it has, nobody else may read them.
+        After `prefetch_adam_states` they may still be on their way: forward and backward need not wait for them, and
+        `finish_training_step` does.
         """
         configure_batch_sizes(
             mbs=self.cfg.micro_batch_size,
             gbs=self.cfg.global_batch_size,
             dp=parallel_state.get_data_parallel_world_size(),
         )
-        if wait_for_states:
-            self.onload_adam_states()
+        if self._is_prefetching_states:
+            self.prefetch_adam_states()  # again: there may have been no room
         else:
-            self.prefetch_adam_states()
+            self.onload_adam_states()
 
     def prepare_for_training_step(self) -> None:
         prepare_for_training_step(self, zero_grad=False)
@@ -330,17 +330,18 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         Raises:
             ValueError: if a prompt is empty, or if one and `max_length` more tokens exceed a learned position table.
         """
-        (rollouts,) = self.infer_each([inference_batch])
+        (rollouts,) = self._rollout_generator.rollouts([self._prompt_batch(inference_batch)])
         return rollouts
 
-    @torch.no_grad()
     def infer_each(self, inference_batches: Iterable[dict]) -> Iterator[dict[str, torch.Tensor]]:
         """What `infer` returns, for each batch in order, as soon as it is complete.
 
         Rows of later batches take the place of those that have ended: it costs what the tokens cost, not what the
         longest row of each batch does.
         """
-        yield from self._rollout_generator.rollouts([self._prompt_batch(batch) for batch in inference_batches])
+        if type(self).infer is not MegatronGPTRSModel.infer:  # a subclass has its own way
+            return map(self.infer, inference_batches)
+        return self._rollout_generator.rollouts([self._prompt_batch(batch) for batch in inference_batches])
 
     def _prompt_batch(self, inference_batch: dict) -> PromptBatch:
         max_length = self._length_params["max_length"]
@@ -380,13 +381,15 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
                 self._optimizer_offload if self._offloads() else contextlib.nullcontext()
             )
         self.distributed_adam_offload_manager.__enter__()
+        self._is_prefetching_states = False
 
     def prefetch_adam_states(self) -> None:
-        """Begin to bring the optimizer states back, if they were sent away; `onload_adam_states` waits for them.
+        """Begin to bring the optimizer states back, if they were sent away.
 
         For when the last rollouts exist: the memory of keys and values goes first. If there still is no room for the
-        states, they stay where they are.
+        states, they stay where they are. Nobody may read them before `onload_adam_states` or `finish_training_step`.
         """
+        self._is_prefetching_states = True
         self._rollout_generator.release()
         if self.distributed_adam_offload_manager is not None:
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -397,6 +400,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         if self.distributed_adam_offload_manager is not None:
             self.distributed_adam_offload_manager.__exit__(None, None, None)
             self.distributed_adam_offload_manager = None
+        self._is_prefetching_states = False
 
     def _offloads(self) -> bool:
         return self.to_offload_adam_states and self.with_distributed_adam and self._optimizer is not None
