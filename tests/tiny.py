@@ -37,6 +37,7 @@ def save_gpt2_like(tiny_hf: Path, path: Path, **overrides) -> Path:
 
     `overrides` are keys of its config, the tokenizer is the one in `tiny_hf`.
     """
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
     from pytorch_lightning import Trainer
     from transformers import AutoConfig
@@ -50,6 +51,7 @@ def save_gpt2_like(tiny_hf: Path, path: Path, **overrides) -> Path:
     }  # fmt: skip
     cfg.update({**defaults, **overrides})
     trainer = Trainer(devices=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False, enable_checkpointing=False)
+    destroy_num_microbatches_calculator()  # an earlier model's sizes, on which NeMo would insist
     model = ConvertedGPTModel(cfg, trainer)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
