@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
-from nemo_aligner.compat import mcore_optimizer, virtual_stages
+from nemo_aligner.compat import device, mcore_optimizer, virtual_stages
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.rollouts import GenerationSettings, PromptBatch, RolloutGenerator
 from nemo_aligner.generation.sampling import random_streams
@@ -91,6 +91,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return settings
 
     def configure_optimizers(self):
+        if device.on_cpu():  # NeMo waits for gradients on their way by synchronizing CUDA alone
+            with open_dict(self.cfg):
+                self.cfg.async_grad_allreduce = False
         optimizers = super().configure_optimizers()
         if self.use_mcore_dist_optim:
             mcore_optimizer.complete(self._optimizer)
