@@ -431,17 +431,21 @@ def _advance_kernel(
 
 
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32."""
+    """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32.
+
+    Rows may lie apart, as those of the last of several positions do; a row itself is contiguous.
+    """
     num_rows, num_tokens = logits_BV.shape
+    assert logits_BV.stride(1) == 1
     drawn_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
-    _draw_kernel[(num_rows,)](logits_BV, uniform_B, drawn_B, num_tokens, BLOCK=4096, num_warps=16)
+    _draw_kernel[(num_rows,)](logits_BV, uniform_B, drawn_B, num_tokens, logits_BV.stride(0), BLOCK=4096, num_warps=16)
     return drawn_B
 
 
 @triton.jit
-def _draw_kernel(logits, uniform, drawn, num_tokens, BLOCK: tl.constexpr):
+def _draw_kernel(logits, uniform, drawn, num_tokens, row_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    start = logits + row * num_tokens
+    start = logits + row * row_stride
     column = tl.arange(0, BLOCK)
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     for first in range(0, num_tokens, BLOCK):

@@ -94,6 +94,9 @@ def finish_param_sync(ptl_model) -> None:
             for bucket_group in chunk.bucket_groups if chunk.ddp_config.overlap_param_gather else ():
                 bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
     elif ptl_model.with_distributed_adam:
+        for parameter in ptl_model._optimizer.parameters():
+            # Apex's own copying touches it; then the copy would begin anew in its midst and fail
+            parameter._pre_forward_hook_is_enabled = False
         ptl_model._optimizer.param_sync()
 
 

@@ -1,5 +1,9 @@
-"""Everything below runs on a GPU, or is skipped."""
+"""Everything below runs on a GPU, or is skipped; measured deviations are printed as a table at the end."""
 
+import importlib.util
+import platform
+
+import megatron.core
 import pytest
 import torch
 
@@ -10,3 +14,28 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "tests/gpu" in str(item.path):
                 item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.when == "call" and report.user_properties
+    ]
+    if not reports:
+        return
+    terminalreporter.section("measured on GPUs")
+    terminalreporter.write_line(_machine())
+    for report in sorted(reports, key=lambda report: report.nodeid):
+        values = ", ".join(f"{name} {value:.1e}" for name, value in report.user_properties)
+        terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]:<84} {values:<40} {report.outcome}")
+
+
+def _machine() -> str:
+    installed = {name: importlib.util.find_spec(name) is not None for name in ("apex", "transformer_engine")}
+    packages = ", ".join(f"{'with' if found else 'without'} {name}" for name, found in installed.items())
+    return (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, {packages}"
+    )
