@@ -141,6 +141,7 @@ def measure(checkpoints: Checkpoints, folder: Path, repeats: int) -> tuple[int, 
     seconds = defaultdict(list)
     plain = folder / "plain"
     with saving_in_background(checkpoints.callback):
+        time.sleep(5)  # in training rollouts are made meanwhile
         seconds["first block"].append(seconds_of(checkpoints.save))
     size = sum(file.stat().st_size for file in checkpoints.path.rglob("*"))
     for _ in range(repeats):

@@ -11,21 +11,24 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_transformation import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, DistributedAsyncCaller
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.parallel_state import get_data_parallel_world_size
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 
 from nemo_aligner.compat.checkpoint_writer import raise_on_all_ranks
+from nemo_aligner.utils.optimizer_offload import state_tensors
 
 # Of a checkpoint's files, this one is written last.
 LAST_FILE = "metadata.json"
@@ -36,18 +39,19 @@ _OBSOLETE = ".obsolete"
 
 
 class BackgroundSave:
-    """Saves one checkpoint at a time. Its methods are collective over the job, and for the main thread.
-
-    The copy in host memory is kept for the next save: getting memory takes longer than filling it.
-    """
+    """Saves one checkpoint at a time. Its methods are collective over the job, and for the main thread."""
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.is_pending = False
-        self._host_copies: list[torch.Tensor] = []
+        self._memory = HostMemory()
         self._caller = DistributedAsyncCaller()
         self._failure: Exception | None = None
         self._steps: Iterator[bool] = iter(())
+
+    def get_memory_ready(self) -> None:
+        """Begin to get host memory for the state as it is now, so that the first save need not."""
+        self._memory.begin_to_grow(_num_bytes_of_state(self.trainer.lightning_module))
 
     def start(self, folders: list[Path], obsolete: list[Path], weights_only: bool = False) -> None:
         """Copy the state to host memory and begin to write it. The save before must have ended.
@@ -69,7 +73,7 @@ class BackgroundSave:
                 failure = error
         raise_on_all_ranks(failure)
         strategy = self.trainer.strategy
-        usual, host = strategy.checkpoint_io, _HostCheckpointIO(strategy.unwrapped_checkpoint_io, self._host_copies)
+        usual, host = strategy.checkpoint_io, _HostCheckpointIO(strategy.unwrapped_checkpoint_io, self._memory)
         strategy.checkpoint_io = host
         gc.disable()  # looking for garbage in all that NeMo has imported can take longer than the copy
         try:
@@ -77,7 +81,6 @@ class BackgroundSave:
         finally:
             gc.enable()
             strategy.checkpoint_io = usual
-        self._host_copies = host.copies
         self._steps = self._write_and_complete(host, parts, obsolete)
         self.is_pending = next(self._steps)
 
@@ -123,14 +126,13 @@ class _HostCheckpointIO(_WrappingCheckpointIO):
     """In the place of NeMo's for one save: copies the state, and writes it when asked to.
 
     Attributes:
-        copies: the state's tensors in host memory, in those of an earlier save where they fit.
         config: what stands in a checkpoint's last file.
     """
 
-    def __init__(self, checkpoint_io, earlier_copies: list[torch.Tensor]):
+    def __init__(self, checkpoint_io, memory: "HostMemory"):
         super().__init__(checkpoint_io)
-        self.copies: list[torch.Tensor] = []
-        self._earlier_copies = iter(earlier_copies)
+        memory.rewind()
+        self._memory = memory
         self._common: memoryview | None = None
         self._request = AsyncRequest(None, (), [])
 
@@ -154,11 +156,8 @@ class _HostCheckpointIO(_WrappingCheckpointIO):
     def _to_host(self, value):
         if not isinstance(value, ShardedTensor) or value.data is None or not is_main_replica(value.replica_id):
             return value
-        copy, state = next(self._earlier_copies, None), value.data.detach()
-        if copy is None or copy.shape != state.shape or copy.dtype != state.dtype:
-            copy = torch.empty(state.shape, dtype=state.dtype)
-        value.data = copy.copy_(state, non_blocking=True)
-        self.copies.append(copy)
+        state = value.data.detach()
+        value.data = self._memory.take(state.shape, state.dtype).copy_(state, non_blocking=True)
         return value
 
     def write(self) -> None:
@@ -183,6 +182,67 @@ class _HostCheckpointIO(_WrappingCheckpointIO):
         """Write the table of contents. On rank 0."""
         for finalization in self._request.finalize_fns:
             finalization.finish()
+
+
+class HostMemory:
+    """Memory for the copy of a state, kept from save to save: getting it takes longer than filling it."""
+
+    def __init__(self):
+        self.pieces: list[torch.Tensor] = []
+        self._worker = ThreadPoolExecutor(1)
+        self._growth: Future | None = None
+        self._place = (0, 0)  # where what is not taken yet begins: a piece, and a byte in it
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.numel() for piece in self.pieces)
+
+    def begin_to_grow(self, num_bytes: int) -> None:
+        """Have at least so much, before long: a thread gets it."""
+        if self._growth is None or self._growth.done():
+            self._growth = self._worker.submit(self._grow, num_bytes)
+
+    def rewind(self) -> None:
+        """What was taken may be taken anew."""
+        if self._growth is not None:
+            self._growth.result()
+        self._place = (0, 0)
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized tensor. The same requests after each `rewind` get the same memory."""
+        num_bytes = shape.numel() * dtype.itemsize
+        number, start = self._place
+        while number < len(self.pieces) and start + num_bytes > self.pieces[number].numel():
+            number, start = number + 1, 0
+        if number == len(self.pieces):
+            self.pieces.append(torch.empty(num_bytes, dtype=torch.uint8))
+        self._place = (number, _aligned(start + num_bytes))
+        return self.pieces[number][start : start + num_bytes].view(dtype).view(shape)
+
+    def _grow(self, num_bytes: int) -> None:
+        if num_bytes > self.num_bytes:  # written to, as the system gives memory only then
+            self.pieces.append(torch.empty(num_bytes - self.num_bytes, dtype=torch.uint8).fill_(0))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 64) * 64
+
+
+def _num_bytes_of_state(ptl_model) -> int:
+    """About what this rank is going to write: of what all replicas hold, its share."""
+    chunks = ptl_model.get_model_module_list()
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    if ptl_model.use_peft:
+        weights = [parameter for parameter in weights if parameter.requires_grad]
+    if ptl_model.with_distributed_adam:
+        shared, own = weights, list(state_tensors(ptl_model))
+    else:
+        shared, own = [*weights, *nested_values(dict(ptl_model._optimizer.state))], []
+    return sum(map(_num_bytes, own)) + sum(map(_num_bytes, shared)) // get_data_parallel_world_size()
+
+
+def _num_bytes(value) -> int:
+    return _aligned(value.nbytes) if isinstance(value, torch.Tensor) and value.ndim > 0 else 0
 
 
 def is_complete(path: Path) -> bool:

@@ -110,7 +110,7 @@ def custom_save_ckpt_func(
             # Lightning would put a zero in the name for a metric that is not there.
             self._save_last_checkpoint(trainer, {self.monitor: torch.tensor(float("nan")), **monitor_candidates})
     if folders:
-        if not hasattr(self, "background_save"):
+        if not hasattr(self, "background_save"):  # a script that has bound this function itself
             self.background_save = BackgroundSave(trainer)
         with _surviving_a_full_disk(self):
             self.background_save.start(folders, obsolete, self.save_weights_only)
@@ -132,6 +132,7 @@ def saving_in_background(callback, known_to_all_ranks: tuple[type[Exception], ..
     which every rank raises. After others a rank that has company must not wait for it.
     """
     callback.saves_in_background = True
+    advance_save(callback)
     try:
         yield
     except BaseException as error:
@@ -147,13 +148,17 @@ def saving_in_background(callback, known_to_all_ranks: tuple[type[Exception], ..
 def advance_save(callback, wait: bool = False) -> None:
     """Take the save that is under way, if there is one, as far as it gets at once, or, if asked to wait, to its end.
 
-    Collective over the job; does nothing if the callback has not saved by `custom_save_ckpt_func`.
+    If there has been none, host memory for the first is got meanwhile. Collective over the job; does nothing with a
+    callback that does not save in the background.
 
     Raises:
         OSError: on every rank, if one of them could not write, unless for want of room on the disk.
     """
     save = getattr(callback, "background_save", None)
-    if save is None or not save.is_pending:
+    if save is None:
+        return
+    if not save.is_pending:
+        save.get_memory_ready()
         return
     with _surviving_a_full_disk(callback):
         save.advance(wait)

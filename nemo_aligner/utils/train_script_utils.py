@@ -20,6 +20,7 @@ from nemo_aligner import compat
 from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
+from nemo_aligner.utils.background_save import BackgroundSave
 from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters, write_missing_archive
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
@@ -236,6 +237,7 @@ def add_custom_checkpoint_callback(ptl_trainer: Trainer, ptl_model):
     """NeMo's checkpoint callback with a method `custom_save(monitor_candidates, is_train_end, save_top_only)`."""
     for callback in ptl_trainer.callbacks:
         if isinstance(callback, NeMoModelCheckpoint):
+            callback.background_save = BackgroundSave(ptl_trainer)
             callback.custom_save = functools.partial(custom_save_ckpt_func, callback, ptl_trainer, ptl_model)
             callback.write_missing_archive = functools.partial(write_missing_archive, callback, ptl_model)
             return callback

@@ -25,7 +25,7 @@ def save_beside_others(rank: int, nemo_path: str, folder: str) -> dict:
     settings = [*OVERRIDES, "trainer.devices=2", "model.tensor_model_parallel_size=2"]  # so that both write tensors
     run = Checkpoints(*build(Path(nemo_path), Path(folder), settings))
     found = {"slow": beside_a_slow_rank(run, is_slow=rank == 1)}
-    found["copied"] = sum(copy.nbytes for copy in run.callback.background_save._host_copies)
+    found["host memory"] = run.callback.background_save._memory.num_bytes
     tensors = load_tensors_metadata(str(run.path)).values()
     found["saved"] = sum(math.prod(tensor.global_shape) * tensor.dtype.itemsize for tensor in tensors)
     for failing_rank in (0, 1):
@@ -104,7 +104,7 @@ def test_a_slow_rank_is_waited_for(found):
 
 
 def test_each_tensor_is_copied_by_the_rank_that_writes_it(found):
-    assert sum(of_rank["copied"] for of_rank in found) == found[0]["saved"]
+    assert 1 <= sum(of_rank["host memory"] for of_rank in found) / found[0]["saved"] < 1.02
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])

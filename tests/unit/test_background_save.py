@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import operator
 import os
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ from nemo.utils import AppState, logging
 
 from benchmarks.checkpoint import Checkpoints, build
 from nemo_aligner.utils import background_save, checkpoints
-from nemo_aligner.utils.background_save import PARTIAL, is_complete
+from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, HostMemory, is_complete
 from nemo_aligner.utils.checkpoints import (
     BOOKS,
     advance_save,
@@ -133,13 +134,33 @@ def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_it
     assert list(run.callback.best_k_models.values()) == [torch.tensor(-1.0)]
 
 
-def test_the_host_copy_is_kept_and_there_is_only_one(run):
-    run.save(val_global_rewards=0.0)
-    copies = run.callback.background_save._host_copies
-    addresses = [copy.data_ptr() for copy in copies]
-    assert sum(copy.nbytes for copy in copies) == sum(tensor.nbytes for tensor in run.state())
-    run.save(val_global_rewards=0.0)
-    assert [copy.data_ptr() for copy in run.callback.background_save._host_copies] == addresses
+def test_memory_for_the_host_copy_is_got_before_the_first_save_and_kept(tiny_run, run):
+    save = tiny_run.callback.background_save = BackgroundSave(tiny_run.trainer)
+    advance_save(run.callback)  # as after an optimizer step
+    save._memory.rewind()
+    pieces = list(save._memory.pieces)
+    needed = sum(-(-tensor.nbytes // 64) * 64 for tensor in run.state())
+    assert [piece.nbytes for piece in pieces] == [needed]
+    for reward in (0.0, 1.0):
+        run.save(val_global_rewards=reward)
+    assert all(map(operator.is_, save._memory.pieces, pieces)) and len(save._memory.pieces) == 1
+
+
+def test_host_memory_that_is_too_small_grows_once():
+    memory = HostMemory()
+    memory.begin_to_grow(100)
+    shapes = [(10,), (3, 5), (0,), (7,), (2,)]
+    addresses = []
+    for _ in range(2):
+        memory.rewind()
+        tensors = [memory.take(torch.Size(shape), torch.float32) for shape in shapes]
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(number)
+        assert [tensor.shape for tensor in tensors] == [torch.Size(shape) for shape in shapes]
+        assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [], [3], [4]]
+        addresses.append([tensor.data_ptr() for tensor in tensors])
+    assert addresses[0] == addresses[1]
+    assert memory.pieces[0].nbytes == 100 and addresses[0][0] == memory.pieces[0].data_ptr()
 
 
 @pytest.fixture
