@@ -112,6 +112,7 @@ def _write_in_threads(write_buckets: list, all_results: queue.SimpleQueue) -> No
 
 
 def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The first of a chain; where torch's writer fails once more, on closing a file, the disk's own error."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
     return error

@@ -209,7 +209,10 @@ class HostMemory:
         self._place = (0, 0)
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor. The same requests after each `rewind` get the same memory."""
+        """An uninitialized tensor. The same requests after each `rewind` get the same memory.
+
+        It has a storage of its own, as torch writes a tensor's whole storage to the disk.
+        """
         num_bytes = shape.numel() * dtype.itemsize
         number, start = self._place
         while number < len(self.pieces) and start + num_bytes > self.pieces[number].numel():
@@ -217,7 +220,10 @@ class HostMemory:
         if number == len(self.pieces):
             self.pieces.append(torch.empty(num_bytes, dtype=torch.uint8))
         self._place = (number, _aligned(start + num_bytes))
-        return self.pieces[number][start : start + num_bytes].view(dtype).view(shape)
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        part = memoryview(self.pieces[number].numpy())[start : start + num_bytes]
+        return torch.frombuffer(part, dtype=dtype).view(shape)
 
     def _grow(self, num_bytes: int) -> None:
         if num_bytes > self.num_bytes:  # written to, as the system gives memory only then

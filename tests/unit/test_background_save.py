@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import io
 import operator
 import os
 import threading
@@ -14,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from nemo.utils import AppState, logging
 
 from benchmarks.checkpoint import Checkpoints, build
+from nemo_aligner.compat.checkpoint_writer import raise_on_all_ranks
 from nemo_aligner.utils import background_save, checkpoints
 from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, HostMemory, is_complete
 from nemo_aligner.utils.checkpoints import (
@@ -158,6 +160,7 @@ def test_host_memory_that_is_too_small_grows_once():
             tensor.fill_(number)
         assert [tensor.shape for tensor in tensors] == [torch.Size(shape) for shape in shapes]
         assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [], [3], [4]]
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
         addresses.append([tensor.data_ptr() for tensor in tensors])
     assert addresses[0] == addresses[1]
     assert memory.pieces[0].nbytes == 100 and addresses[0][0] == memory.pieces[0].data_ptr()
@@ -171,6 +174,29 @@ def complaints(monkeypatch):
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+class FullDisk(io.RawIOBase):
+    """Has room for the first bytes of a file."""
+
+    room = 1000
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise FULL
+        return len(data)
+
+
+def test_a_disk_that_fills_up_under_torch_is_known_for_what_it_is(run):
+    with pytest.raises(RuntimeError, match="unexpected pos") as failure:
+        torch.save(torch.zeros(1000), FullDisk())
+    with pytest.raises(OSError, match="No space left") as told:
+        raise_on_all_ranks(failure.value)
+    assert told.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("where", ["_write_item", "common.pt", ".metadata", "links", "metadata.json"])
