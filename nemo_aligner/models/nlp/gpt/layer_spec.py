@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional as F
 
+from nemo_aligner.models.nlp.gpt.packed_attention import packed_attention
+
 
 class Norm(torch.nn.Module):
     """LayerNorm or RMSNorm, as `config.normalization` says, computed in float32 and returned in the input's dtype.
@@ -72,10 +74,14 @@ class ScaledDotProductAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None):
         """Attend from query_SBND to key_TBGD and value_TBGD; returns [S, B, N * D].
 
-        With `attn_mask_type` `no_mask` (decoding from a key/value cache) every query sees every key.
+        With `attn_mask_type` `no_mask` (decoding from a key/value cache) every query sees every key. With
+        `packed_seq_params`, which are `PackedSequences`, megatron-core leaves the dimension B out, and attention is
+        causal within each sequence.
         """
         if packed_seq_params is not None:
-            raise NotImplementedError("packed sequences need Transformer Engine's attention")
+            with self._dropout_rng():
+                dropout = self.dropout if self.training else 0.0
+                return packed_attention(query, key, value, packed_seq_params, dropout).flatten(1)
         query_BNSD, key_BGTD, value_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         is_causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and attention_mask is None
         with self._dropout_rng():
