@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
 
+from nemo_aligner.compat.cpu_linear import linear
 from nemo_aligner.compat.float32_accumulation import add_product_
 from nemo_aligner.utils import logprobs
 
@@ -86,7 +87,7 @@ def _pieces(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[
         size -= size % 128  # as matrix units like it
     for start in range(0, len(weight_VH), size):
         piece = slice(start, start + size)
-        yield piece, hidden_RH @ weight_VH[piece].t()
+        yield piece, linear(hidden_RH, weight_VH[piece])
 
 
 def _add_to_main_grad(main_grad_CH: torch.Tensor, hidden_RH: torch.Tensor, grad_RC: torch.Tensor) -> None:

@@ -110,14 +110,20 @@ def test_packed_equals_padded(actor, micro_batch_size):
     assert_same(training_step(actor, batch, micro_batch_size), padded, rel=OTHER_ORDER)
 
 
-def test_only_what_the_loss_depends_on_is_computed(llama, monkeypatch):
-    computed = []
-    monkeypatch.setattr(
-        llama.model.decoder, "forward", lambda *args, forward=llama.model.decoder.forward, **kwargs: (
-            computed.append(tuple(kwargs["hidden_states"].shape)), forward(*args, **kwargs))[1],
-    )  # fmt: skip
+def test_what_the_decoder_is_given(llama, monkeypatch):
+    """Of 8 rows of 60, tokens up to the last that predicts one, and angles that start again with every row."""
+    decode, seen = llama.model.decoder.forward, []
+
+    def spy(**kwargs):
+        seen.append((kwargs["hidden_states"].shape, kwargs["packed_seq_params"].lengths, kwargs["rotary_pos_emb"]))
+        return decode(**kwargs)
+
+    monkeypatch.setattr(llama.model.decoder, "forward", spy)
     training_step(llama, make_batch(ROWS, width=60), 4)
-    assert computed == [(28, 1, 64), (27, 1, 64)]  # of 8 rows of 60, tokens up to the last that predicts one
+    table = llama.model.rotary_pos_emb(30).squeeze(1)
+    for (shape, lengths, angles), expected in zip(seen, ([22, 6], [8, 1, 8, 10]), strict=True):
+        assert shape == (sum(expected), 1, 64) and lengths == expected
+        assert torch.equal(angles, torch.cat([table[:length] for length in expected]))
 
 
 def test_weights_other_than_one_and_gaps_in_the_mask(llama):
