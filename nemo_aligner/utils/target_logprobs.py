@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
 
-from nemo_aligner.compat.cpu_linear import linear
+from nemo_aligner.compat.cpu_linear import linear, matmul
 from nemo_aligner.compat.float32_accumulation import add_product_
 from nemo_aligner.utils import logprobs
 
@@ -71,7 +71,7 @@ class TargetLogprobs(torch.autograd.Function):
             if needs_weight and fuses:
                 _add_to_main_grad(weight_VH.main_grad[piece], hidden_RH, grad_RC)
             elif needs_weight:
-                torch.mm(grad_RC.t(), hidden_RH, out=grad_weight_VH[piece])
+                grad_weight_VH[piece] = matmul(grad_RC.t(), hidden_RH)
         grad_hidden_RH = grad_hidden_RH.to(hidden_RH.dtype)
         if ctx.reduce_hidden:
             torch.distributed.all_reduce(grad_hidden_RH, group=parallel_state.get_tensor_model_parallel_group())
