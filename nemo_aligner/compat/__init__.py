@@ -15,6 +15,7 @@ def apply() -> None:
         checkpoint_writer,
         cpu,
         device,
+        gradient_fusion,
         log_noise,
         mcore_optimizer,
         no_apex,
@@ -28,6 +29,7 @@ def apply() -> None:
     no_apex.apply()
     no_transformer_engine.apply()
     torch_version.apply()
+    gradient_fusion.apply()
     numpy_version.apply()
     adapters.apply()
     checkpoint_writer.apply()

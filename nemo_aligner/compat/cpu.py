@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from nemo_aligner.compat import device
+from nemo_aligner.compat import cpu_linear, device
 
 
 def enable() -> None:
@@ -28,6 +28,7 @@ def enable() -> None:
     _redirect_torch()
     _redirect_optimizers()
     schedules.torch = _TorchWithoutCudaDevice()
+    cpu_linear.use_in_megatron()
     # Random states of the tracker are those of the CPU's generator.
     random._set_cuda_rng_state = lambda state, device=-1: torch.set_rng_state(state)
     if "nemo.core.classes.modelPT" in sys.modules:

@@ -22,7 +22,7 @@ TRAINER_RS_KEYS = {
 MODEL_RS_KEYS = {
     "rollout_micro_batch_size", "num_rollout_samples", "forward_micro_batch_size", "num_rollouts_per_prompt",
     "top_n_rollouts", "val_rollout_micro_batch_size", "num_val_samples", "offload_adam_states", "sampling_params",
-    "length_params", "loss_normalization", "reward", "rewards", "generation",
+    "length_params", "loss_normalization", "reward", "rewards", "generation", "training",
 }  # fmt: skip
 SAMPLING_KEYS = {
     "use_greedy", "temperature", "top_k", "top_p", "repetition_penalty", "add_BOS", "all_probs", "compute_logprob",
@@ -61,6 +61,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     _check_lengths(cfg.model)
     _check_sampling(cfg.model.rs.sampling_params)
     _check_generation(cfg.model.rs.get("generation") or {})
+    _check_training(cfg.model.rs.get("training") or {})
     _check_data(cfg.model)
     if cfg.model.rs.offload_adam_states and "distributed" not in cfg.model.optim.name:
         logging.info(
@@ -83,6 +84,7 @@ def _check_keys(cfg: DictConfig) -> None:
         ("model.rs.length_params", {"max_length", "min_length"}),
         ("model.rs.reward", {"target", "kwargs"}),
         ("model.rs.generation", {"backend", "max_rows_in_flight"}),
+        ("model.rs.training", {"packing"}),
     )
     for section, known in sections:
         for key in OmegaConf.select(cfg, section) or ():
@@ -199,6 +201,12 @@ def _check_generation(generation: DictConfig) -> None:
         raise ConfigError(f"model.rs.generation.backend={backend!r} must be engine, or nemo for Megatron's schedule")
     if not isinstance(max_rows, int) or max_rows < 1:
         raise ConfigError(f"model.rs.generation.max_rows_in_flight={max_rows!r} must be a positive whole number")
+
+
+def _check_training(training: DictConfig) -> None:
+    packing = training.get("packing", True)
+    if not isinstance(packing, bool):
+        raise ConfigError(f"model.rs.training.packing={packing!r} must be true, or false for padded rows")
 
 
 def _check_data(model: DictConfig) -> None:

@@ -3,7 +3,7 @@
 Each launch of processes runs several layouts, one after the other, as importing NeMo takes longer than a tiny model.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -111,11 +111,14 @@ def run_layout(model, save_path: str) -> dict:
     # eps above the rounding errors of gradients: those of key biases are nothing else
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-6)
     validation_loss, _ = model.get_loss_and_metrics(batch, forward_only=True)
+    padded_loss, padded_gradients = padded_step(model, batch)
     model.prepare_for_training_step()
     with recompute as recomputed:
         loss, metrics = model.get_loss_and_metrics(batch, forward_only=False)
     model.finish_training_step()
-    gradients = {name: gradient.tolist() for name, gradient in local_gradients(model).items()}
+    gradients = local_gradients(model)
+    padded_errors = {name: relative_error(padded_gradients[name], gradient) for name, gradient in gradients.items()}
+    gradients = {name: gradient.tolist() for name, gradient in gradients.items()}
     grad_norm = clip_gradients(model, CLIP_VALUE)
     clipped_norm = clip_gradients(model, CLIP_VALUE)
     optimizer.step()
@@ -127,6 +130,9 @@ def run_layout(model, save_path: str) -> dict:
     return {
         "numbers": [loss, validation_loss, grad_norm, clipped_norm],
         "gradients": gradients,
+        "padded_loss": padded_loss,
+        "padded_errors": padded_errors,
+        "is_packing": model._is_packing(),
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "by_engine": by_engine,
         "rollouts": {key: value.tolist() for key, value in rollouts.items()},
@@ -139,6 +145,18 @@ def run_layout(model, save_path: str) -> dict:
         "on_in_inference": training_only(during),
         "recomputes": recomputed.call_count > 0,
     }
+
+
+def padded_step(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of this rank on padded rows; leaves no gradients."""
+    packed, model._training = model._training, replace(model._training, packing=False)
+    model.prepare_for_training_step()
+    loss, _ = model.get_loss_and_metrics(batch, forward_only=False)
+    model.finish_training_step()
+    gradients = {name: gradient.clone() for name, gradient in local_gradients(model).items()}
+    model.zero_grad()
+    model._training = packed
+    return loss, gradients
 
 
 def settings(model) -> dict[str, object]:
@@ -282,6 +300,9 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
     assert expected["numbers"][2] > CLIP_VALUE and expected["numbers"][3] == pytest.approx(CLIP_VALUE, rel=ERROR)
     for outcome in outcomes:
         assert outcome["numbers"] == pytest.approx(expected["numbers"], rel=ERROR)
+        assert outcome["is_packing"]
+        assert outcome["padded_loss"] == pytest.approx(outcome["numbers"][0], rel=ERROR)
+        assert all(error <= ERROR for error in outcome["padded_errors"].values()), outcome["padded_errors"]
         assert outcome["by_engine"] == (layout.pp == 1)  # pipeline stages go through Megatron's schedule
         assert outcome["rollouts"] == expected["rollouts"]
         assert outcome["trained_rollouts"] == expected["trained_rollouts"]

@@ -500,6 +500,42 @@ def test_products_through_onednn_are_those_of_torch(rows, with_bias):
     bias = bias if with_bias else None
     expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(cpu_linear.linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(cpu_linear.matmul(x[:0], weight.T), torch.zeros(0, 160))
+    assert torch.equal(cpu_linear.matmul(x[:, :0], weight[:, :0].T), torch.zeros(rows, 160))
     half = cpu_linear.linear(x.bfloat16(), weight.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), x.double() @ weight.double().T, rtol=3e-2, atol=0.3)
+
+
+@on_cpu
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_megatrons_linear_layers_train_through_onednn(tiny_nemo, monkeypatch, with_bias):
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel import RowParallelLinear
+
+    from tests.tiny import load_actor
+
+    load_actor(tiny_nemo)  # process groups
+    generator = torch.Generator().manual_seed(1)
+    layer = RowParallelLinear(
+        6, 5, config=ModelParallelConfig(use_cpu_initialization=True), input_is_parallel=True, skip_bias_add=False,
+        init_method=lambda weight: torch.nn.init.normal_(weight, generator=generator), bias=with_bias,
+    )  # fmt: skip
+    if with_bias:
+        torch.nn.init.normal_(layer.bias, generator=generator)
+    inputs = torch.randn(4, 2, 6, generator=generator, requires_grad=True)
+    products = []
+    monkeypatch.setattr(
+        cpu_linear, "linear", lambda *args, linear=cpu_linear.linear: products.append(args[0].shape) or linear(*args)
+    )
+    output, _ = layer(inputs)
+    output.sin().sum().backward()
+    assert products == [(8, 6), (8, 5), (5, 8)]
+
+    tensors = [inputs, *layer.parameters()]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = torch.nn.functional.linear(*exact)
+    expected.sin().sum().backward()
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    for tensor, reference in zip(tensors, exact, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)

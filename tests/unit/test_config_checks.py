@@ -101,6 +101,7 @@ def test_every_yaml_file_loads_and_resolves(path):
         ("model.rs.length_params", "max_len", "max_length"),
         ("model.rs.reward", "targets", "target"),
         ("model.rs.generation", "back_end", "backend"),
+        ("model.rs.training", "pack", "packing"),
     ],
 )
 def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, nearest):
@@ -157,6 +158,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
         (["model.rs.sampling_params.end_strings=['']"], ["end_strings=['']", "none of them empty"]),
         (["model.rs.generation.backend=vllm"], ["model.rs.generation.backend='vllm'", "engine"]),
         (["model.rs.generation.max_rows_in_flight=0"], ["model.rs.generation.max_rows_in_flight=0", "positive"]),
+        (["model.rs.training.packing=1"], ["model.rs.training.packing=1", "true, or false"]),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(files, overrides, parts):

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from nemo_aligner.models.nlp.gpt.layer_spec import Norm, ScaledDotProductAttention, get_block_spec
+from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from tests.tiny import load_actor, prompt_batch, save_gpt2_like
 
 
@@ -154,9 +155,17 @@ def test_dropout_in_training_only():
         tracker.set_states(before)
 
 
-def test_packed_sequences_are_refused():
-    with pytest.raises(NotImplementedError, match="packed sequences"):
-        attention()(*random_qkv(), None, packed_seq_params=object())
+def test_packed_sequences_attend_to_themselves_only():
+    packed = [x[:, :1].squeeze(1) for x in random_qkv(7, 7)]
+    sequence_of = [0, 0, 0, 1, 2, 2, 2]
+
+    def is_visible(row, position, t):
+        return t <= position and sequence_of[t] == sequence_of[position]
+
+    expected = attention_formula(*(x.unsqueeze(1) for x in packed), is_visible).squeeze(1)
+    ours = attention()(*packed, None, packed_seq_params=PackedSequences.of([3, 1, 3]))
+    assert ours.shape == (7, 12)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 # The whole

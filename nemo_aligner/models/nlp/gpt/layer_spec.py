@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional as F
 
+from nemo_aligner.models.nlp.gpt.packed_attention import packed_attention
+
 
 class Norm(torch.nn.Module):
     """LayerNorm or RMSNorm, as `config.normalization` says, computed in float32 and returned in the input's dtype.
@@ -44,10 +46,24 @@ class Norm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._has_kernel(hidden):
+            if self.is_rms:
+                return F.rms_norm(hidden, self.shape, self.weight, self.eps).to(hidden.dtype)
+            return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps).to(hidden.dtype)
         weight = self.weight.float() + 1 if self.zero_centered else self.weight.float()
         if self.is_rms:
             return F.rms_norm(hidden.float(), self.shape, weight, self.eps).to(hidden.dtype)
         return F.layer_norm(hidden.float(), self.shape, weight, self.bias.float(), self.eps).to(hidden.dtype)
+
+    def _has_kernel(self, hidden: torch.Tensor) -> bool:
+        """Whether torch reads half precision and computes in float32 by itself, which saves the casts around it.
+
+        Its kernels for a GPU do (statistics, scale and shift are in their accumulation type), given a weight of the
+        input's dtype; before it had one for RMSNorm, torch rounded to half precision in front of the scale.
+        """
+        if not hidden.is_cuda or hidden.dtype != self.weight.dtype or self.zero_centered:
+            return False
+        return not self.is_rms or hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -72,10 +88,14 @@ class ScaledDotProductAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None):
         """Attend from query_SBND to key_TBGD and value_TBGD; returns [S, B, N * D].
 
-        With `attn_mask_type` `no_mask` (decoding from a key/value cache) every query sees every key.
+        With `attn_mask_type` `no_mask` (decoding from a key/value cache) every query sees every key. With
+        `packed_seq_params`, which are `PackedSequences`, megatron-core leaves the dimension B out, and attention is
+        causal within each sequence.
         """
         if packed_seq_params is not None:
-            raise NotImplementedError("packed sequences need Transformer Engine's attention")
+            with self._dropout_rng():
+                dropout = self.dropout if self.training else 0.0
+                return packed_attention(query, key, value, packed_seq_params, dropout).flatten(1)
         query_BNSD, key_BGTD, value_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         is_causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and attention_mask is None
         with self._dropout_rng():

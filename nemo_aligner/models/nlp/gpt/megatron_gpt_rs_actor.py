@@ -17,6 +17,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.trainer.trainer import Trainer
 
@@ -29,6 +30,8 @@ from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
 from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
+from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings, packed_forward, unsupported_part
+from nemo_aligner.models.nlp.gpt.packing import Pack, pack_batch
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors
@@ -67,6 +70,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._is_prefetching_states = False
         self._inference_mode = InferenceMode(self)
         self._rollout_generator = RolloutGenerator(self, GenerationSettings(**(cfg.rs.get("generation") or {})))
+        self._training = TrainingSettings(**(cfg.rs.get("training") or {}))
+        self._has_told = False
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
         self._is_saving_archive = False
@@ -152,28 +157,83 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
                 f"model.micro_batch_size={self.cfg.micro_batch_size}"
             )
         set_sync_funcs(self, forward_only)
-        microbatches = [
-            dict(zip(("response_tokens", "mask"), parts, strict=True))
-            for parts in zip(
-                batch["response_tokens"].chunk(num_microbatches), batch["mask"].chunk(num_microbatches), strict=True
-            )
-        ]
+        num_loss_tokens = _global_token_count(batch["mask"])
+        if self._is_packing():
+            microbatches = self._packs(batch, num_microbatches)
+            step = self._packed_forward_output_and_loss_func(num_loss_tokens, num_microbatches)
+            width, rows = microbatches[0].tokens_1T.size(1), 1
+        else:
+            parts = zip(*(batch[key].chunk(num_microbatches) for key in ("response_tokens", "mask")), strict=True)
+            microbatches = [{"response_tokens": tokens, "mask": mask} for tokens, mask in parts]
+            step = self.get_actor_forward_output_and_loss_func(num_loss_tokens, num_microbatches)
+            rows = self.cfg.micro_batch_size
         losses = get_forward_backward_func()(
-            forward_step_func=self.get_actor_forward_output_and_loss_func(
-                _global_token_count(batch["mask"]), num_microbatches
-            ),
+            forward_step_func=step,
             data_iterator=self._iterator_per_chunk(microbatches),
             model=self.model,
             num_microbatches=num_microbatches,
             forward_only=forward_only,
             seq_length=width,
-            micro_batch_size=self.cfg.micro_batch_size,
+            micro_batch_size=rows,
         )
         loss = torch.zeros((), dtype=torch.float32, device=current_device())
         if losses:
             loss = torch.stack([part["loss"].reshape(()) for part in losses]).mean()
+        loss = _mean_over_replicas(loss)
         torch.distributed.broadcast(loss, torch.distributed.get_world_size() - 1)
-        return loss.item(), {"loss": loss.item()}
+        loss = loss.item()
+        return loss, {"loss": loss}
+
+    def _is_packing(self) -> bool:
+        """Whether rows are trained on without their padding; where they cannot be, the log says so once."""
+        if not self._training.packing:
+            return False
+        reason = self._why_not_packed()
+        if reason is not None and not self._has_told:
+            logging.warning(f"training: {reason} goes with padded rows only: the slower way is taken")
+            self._has_told = True
+        return reason is None
+
+    def _why_not_packed(self) -> str | None:
+        step = "get_actor_forward_output_and_loss_func"
+        if getattr(type(self), step) is not getattr(MegatronGPTRSModel, step):  # a subclass has its own way
+            return f"{type(self).__name__}.{step}"
+        if any(self.resets.values()):
+            return "model.data.reset_attention_mask or reset_position_ids"
+        return unsupported_part(self.get_model_module_list()[0])
+
+    def _packs(self, batch: dict, num_microbatches: int) -> list[Pack]:
+        """The rows of `batch` as micro-batches, which a loss per micro-batch binds to their places."""
+        config = self.model_parallel_config
+        return pack_batch(
+            batch["response_tokens"].cpu(),
+            batch["mask"].cpu(),
+            num_microbatches,
+            in_order=self._is_loss_per_micro_batch(),
+            equal_lengths=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+            multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+        )
+
+    def _packed_forward_output_and_loss_func(self, num_loss_tokens: torch.Tensor, num_microbatches: int) -> Callable:
+        """As `get_actor_forward_output_and_loss_func`, over packs; the last stage's output are log-probabilities [R].
+
+        What it reports is this replica's share, as nobody needs the sum before the last micro-batch.
+        """
+
+        def forward_output_and_loss_func(data_iterator: Iterator[Pack], model):
+            pack = next(data_iterator).to(current_device())
+            output = packed_forward(model, pack)
+            if not parallel_state.is_pipeline_last_stage():
+                output = output.to(self.model_parallel_config.pipeline_dtype)
+
+            def loss_func(logprobs_R: torch.Tensor):
+                total = (logprobs_R * pack.weights_R).sum()
+                loss = self._normalized_loss(total, pack.weights_R, num_loss_tokens, num_microbatches)
+                return loss, {"loss": loss.detach().clone()}
+
+            return output, loss_func
+
+        return forward_output_and_loss_func
 
     def get_actor_forward_output_and_loss_func(
         self, num_loss_tokens: torch.Tensor | None = None, num_microbatches: int = 1
@@ -196,32 +256,35 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
             def loss_func(logits: torch.Tensor):
                 loss = self._loss(logits, batch, num_loss_tokens, num_microbatches)
-                reported = loss.detach().clone()
-                torch.distributed.all_reduce(
-                    reported, op=torch.distributed.ReduceOp.SUM, group=parallel_state.get_data_parallel_group()
-                )
-                return loss, {"loss": reported / parallel_state.get_data_parallel_world_size()}
+                return loss, {"loss": _mean_over_replicas(loss.detach().clone())}
 
             return output, loss_func
 
         return forward_output_and_loss_func
 
     def _loss(self, logits, batch, num_loss_tokens, num_microbatches) -> torch.Tensor:
-        """Negative masked mean of the response tokens' log-probabilities, as an fp32 scalar.
-
-        Megatron divides it by the number of micro-batches, and gradients are averaged over the data-parallel ranks; the
-        factors here undo both, so that what remains is one mean over the tokens of the global batch.
-        """
+        """Negative masked mean of the response tokens' log-probabilities, as an fp32 scalar."""
         logprobs = from_parallel_logits_to_logprobs(logits, batch["response_tokens"], higher_stability=True).float()
         mask = batch["mask"].float()
         # where, not a product: a log-probability that is not trained on must not matter even if it is infinite
         total = torch.where(mask > 0, logprobs * mask, 0.0).sum()
-        if self.cfg.rs.get("loss_normalization", "global_batch") == "micro_batch":
+        return self._normalized_loss(total, mask, num_loss_tokens, num_microbatches)
+
+    def _normalized_loss(self, total, mask, num_loss_tokens, num_microbatches) -> torch.Tensor:
+        """The loss of a micro-batch, of whose masked log-probabilities `total` is the sum.
+
+        Megatron divides it by the number of micro-batches, and gradients are averaged over the data-parallel ranks; the
+        factors here undo both, so that what remains is one mean over the tokens of the global batch.
+        """
+        if self._is_loss_per_micro_batch():
             return -total / mask.sum().clamp(min=1)
         if num_loss_tokens is None:
             num_loss_tokens = _global_token_count(mask)
         scale = num_microbatches * parallel_state.get_data_parallel_world_size()
         return -total * scale / num_loss_tokens.clamp(min=1)
+
+    def _is_loss_per_micro_batch(self) -> bool:
+        return self.cfg.rs.get("loss_normalization", "global_batch") == "micro_batch"
 
     def _stage_inputs(self, microbatch: dict) -> dict:
         """What this pipeline stage needs of a micro-batch, on its device; the rest is None."""
@@ -235,7 +298,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             "mask": microbatch["mask"].to(current_device(), non_blocking=True) if is_last else None,
         }
 
-    def _iterator_per_chunk(self, microbatches: list[dict]) -> Iterator | list[Iterator]:
+    def _iterator_per_chunk(self, microbatches: list) -> Iterator | list[Iterator]:
         if isinstance(self.model, list) and len(self.model) > 1:
             return [iter(microbatches) for _ in self.model]
         return iter(microbatches)
@@ -407,6 +470,12 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def _offloads(self) -> bool:
         return self.to_offload_adam_states and self.with_distributed_adam and self._optimizer is not None
+
+
+def _mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
+    """Over the data-parallel group, all of whose ranks must call it; reduces `value` in place."""
+    torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    return value / parallel_state.get_data_parallel_world_size()
 
 
 def _global_token_count(mask: torch.Tensor) -> torch.Tensor:

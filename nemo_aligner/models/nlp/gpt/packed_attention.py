@@ -1,0 +1,62 @@
+"""Causal attention within each sequence of a pack.
+
+Legend: T tokens of the pack, Q sequences, L tokens of one sequence, N heads, G key/value groups, D channels per head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from nemo_aligner.compat import varlen_attention
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Where the sequences of a pack lie. It goes through megatron-core in the place of its `PackedSeqParams`.
+
+    Attributes:
+        lengths: tokens of each sequence, in order; on the host, which so never waits for the GPU to know them.
+        bounds: their cumulative sum behind a 0, int32 [Q + 1].
+    """
+
+    lengths: list[int]
+    bounds: torch.Tensor
+
+    # megatron-core looks rotary positions up sequence by sequence if it finds bounds here. They are in place already.
+    cu_seqlens_q = cu_seqlens_kv = None
+
+    @classmethod
+    def of(cls, lengths: list[int]) -> "PackedSequences":
+        return cls(lengths, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int())
+
+
+def packed_attention(
+    query_TND: torch.Tensor,
+    key_TGD: torch.Tensor,
+    value_TGD: torch.Tensor,
+    sequences: PackedSequences,
+    dropout: float,
+) -> torch.Tensor:
+    """Causal attention of every sequence to itself, [T, N, D].
+
+    One kernel for all sequences where torch has one (half precision on a GPU, no dropout), else a call for each. Both
+    are deterministic where `torch.use_deterministic_algorithms(True)` is set.
+    """
+    if dropout == 0 and varlen_attention.can_compute(query_TND):
+        return varlen_attention.causal(query_TND, key_TGD, value_TGD, sequences.bounds, max(sequences.lengths))
+    of_each = zip(*(x.split(sequences.lengths) for x in (query_TND, key_TGD, value_TGD)), strict=True)
+    return torch.cat([_one_sequence(*qkv, dropout) for qkv in of_each])
+
+
+def _one_sequence(query_LND, key_LGD, value_LGD, dropout) -> torch.Tensor:
+    query_1NLD, key_1GLD, value_1GLD = (x.transpose(0, 1).unsqueeze(0) for x in (query_LND, key_LGD, value_LGD))
+    context_1NLD = F.scaled_dot_product_attention(
+        query_1NLD,
+        key_1GLD,
+        value_1GLD,
+        dropout_p=dropout,
+        is_causal=True,
+        enable_gqa=query_LND.size(1) != key_LGD.size(1),
+    )
+    return context_1NLD.squeeze(0).transpose(0, 1)

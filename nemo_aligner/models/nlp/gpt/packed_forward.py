@@ -1,0 +1,115 @@
+"""The forward pass of a model chunk over a pack, with log-probabilities instead of logits at its end.
+
+megatron-core's `GPTModel` is called as always, through all its wrappers. For the time of the call two of its parts are
+changed: rotary positions are those of the rows in the pack, and the output layer returns the log-probabilities of the
+tokens of the loss.
+
+Legend: as in packing.py, and H hidden size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.utils import get_attr_wrapped_model
+
+from nemo_aligner.models.nlp.gpt.layer_spec import ScaledDotProductAttention
+from nemo_aligner.models.nlp.gpt.packing import Pack
+from nemo_aligner.utils.target_logprobs import TargetLogprobs
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The section `model.rs.training`, which existing configurations may lack.
+
+    Attributes:
+        packing: train on rows without their padding.
+    """
+
+    packing: bool = True
+
+
+def unsupported_part(gpt_model: torch.nn.Module) -> str | None:
+    """What of a model cannot run over packs, in words for the log; None if all can. The same on all pipeline stages."""
+    if not isinstance(gpt_model, GPTModel):
+        return type(gpt_model).__name__
+    config = gpt_model.config
+    for layer in gpt_model.decoder.layers:
+        attention = layer.self_attention.core_attention
+        if not isinstance(attention, ScaledDotProductAttention):
+            return type(attention).__name__
+    if config.rotary_interleaved or config.apply_rope_fusion:
+        return "model.rotary_interleaved or apply_rope_fusion"
+    if config.defer_embedding_wgrad_compute:
+        return "model.defer_embedding_wgrad_compute"
+    return None
+
+
+def packed_forward(model: torch.nn.Module, pack: Pack) -> torch.Tensor:
+    """Run a model chunk over a pack that is on its device.
+
+    Returns:
+        On the last stage the log-probabilities of `pack.targets_R`, float32 [R]; on others hidden states for the next,
+        [T, 1, H], or [T/TP, 1, H] with sequence parallelism.
+    """
+    gpt_model = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+    with _rotary_positions(gpt_model, pack.position_ids_1T[0]), _logprobs_for_logits(gpt_model, pack):
+        output = model(
+            pack.tokens_1T, pack.position_ids_1T, None, labels=None, packed_seq_params=pack.sequences
+        )  # fmt: skip
+    return output.squeeze(0) if gpt_model.post_process else output
+
+
+@contextlib.contextmanager
+def _rotary_positions(gpt_model: GPTModel, position_ids_T: torch.Tensor) -> Iterator[None]:
+    """The model's table of angles [T, 1, 1, D] becomes [T, 1, D], with the row of each token's position."""
+    if gpt_model.position_embedding_type != "rope":
+        yield
+        return
+    hook = gpt_model.rotary_pos_emb.register_forward_hook(
+        lambda module, args, table_T11D: table_T11D.squeeze(1)[position_ids_T]
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _logprobs_for_logits(gpt_model: GPTModel, pack: Pack) -> Iterator[None]:
+    """The output layer is still called as a module: wrappers and optimizers wait for its parameters in its hooks."""
+    if not gpt_model.post_process:
+        yield
+        return
+    layer = gpt_model.output_layer
+
+    def forward(hidden_T1H, weight=None):
+        logprobs_R = _target_logprobs(layer, hidden_T1H, layer.weight if weight is None else weight, pack)
+        return logprobs_R.unsqueeze(1), None  # [positions, rows], which GPTModel transposes
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def _target_logprobs(
+    layer: ColumnParallelLinear, hidden_T1H: torch.Tensor, weight_VH: torch.Tensor, pack: Pack
+) -> torch.Tensor:
+    if layer.sequence_parallel:
+        hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)
+    hidden_RH = hidden_T1H.squeeze(1).index_select(0, pack.places_R)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight_VH.dtype
+    with torch.autocast("cuda", enabled=False):
+        return TargetLogprobs.apply(
+            hidden_RH.to(dtype),
+            weight_VH.to(dtype),
+            pack.targets_R,
+            layer.allreduce_dgrad,
+            layer.gradient_accumulation_fusion,
+        )

@@ -1,0 +1,124 @@
+"""Rows of a training batch without their padding, end to end in one long row per micro-batch.
+
+Only what a loss can depend on is computed: a row reaches up to the token that predicts its last masked one, and a row
+without a masked token is left out.
+
+Legend: B rows, S padded width, T tokens of a pack, R tokens of a pack that the loss is over, Q sequences of a pack.
+"""
+
+import heapq
+from dataclasses import dataclass, replace
+
+import torch
+
+from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch. Tokens behind the rows, if any, are a sequence of their own, which nothing depends on.
+
+    Attributes:
+        tokens_1T, position_ids_1T: int64; positions count from 0 in every row.
+        sequences: where the rows lie.
+        places_R: int64, the places in the pack that predict a token of the loss.
+        targets_R: int64, those tokens.
+        weights_R: float32, the mask's entries for them.
+    """
+
+    tokens_1T: torch.Tensor
+    position_ids_1T: torch.Tensor
+    sequences: PackedSequences
+    places_R: torch.Tensor
+    targets_R: torch.Tensor
+    weights_R: torch.Tensor
+
+    def to(self, device: torch.device) -> "Pack":
+        """The same on `device`; the host does not wait for the copies."""
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return Pack(
+            tokens_1T=send(self.tokens_1T),
+            position_ids_1T=send(self.position_ids_1T),
+            sequences=replace(self.sequences, bounds=send(self.sequences.bounds)),
+            places_R=send(self.places_R),
+            targets_R=send(self.targets_R),
+            weights_R=send(self.weights_R),
+        )
+
+
+def pack_batch(
+    tokens_BS: torch.Tensor,
+    mask_BS: torch.Tensor,
+    num_packs: int,
+    *,
+    in_order: bool = False,
+    equal_lengths: bool = False,
+    multiple: int = 1,
+) -> list[Pack]:
+    """Deal the rows of a batch to packs and join those of each.
+
+    Args:
+        tokens_BS: int64 [B, S] on the CPU.
+        mask_BS: float [B, S - 1] on the CPU; where it is positive, the token behind counts, with that weight.
+        num_packs: divides B.
+        in_order: pack i gets the rows from i * B / num_packs on; otherwise packs are of about the same length.
+        equal_lengths: give all packs the length of the longest.
+        multiple: of what every pack's length has to be.
+
+    Returns:
+        The packs, each of at least one token, on the CPU.
+    """
+    counts = mask_BS > 0
+    lengths_B = (counts * torch.arange(1, counts.size(1) + 1)).amax(dim=1).tolist()
+    rows_of = _deal_in_order(lengths_B, num_packs) if in_order else deal(lengths_B, num_packs)
+    widths = [_round_up(sum(lengths_B[row] for row in rows), multiple) for rows in rows_of]
+    if equal_lengths:
+        widths = [max(widths)] * num_packs
+    return [
+        _join([(tokens_BS[row], mask_BS[row], lengths_B[row]) for row in rows], width)
+        for rows, width in zip(rows_of, widths, strict=True)
+    ]
+
+
+def deal(lengths: list[int], num_packs: int) -> list[list[int]]:
+    """Row numbers for each pack: the longest row first, always to the pack with the fewest tokens (R. L. Graham 1969).
+
+    Rows of length 0 go nowhere. Of equal rows, and of equal packs, the first comes first, so that all ranks agree.
+    """
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    loads = [(0, number) for number in range(num_packs)]
+    for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: (-lengths[row], row)):
+        load, number = loads[0]
+        packs[number].append(row)
+        heapq.heapreplace(loads, (load + lengths[row], number))
+    return [sorted(rows) for rows in packs]
+
+
+def _deal_in_order(lengths: list[int], num_packs: int) -> list[list[int]]:
+    share = len(lengths) // num_packs
+    return [[row for row in range(number * share, (number + 1) * share) if lengths[row]] for number in range(num_packs)]
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return max(1, -(-length // multiple)) * multiple
+
+
+def _join(rows: list[tuple[torch.Tensor, torch.Tensor, int]], width: int) -> Pack:
+    lengths = [length for _, _, length in rows]
+    num_behind = width - sum(lengths)
+    behind = [torch.zeros(num_behind, dtype=torch.int64)]  # at position 0 throughout: a table of positions has it
+    sequence_lengths = lengths + [num_behind] * (num_behind > 0)
+    weights_T = torch.cat([mask[:length] for _, mask, length in rows] + [torch.zeros(num_behind)]).float()
+    targets_T = torch.cat([tokens[1 : length + 1] for tokens, _, length in rows] + behind)
+    (places_R,) = (weights_T > 0).nonzero(as_tuple=True)
+    return Pack(
+        tokens_1T=torch.cat([tokens[:length] for tokens, _, length in rows] + behind).unsqueeze(0),
+        position_ids_1T=torch.cat([torch.arange(length) for length in lengths] + behind).unsqueeze(0),
+        sequences=PackedSequences.of(sequence_lengths),
+        places_R=places_R,
+        targets_R=targets_T[places_R],
+        weights_R=weights_T[places_R],
+    )

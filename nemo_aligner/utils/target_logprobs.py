@@ -1,0 +1,110 @@
+"""Log-probabilities of given tokens straight from hidden states, with logits of a piece of the vocabulary at a time.
+
+A piece of the vocabulary is to a shard what a shard is to the vocabulary, so the arithmetic is that of `logprobs`.
+Pieces, not positions, because the gradient of a piece's weights then is one product, written (or added) where it
+belongs: pieces of positions would have to be summed into a matrix of the whole weight's size again and again.
+
+Legend: R positions, H hidden size, V padded vocabulary over all TP ranks, C entries of a piece.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import layers
+
+from nemo_aligner.compat.cpu_linear import linear, matmul
+from nemo_aligner.compat.float32_accumulation import add_product_
+from nemo_aligner.utils import logprobs
+
+
+class TargetLogprobs(torch.autograd.Function):
+    """`apply(hidden_RH, weight_VH, targets_R, reduce_hidden, fuse_weight)` -> float32 [R], equal on all TP ranks.
+
+    All ranks of the tensor-parallel group must call it. The logits are formed again in the backward pass: that costs a
+    fifth more in the output layer, and nothing is kept but the hidden states and two numbers per position.
+
+    Args:
+        hidden_RH: equal on all TP ranks.
+        weight_VH: [V/TP, H], this rank's rows of the output layer, in the dtype of `hidden_RH`.
+        targets_R: int64 ids in [0, V).
+        reduce_hidden: sum the gradient of `hidden_RH` over the TP ranks; otherwise each has its own shard's part.
+        fuse_weight: add the weight's gradient to `weight_VH.main_grad`, as megatron-core's linear layers do with
+            `gradient_accumulation_fusion`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_RH, weight_VH, targets_R, reduce_hidden, fuse_weight):
+        group = parallel_state.get_tensor_model_parallel_group()
+        targets_R = targets_R - parallel_state.get_tensor_model_parallel_rank() * weight_VH.size(0)
+        dtype = torch.promote_types(hidden_RH.dtype, torch.float32)
+        maxima_R, exp_sums_R, target_logits_R = torch.zeros(3, len(targets_R), dtype=dtype, device=hidden_RH.device)
+        maxima_R.fill_(-torch.inf)
+        for piece, logits_RC in _pieces(hidden_RH, weight_VH):
+            before_R, maxima_R = maxima_R, torch.maximum(maxima_R, logits_RC.amax(dim=1).to(dtype))
+            exp_sums_R *= (before_R - maxima_R).exp()
+            exp_sums_R += logprobs.shard_exp_sums(logits_RC[None], maxima_R[None])[0]
+            place_R, zeros_R = targets_R - piece.start, torch.zeros_like(maxima_R)
+            target_logits_R += logprobs.shard_target_logits(logits_RC[None], place_R[None], zeros_R[None])[0]
+
+        own_maxima_R, maxima_R = maxima_R, maxima_R.clone()
+        torch.distributed.all_reduce(maxima_R, torch.distributed.ReduceOp.MAX, group=group)
+        sums = torch.stack((exp_sums_R * (own_maxima_R - maxima_R).exp(), target_logits_R))
+        torch.distributed.all_reduce(sums, group=group)
+        exp_sums_R, target_logits_R = sums.unbind()
+
+        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, maxima_R, exp_sums_R)
+        ctx.reduce_hidden, ctx.fuse_weight = reduce_hidden, fuse_weight
+        return target_logits_R - maxima_R - exp_sums_R.log()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_R):
+        hidden_RH, weight_VH, targets_R, maxima_R, exp_sums_R = ctx.saved_tensors
+        needs_weight, fuses = ctx.needs_input_grad[1], ctx.fuse_weight
+        grad_hidden_RH = torch.zeros_like(hidden_RH, dtype=maxima_R.dtype)
+        grad_weight_VH = torch.empty_like(weight_VH) if needs_weight and not fuses else None
+        for piece, logits_RC in _pieces(hidden_RH, weight_VH):
+            per_position = (targets_R - piece.start, maxima_R, exp_sums_R, grad_R)
+            grad_RC = logprobs.shard_gradient(logits_RC[None], *(tensor[None] for tensor in per_position))[0]
+            add_product_(grad_hidden_RH, grad_RC, weight_VH[piece])
+            if needs_weight and fuses:
+                _add_to_main_grad(weight_VH.main_grad[piece], hidden_RH, grad_RC)
+            elif needs_weight:
+                grad_weight_VH[piece] = matmul(grad_RC.t(), hidden_RH)
+        grad_hidden_RH = grad_hidden_RH.to(hidden_RH.dtype)
+        if ctx.reduce_hidden:
+            torch.distributed.all_reduce(grad_hidden_RH, group=parallel_state.get_tensor_model_parallel_group())
+        if needs_weight and fuses:
+            grad_weight_VH = _stand_in_gradient(weight_VH)
+        return grad_hidden_RH, grad_weight_VH, None, None, None
+
+
+def _pieces(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A piece's entries of this rank's vocabulary and its logits [R, C], of at most `MAX_CHUNK_ENTRIES` entries."""
+    size = max(1, logprobs.MAX_CHUNK_ENTRIES // max(1, len(hidden_RH)))
+    if size > 128:
+        size -= size % 128  # as matrix units like it
+    for start in range(0, len(weight_VH), size):
+        piece = slice(start, start + size)
+        yield piece, linear(hidden_RH, weight_VH[piece])
+
+
+def _add_to_main_grad(main_grad_CH: torch.Tensor, hidden_RH: torch.Tensor, grad_RC: torch.Tensor) -> None:
+    kernels = layers.fused_weight_gradient_mlp_cuda
+    add = kernels.wgrad_gemm_accum_fp32 if main_grad_CH.dtype == torch.float32 else kernels.wgrad_gemm_accum_fp16
+    add(hidden_RH, grad_RC, main_grad_CH)
+
+
+def _stand_in_gradient(weight_VH: torch.Tensor) -> torch.Tensor | None:
+    """What autograd gets for a gradient that is in `main_grad` already, by megatron-core's convention.
+
+    Its data-parallel wrapper wants its hooks to be called, and so a gradient, which it drops; of a tied weight it adds
+    what comes from all places together, among which this one then must be zero.
+    """
+    if not hasattr(weight_VH, "grad_added_to_main_grad"):
+        return None
+    weight_VH.grad_added_to_main_grad = True
+    if getattr(weight_VH, "zero_out_wgrad", False):
+        return torch.zeros_like(weight_VH)
+    return torch.empty_like(weight_VH)

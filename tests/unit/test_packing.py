@@ -1,0 +1,304 @@
+"""Packs by hand, and the actor's packed way against its padded way and against plain PyTorch.
+
+Legend: as in nemo_aligner/models/nlp/gpt/packing.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_aligner.compat import float32_accumulation, varlen_attention
+from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor, packed_forward, packing
+from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
+from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
+from nemo_aligner.utils import logprobs
+from nemo_aligner.utils.target_logprobs import TargetLogprobs
+from tests.tiny import load_actor, save_gpt2_like
+from tests.unit.test_loss import END_ID, assert_same, make_batch, training_step
+
+# Relative error of float32 gradients between two orders of summation.
+OTHER_ORDER = 1e-5
+# lengths from 2 to 23 tokens, rows without a response among them
+ROWS = [
+    ([5, 6, 7], [8, 9, 10, 11, 12, END_ID]),
+    ([13], [14]),
+    ([15, 16] * 4, [17, 18, 19] * 5),
+    ([50, 51, 52], None),
+    ([20] * 5, [21, 22]),
+    ([23], [24, 25, 26, 27, 28, 29, 30, END_ID]),
+    ([31, 32], [33] * 9),
+    ([34], None),
+]
+
+
+# Packs
+
+
+def test_the_longest_rows_are_dealt_first_to_the_emptiest_pack():
+    assert packing.deal([7, 5, 0, 4, 4, 3, 0], 3) == [[0], [1, 5], [3, 4]]
+    assert packing.deal([2, 2, 2], 2) == [[0, 2], [1]]  # ties: the first row, the first pack
+    assert packing.deal([0, 0], 2) == [[], []]
+
+
+def test_a_pack_holds_what_the_loss_depends_on():
+    tokens_BS = torch.tensor([[1, 2, 3, 4, 9], [5, 6, 9, 9, 9], [7, 8, 10, 11, 12]])
+    mask_BS = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0.0, 0, 0, 0]])
+    mask_BS[0, 2] = 0.5
+    (pack,) = packing.pack_batch(tokens_BS, mask_BS, 1, multiple=6)
+    assert pack.tokens_1T.tolist() == [[1, 2, 3, 5, 0, 0]]  # up to the last token that predicts one
+    assert pack.position_ids_1T.tolist() == [[0, 1, 2, 0, 0, 0]]
+    assert pack.sequences.lengths == [3, 1, 2]
+    assert pack.sequences.bounds.tolist() == [0, 3, 4, 6] and pack.sequences.bounds.dtype == torch.int32
+    assert pack.places_R.tolist() == [1, 2, 3]
+    assert pack.targets_R.tolist() == [3, 4, 6]
+    assert pack.weights_R.tolist() == [1.0, 0.5, 1.0]
+
+
+def test_packs_in_order_of_equal_length_and_never_empty():
+    batch = make_batch(ROWS)
+    packs = packing.pack_batch(batch["response_tokens"], batch["mask"], 4, in_order=True)
+    assert [pack.sequences.lengths for pack in packs] == [[8, 1], [22], [6, 8], [10]]
+    packs = packing.pack_batch(batch["response_tokens"], batch["mask"], 4, equal_lengths=True, multiple=4)
+    assert [pack.tokens_1T.size(1) for pack in packs] == [24] * 4
+    nothing = packing.pack_batch(batch["response_tokens"], torch.zeros_like(batch["mask"]), 2)
+    assert [pack.tokens_1T.size(1) for pack in nothing] == [1, 1]
+    assert [len(pack.places_R) for pack in nothing] == [0, 0]
+
+
+def test_a_real_batch_is_dealt_evenly():
+    lengths = torch.randint(60, 350, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    loads = [sum(lengths[row] for row in rows) for rows in packing.deal(lengths, 8)]
+    assert sum(loads) == sum(lengths)
+    assert max(loads) <= 1.02 * min(loads)
+
+
+# Loss and gradients
+
+
+def padded_step(actor, *args, **kwargs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actor, "_training", packed_forward.TrainingSettings(packing=False))
+        patch.setattr(megatron_gpt_rs_actor, "packed_forward", None)
+        return training_step(actor, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def archives(tiny_hf, tiny_nemo, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packing") / "gpt2.nemo"
+    untied = {"num_layers": 2, "encoder_seq_length": 64, "max_position_embeddings": 64}
+    save_gpt2_like(tiny_hf, path, **untied, share_embeddings_and_output_weights=False)
+    return {"llama": tiny_nemo, "gpt2": path}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def actor(request, archives):
+    """Grouped queries, RMSNorm, RoPE and tied embeddings, or learned positions, LayerNorm, biases and none of these."""
+    return load_actor(archives[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_nemo):
+    return load_actor(tiny_nemo)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+def test_packed_equals_padded(actor, micro_batch_size):
+    batch = make_batch(ROWS, width=30)
+    padded = padded_step(actor, batch, micro_batch_size)
+    assert_same(training_step(actor, batch, micro_batch_size), padded, rel=OTHER_ORDER)
+
+
+def test_what_the_decoder_is_given(llama, monkeypatch):
+    """Of 8 rows of 60, tokens up to the last that predicts one, and angles that start again with every row."""
+    decode, seen = llama.model.decoder.forward, []
+
+    def spy(**kwargs):
+        seen.append((kwargs["hidden_states"].shape, kwargs["packed_seq_params"].lengths, kwargs["rotary_pos_emb"]))
+        return decode(**kwargs)
+
+    monkeypatch.setattr(llama.model.decoder, "forward", spy)
+    training_step(llama, make_batch(ROWS, width=60), 4)
+    table = llama.model.rotary_pos_emb(30).squeeze(1)
+    for (shape, lengths, angles), expected in zip(seen, ([22, 6], [8, 1, 8, 10]), strict=True):
+        assert shape == (sum(expected), 1, 64) and lengths == expected
+        assert torch.equal(angles, torch.cat([table[:length] for length in expected]))
+
+
+def test_weights_other_than_one_and_gaps_in_the_mask(llama):
+    batch = make_batch(ROWS)
+    batch["mask"][2, 9:12] = torch.tensor([0.5, 0.0, 2.0])
+    assert_same(training_step(llama, batch, 2), padded_step(llama, batch, 2), rel=OTHER_ORDER)
+
+
+def test_micro_batch_normalization(archives):
+    actor = load_actor(archives["gpt2"], rs={"loss_normalization": "micro_batch"})
+    batch = make_batch(ROWS)
+    assert_same(training_step(actor, batch, 2), padded_step(actor, batch, 2), rel=OTHER_ORDER)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"granularity": "selective"},
+        {"granularity": "full", "method": "uniform", "num_layers": 2},
+        {"granularity": "full", "method": "block", "num_layers": 1},
+    ],
+)
+def test_recomputation(llama, archives, recompute):
+    batch = make_batch(ROWS)
+    overrides = {f"activations_checkpoint_{key}": value for key, value in recompute.items()}
+    assert_same(
+        training_step(load_actor(archives["llama"], **overrides), batch, 2), training_step(llama, batch, 2), rel=1e-7
+    )
+
+
+def test_forward_pass_in_a_small_piece_of_the_vocabulary_at_a_time(actor, monkeypatch):
+    batch = make_batch(ROWS)
+    whole = training_step(actor, batch, 4)
+    monkeypatch.setattr(logprobs, "MAX_CHUNK_ENTRIES", 500)
+    assert_same(training_step(actor, batch, 4), whole, rel=OTHER_ORDER)
+
+
+def test_the_model_is_left_as_it_was(llama):
+    training_step(llama, make_batch(ROWS), 4)
+    assert "forward" not in vars(llama.model.output_layer)
+    assert not llama.model.rotary_pos_emb._forward_hooks
+
+
+def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives, monkeypatch):
+    batch = make_batch(ROWS)
+    told = []
+    monkeypatch.setattr(megatron_gpt_rs_actor.logging, "warning", told.append)
+    monkeypatch.setattr(megatron_gpt_rs_actor, "packed_forward", None)
+
+    class WithItsOwnWay(MegatronGPTRSModel):
+        def get_actor_forward_output_and_loss_func(self, *args):
+            return super().get_actor_forward_output_and_loss_func(*args)
+
+    monkeypatch.setattr(llama, "__class__", WithItsOwnWay)
+    training_step(llama, batch, 4)
+    training_step(llama, batch, 4)
+    monkeypatch.setattr(llama, "__class__", MegatronGPTRSModel)
+    (line,) = told
+    assert "WithItsOwnWay.get_actor_forward_output_and_loss_func" in line and "padded" in line
+    for name, value, reason in (
+        ("rotary_interleaved", True, "rotary_interleaved"), ("apply_rope_fusion", True, "apply_rope_fusion"),
+    ):  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llama.model.config, name, value)
+            assert reason in packed_forward.unsupported_part(llama.model)
+    monkeypatch.setattr(packed_forward, "ScaledDotProductAttention", ())
+    assert packed_forward.unsupported_part(llama.model) == "ScaledDotProductAttention"
+
+
+# Log-probabilities from hidden states
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many entries the largest floating-point result of an operator has."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_log_probabilities_of_a_large_vocabulary_in_bounded_memory(llama, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    num_entries, width, num_positions = 128_256, 8, 512
+    hidden_RH = torch.randn(num_positions, width, generator=generator, requires_grad=True)
+    weight_VH = torch.randn(num_entries, width, generator=generator, requires_grad=True)
+    targets_R = torch.randint(num_entries, (num_positions,), generator=generator)
+    targets_R[:2] = torch.tensor([0, num_entries - 1])
+    grad_R = torch.randn(num_positions, generator=generator)
+    monkeypatch.setattr(logprobs, "MAX_CHUNK_ENTRIES", 2**20)
+    with LargestTensor() as largest:
+        logprobs_R = TargetLogprobs.apply(hidden_RH, weight_VH, targets_R, False, False)
+        logprobs_R.backward(grad_R)
+    assert largest.entries <= max(2**20, weight_VH.numel())  # the weight's gradient has its size
+    assert num_positions * num_entries > 60 * 2**20
+    ours = [logprobs_R, hidden_RH.grad, weight_VH.grad]
+    exact, plain = (plain_logprobs(hidden_RH, weight_VH, targets_R, grad_R, dtype) for dtype in DTYPES)
+    for ours_, exact_, plain_ in zip(ours, exact, plain, strict=True):
+        assert (ours_ - exact_).norm() <= 1e-4 * exact_.norm()
+        assert (ours_ - exact_).norm() <= 1.5 * (plain_ - exact_).norm()  # long sums are not exact in float32
+
+
+DTYPES = (torch.float64, torch.float32)
+
+
+def plain_logprobs(hidden_RH, weight_VH, targets_R, grad_R, dtype):
+    """Log-probabilities and the gradients of hidden states and weights."""
+    hidden_RH, weight_VH = (x.detach().to(dtype).requires_grad_() for x in (hidden_RH, weight_VH))
+    logprobs_R = (hidden_RH @ weight_VH.t()).log_softmax(-1).gather(1, targets_R[:, None]).squeeze(1)
+    logprobs_R.backward(grad_R.to(dtype))
+    return logprobs_R, hidden_RH.grad, weight_VH.grad
+
+
+def test_a_frozen_output_layer_gets_no_gradient(llama):
+    hidden_RH, weight_VH = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    TargetLogprobs.apply(hidden_RH, weight_VH, torch.tensor([0, 4, 2]), False, False).sum().backward()
+    hidden = hidden_RH.detach().requires_grad_()
+    (hidden @ weight_VH.t()).log_softmax(-1)[range(3), [0, 4, 2]].sum().backward()
+    torch.testing.assert_close(hidden_RH.grad, hidden.grad)
+    assert weight_VH.grad is None
+
+
+# torch's kernels, whose place others take on a CPU
+
+
+def loop_over_sequences(query, key, value, bounds, max_length, enable_gqa):
+    assert max_length == (bounds[1:] - bounds[:-1]).max()
+    assert query.size(1) == key.size(1) or enable_gqa
+    return packed_attention(query, key, value, PackedSequences((bounds[1:] - bounds[:-1]).tolist(), bounds), 0.0)
+
+
+def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal and cu_seq_q is cu_seq_k and max_q == max_k
+    return loop_over_sequences(query, key, value, cu_seq_q, max_q, False)
+
+
+def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and max_q == max_k
+    return loop_over_sequences(query, key, value, cu_seq_q, max_q, False)
+
+
+def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and max_q == max_k
+    return loop_over_sequences(query, key, value, cu_seq_q, max_q, enable_gqa)
+
+
+@pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_12])
+@pytest.mark.parametrize("num_groups", [2, 4])
+def test_every_version_of_the_kernel_is_asked_for_the_same(monkeypatch, kernel, num_groups):
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(7, heads, 8, generator=generator) for heads in (4, num_groups, num_groups))
+    sequences = PackedSequences.of([3, 4])
+    expected = packed_attention(query, key, value, sequences, 0.0)
+    monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
+    ours = varlen_attention.causal(query, key, value, sequences.bounds, 4)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_the_kernels_older_signatures_are_still_allowed():
+    """When this fails, compat/varlen_attention.py has distinctions to lose."""
+    assert '"torch>=2.3"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+def test_products_are_added_in_float32():
+    generator = torch.Generator().manual_seed(1)
+    left, right = torch.randn(5, 7, generator=generator).bfloat16(), torch.randn(7, 3, generator=generator).bfloat16()
+    for dtype, rtol in ((torch.float32, 2**-8), (torch.bfloat16, 2**-7)):
+        total = torch.full((5, 3), 100.0, dtype=dtype)
+        float32_accumulation.add_product_(total, left, right)
+        torch.testing.assert_close(total.double(), 100 + left.double() @ right.double(), rtol=rtol, atol=0.05)
+    with pytest.raises(RuntimeError, match="'CPU' backend"):  # when this fails, one call does for all devices
+        torch.addmm(torch.zeros(5, 3), left, right, out_dtype=torch.float32)
