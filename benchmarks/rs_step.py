@@ -102,7 +102,7 @@ def run(args, folder: Path, kind: str, num_steps: int) -> dict:
             "model": {"seed": 1234, "data": {"num_workers": 0}},
         }
     )  # fmt: skip
-    prompts = RandomPrompts(args.prompts * (num_steps + 1), args.prompt_tokens)
+    prompts = RandomPrompts(args.prompts * (max(args.steps, args.nemo_steps) + 1), args.prompt_tokens)
     loading = {
         "cfg": cfg, "dataset": prompts, "consumed_samples": 0, "mbs": args.prompts, "gbs": args.prompts,
         "collate_fn": collate_with_pad_to_max_batch(args.new_tokens, actor.tokenizer.eos_id, cfg), "load_gbs": False,

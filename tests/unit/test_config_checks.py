@@ -156,6 +156,8 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
         (["model.rs.sampling_params.end_strings=[1]"], ["model.rs.sampling_params.end_strings=[1]", "strings"]),
         (["model.rs.sampling_params.end_strings=['']"], ["end_strings=['']", "none of them empty"]),
         (["model.rs.generation.backend=vllm"], ["model.rs.generation.backend='vllm'", "engine"]),
+        (["trainer.rs.profile=6"], ["trainer.rs.profile=6", "at most 5"]),
+        (["trainer.rs.profile=yes please"], ["trainer.rs.profile='yes please'", "true"]),
         (["model.rs.generation.max_rows_in_flight=0"], ["model.rs.generation.max_rows_in_flight=0", "positive"]),
     ],
 )  # fmt: skip
