@@ -27,6 +27,7 @@ from nemo_aligner.utils.ppo_utils import create_mask, select_topk
 from nemo_aligner.utils.rollout_log import RolloutLog
 from nemo_aligner.utils.server_utils import RewardError
 from nemo_aligner.utils.step_profile import StepProfile
+from nemo_aligner.utils.tensors import garbage_of_this_context
 from nemo_aligner.utils.termination import StopRequested, TerminationWatch
 from nemo_aligner.utils.text_generation_utils import has_content
 from nemo_aligner.utils.timers import max_over_ranks
@@ -157,7 +158,11 @@ class RSTrainer:
                 rollouts that were left.
         """
         self._saved_step = self.step
-        with self.termination.watching(), saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN):
+        with (
+            self.termination.watching(),
+            saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN),
+            garbage_of_this_context(),
+        ):
             self._fit()
 
     def _fit(self) -> None:
