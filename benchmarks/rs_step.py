@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.gpt_1b import SMOLLM2
 from benchmarks.rollouts import hardware
-from benchmarks.train_step import allocated, attempt, build, say, say_verdicts
+from benchmarks.train_step import allocated, attempt, build, release, say, say_verdicts
 from nemo_aligner.algorithms.rs import RSTrainer
 from nemo_aligner.compat import cpu
 from nemo_aligner.data.nlp.builders import build_dataloader, collate_with_pad_to_max_batch
@@ -135,6 +135,7 @@ def run(args, folder: Path, kind: str, num_steps: int) -> dict:
         f"{kind:10} steps of {' '.join(f'{phases[TOTAL]:.3f}' for phases in steps)} s, the first {first[TOTAL]:.3f} s; "
         f"mean response {statistics.mean(lengths[1:]):.1f} tokens; peak {peak:.1f} GiB"
     )
+    release(actor)
     return {"phases": median, "steps_s": [phases[TOTAL] for phases in steps], "mean_response": lengths}
 
 

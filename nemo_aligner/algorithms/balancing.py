@@ -57,12 +57,12 @@ def balance_over_replicas(
 
 
 def trained_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """int64 [R]: the tokens of each row on which the loss depends, up to the last one that is trained on.
+    """int64 [R]: the tokens of each row that the model must be given, up to the one that predicts the last of the loss.
 
     Args:
         mask: [R, W], entry t standing for the prediction of token t + 1.
     """
-    return (torch.arange(2, mask.size(1) + 2) * (mask != 0)).amax(dim=1)
+    return (torch.arange(1, mask.size(1) + 1) * (mask != 0)).amax(dim=1)
 
 
 def deal(lengths: list[int], num_shares: int) -> list[int]:

@@ -49,7 +49,7 @@ def exchanged_rows(rank: int) -> list[list[tuple[int, int]]]:
     width, prompt_width = 32, 3 + rank
     mask, tokens = torch.zeros(8, width - 1), torch.full((8, width), EOS)
     for row, length in enumerate(LENGTHS[rank]):
-        mask[row, : max(length - 1, 0)] = 1
+        mask[row, :length] = 1
         tokens[row, 0] = 100 + rank * 8 + row
     prompts = tokens[:, :1].expand(8, prompt_width).clone()
     columns = {"response_tokens": tokens, "mask": mask, "prompt_tokens": prompts}
@@ -65,7 +65,7 @@ def exchanged_rows(rank: int) -> list[list[tuple[int, int]]]:
     ):
         was_on = (number - 100) // 8
         assert prompt == [number] * 3 + [number if was_on else EOS]
-        assert LENGTHS[was_on][(number - 100) % 8] == length and own_mask.sum() == max(length - 1, 0)
+        assert LENGTHS[was_on][(number - 100) % 8] == length and own_mask.sum() == length
     rows = list(zip(lengths, (after["response_tokens"][:, 0] - 100).tolist(), strict=True))
     return [rows[:BATCH], rows[BATCH:]]
 

@@ -45,6 +45,6 @@ def _excess(lengths: list[int], shares: list[int]) -> float:
     return totals.max().item() * num_shares / sum(lengths) - 1
 
 
-def test_trained_lengths_end_with_the_last_token_that_counts():
+def test_trained_lengths_end_with_the_last_prediction_that_counts():
     mask = torch.tensor([[0.0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]])
-    assert trained_lengths(mask).tolist() == [4, 0, 5, 2]
+    assert trained_lengths(mask).tolist() == [3, 0, 4, 1]
