@@ -1,14 +1,27 @@
-"""The model of the benchmarks: a GPT of 1.27 billion random parameters, as an actor with its optimizer."""
+"""The models of the benchmarks, as actors with their optimizers.
 
+On a GPU it is a GPT of 1.27 billion random parameters, on a CPU SmolLM2-135M from models/SmolLM2-135M-Instruct.nemo.
+"""
+
+import contextlib
+import os
 from pathlib import Path
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_aligner.models.nlp.gpt import layer_spec
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
-from nemo_aligner.utils.train_script_utils import init_distributed, init_using_ptl
+from nemo_aligner.utils.train_script_utils import DISTRIBUTED_OPTIMIZER_KEYS, init_distributed, init_using_ptl
+from nemo_aligner.utils.utils import load_checkpoint_model_config, load_from_nemo
+
+SMOLLM2 = Path(__file__).parents[1] / "models/SmolLM2-135M-Instruct.nemo"
 
 VOCABULARY = 32_000
 SIZES = {
@@ -26,21 +39,76 @@ def build_actor(tokenizer_dir: Path, *, optimizer: str, precision: str = "bf16",
         model_overrides: further keys of the section `model`, dotted.
     """
     cfg = _config(tokenizer_dir, optimizer, precision)
-    for key, value in model_overrides.items():
-        OmegaConf.update(cfg.model, key, value, force_add=True)
+    _update(cfg.model, model_overrides)
     torch.manual_seed(0)
+    destroy_num_microbatches_calculator()  # of an earlier model
     trainer = MegatronTrainerBuilder(cfg).create_trainer()
-    actor = MegatronGPTRSModel(cfg.model, trainer)
+    return _with_optimizer(MegatronGPTRSModel(cfg.model, trainer), trainer)
+
+
+def build_smollm2(**model_overrides) -> tuple:
+    """SmolLM2-135M in float32 on the CPU, with AdamW; `compat.cpu.enable` comes first. Otherwise as `build_actor`."""
+    cfg = _config(SMOLLM2, "adamw", "32")
+    cfg.trainer.accelerator = "cpu"
+    for key in DISTRIBUTED_OPTIMIZER_KEYS:
+        cfg.model.optim.pop(key, None)
+    model = load_checkpoint_model_config(str(SMOLLM2))
+    with open_dict(model):
+        own = ("rs", "optim", "micro_batch_size", "global_batch_size", "megatron_amp_O2", "precision", "seed")
+        model.update({key: cfg.model[key] for key in own})
+        model.use_cpu_initialization = True
+        model.gradient_as_bucket_view = True
+    _update(model, model_overrides)
+    cfg.model = model
+    destroy_num_microbatches_calculator()
+    trainer = MegatronTrainerBuilder(cfg).create_trainer()
+    return _with_optimizer(load_from_nemo(MegatronGPTRSModel, model, trainer, restore_path=str(SMOLLM2)), trainer)
+
+
+def gpt_model(actor: MegatronGPTRSModel) -> GPTModel:
+    """The model inside what an optimizer and a precision have wrapped around it."""
+    model = actor.get_model_module_list()[0]
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model
+
+
+class UnfusedAttention(DotProductAttention):
+    """megatron-core's local attention, in three steps over [S, S], with the full causal mask that NeMo gives it."""
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None):
+        num_queries, num_keys = query.size(0), key.size(0)
+        if num_queries > 1:
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            attention_mask = ones.triu(diagonal=1 + num_keys - num_queries)[None, None]
+        else:  # a token that is generated sees all that is in the cache
+            attention_mask = None
+        return super().forward(query, key, value, attention_mask, attn_mask_type, packed_seq_params)
+
+
+@contextlib.contextmanager
+def unfused_attention():
+    """Models built within have `UnfusedAttention`."""
+    with mock.patch.object(layer_spec, "ScaledDotProductAttention", UnfusedAttention):
+        yield
+
+
+def _update(model_cfg: DictConfig, overrides: dict) -> None:
+    for key, value in overrides.items():
+        OmegaConf.update(model_cfg, key, value, force_add=True)
+
+
+def _with_optimizer(actor: MegatronGPTRSModel, trainer) -> tuple:
     init_distributed(trainer, actor)
-    rows_per_replica = cfg.model.global_batch_size // parallel_state.get_data_parallel_world_size()
-    prompts = torch.zeros(cfg.model.rs.num_rollout_samples)
+    rows_per_replica = actor.cfg.global_batch_size // parallel_state.get_data_parallel_world_size()
+    prompts = torch.zeros(actor.cfg.rs.num_rollout_samples)
     init_using_ptl(trainer, actor, torch.utils.data.DataLoader(prompts, batch_size=rows_per_replica), prompts)
     return actor, actor.optimizers(use_pl_optimizer=False)
 
 
 def _config(tokenizer_dir: Path, optimizer: str, precision: str) -> DictConfig:
     trainer = {
-        "devices": max(torch.cuda.device_count(), 1), "num_nodes": 1, "accelerator": "gpu", "precision": precision,
+        "devices": int(os.environ.get("WORLD_SIZE", "1")), "num_nodes": 1, "accelerator": "gpu", "precision": precision,
         "logger": False, "enable_checkpointing": False, "use_distributed_sampler": False, "max_epochs": 1,
         "max_steps": 10, "enable_progress_bar": False,
     }  # fmt: skip

@@ -50,7 +50,8 @@ class FakeModel:
     trains_with_sequence_parallel = False
     default_answers = ([50, EOS],)
 
-    def __init__(self, answers=None, events=None):
+    def __init__(self, answers=None, events=None, loss_normalization="global_batch"):
+        self.cfg = OmegaConf.create({"rs": {"loss_normalization": loss_normalization}})
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self._sampling_params = {"end_strings": []}
         self._length_params = {"max_length": 4}
@@ -171,10 +172,10 @@ class OutOfTimeAfter(Timer):
 
 def make_trainer(
     prompts=((1,), (2,), (3,), (4,)), n=2, k=1, g=2, mbs=1, gbs=2, model=None, rm=None, val_prompts=((5,),), val_mbs=1,
-    num_val=1, replaced=(), answers=None, run_timer=None, rollout_dir=None, **cfg,
+    num_val=1, replaced=(), answers=None, run_timer=None, rollout_dir=None, loss_normalization="global_batch", **cfg,
 ):  # fmt: skip
     events = []
-    model = model or FakeModel(answers, events)
+    model = model or FakeModel(answers, events, loss_normalization)
     events = model.events
     full = OmegaConf.create(
         {

@@ -15,15 +15,19 @@ from megatron.core import parallel_state
 from nemo.utils import AppState, logging
 from tqdm import tqdm
 
+from nemo_aligner.algorithms.balancing import balance_over_replicas
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX, example, global_rollout_metrics, selection_metrics
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 from nemo_aligner.utils.distributed import ScopedTimer, pad_list, pad_tensors_to_max_global_seq_len
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
+from nemo_aligner.utils.phases import PhaseClock
 from nemo_aligner.utils.ppo_utils import create_mask, select_topk
 from nemo_aligner.utils.rollout_log import RolloutLog
 from nemo_aligner.utils.server_utils import RewardError
+from nemo_aligner.utils.step_profile import StepProfile
+from nemo_aligner.utils.tensors import garbage_of_this_context
 from nemo_aligner.utils.termination import StopRequested, TerminationWatch
 from nemo_aligner.utils.text_generation_utils import has_content
 from nemo_aligner.utils.timers import max_over_ranks
@@ -104,6 +108,9 @@ class RSTrainer:
             self.unscored = UnscoredRollouts(rollout_dir, rank, made_with)
         self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)
         self.timer = ScopedTimer(reduction="mean", sync_cuda=True, buffer_size=1)
+        self.phases = PhaseClock()
+        log_dir = AppState().log_dir
+        self.profile = StepProfile(cfg.get("profile", False), None if log_dir is None else Path(log_dir, "profile"))
         self.termination = TerminationWatch()
         self.step = self.rs_optimization_step = self.consumed_samples = self._saved_step = 0
         columns = ["step", "prompt", "response", "reward"]
@@ -151,7 +158,11 @@ class RSTrainer:
                 rollouts that were left.
         """
         self._saved_step = self.step
-        with self.termination.watching(), saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN):
+        with (
+            self.termination.watching(),
+            saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN),
+            garbage_of_this_context(),
+        ):
             self._fit()
 
     def _fit(self) -> None:
@@ -184,6 +195,7 @@ class RSTrainer:
                 self.save()
             raise
         finally:
+            self.profile.close()
             self.logger.finalize()
 
     def _is_validation_pending(self) -> bool:
@@ -198,13 +210,14 @@ class RSTrainer:
 
         Every rank takes the same branches, since each of them holds a collective.
         """
+        self.phases.start()
         self.model.seed_step(self.step)
         num_microbatches = compute_num_rollout_microbatches(self.train_dataloader)
-        with self.timer("rollout_time"):
+        with self.profile.trace("rollouts", self.step + 1), self.timer("rollout_time"):
             rollout_data, train_metrics = self.generate_rollouts(dataloader_iter, num_microbatches)
         self.log_rollouts(train_metrics, "train")
         clear_memory()
-        with self.timer("train_time"):
+        with self.profile.trace("training", self.step + 1), self.timer("train_time"):
             self.run_training(self._optimizer_batches(rollout_data))
         self.step += 1
 
@@ -218,10 +231,10 @@ class RSTrainer:
     def _finish_step(
         self, train_metrics: dict, run_val: bool, save_model: bool, is_train_end: bool = False
     ) -> dict[str, float]:
-        """Validate, log timings and save, as asked for; returns the validation's metrics."""
+        """Validate, log timings, save, and log the phases, as asked for; returns the validation's metrics."""
         val_metrics = {}
         if run_val:
-            with self.timer("validation_time"):
+            with self.timer("validation_time"), self.phases("validation"):
                 val_metrics = self.run_validation()
             self.log_rollouts(val_metrics, "val")
         timings = max_over_ranks(self.timer.consume_durations())
@@ -233,6 +246,9 @@ class RSTrainer:
                 **timings,
             }
             self.save({key: torch.tensor(value) for key, value in candidates.items()}, is_train_end)
+        phases = self.phases.consume()
+        self.logger.log_metrics(max_over_ranks(phases), step=self.step, prefix="timers/phase_")
+        self.profile.record(self.step, phases)
         return val_metrics
 
     def log_rollouts(self, metrics: dict, split: str) -> None:
@@ -249,10 +265,12 @@ class RSTrainer:
     @torch.no_grad()
     def generate_rollouts(self, dataloader_iter: Iterator, num_microbatches: int) -> tuple[dict, dict]:
         """Roll out one step's prompts and keep the best; returns this replica's training rows (CPU) and metrics."""
-        self.model.prepare_for_inference()
+        with self.phases("offload"):
+            self.model.prepare_for_inference()
         self.model.seed_sampling(TRAINING_STREAM, self.step)
         rollout_batches, metrics = self._run_inference(dataloader_iter, num_microbatches, is_validation=False)
-        rollout_data, data_metrics = self.generate_rs_data(rollout_batches)
+        with self.phases("select"):
+            rollout_data, data_metrics = self.generate_rs_data(rollout_batches)
         self.model.finish_inference()
         self.consumed_samples += self.num_prompts_per_step
         return cpu_dict(rollout_data), {**metrics, **data_metrics, "consumed_samples": self.consumed_samples}
@@ -289,18 +307,21 @@ class RSTrainer:
         under_way, scored, kept = [], [], []
         try:
             done = self._rollouts(batches, num_rollouts)
-            for batch, rollouts in _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False):
-                records = _records(dataset, batch, len(rollouts["prompt_index"]))
-                is_scored = "rewards" in rollouts
-                under_way.append((rollouts, None if is_scored else self.rm.infer_rm({**rollouts, "records": records})))
+            done = _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False)
+            with self.phases("rollout"):
+                for batch, rollouts in done:
+                    under_way.append((rollouts, self._ask_for_rewards(rollouts, batch, dataset)))
             if not is_validation:
-                self.model.prefetch_adam_states()  # while the last rollouts are scored
+                with self.phases("load_state"):
+                    self.model.prefetch_adam_states()  # while the last rollouts are scored
             while under_way:
                 rollouts, future = under_way[0]
-                self._add_rewards(rollouts, future)
+                with self.phases("score"):
+                    self._add_rewards(rollouts, future)
                 under_way.pop(0)
                 scored.append(rollouts)
-                kept.append(rollouts if is_validation else self._select(rollouts))
+                with self.phases("select"):
+                    kept.append(rollouts if is_validation else self._select(rollouts))
                 kept_rows = () if is_validation else kept[-1].pop("row").tolist()
                 if future is not None:  # else an earlier start wrote them
                     self._write_to_log(split, rollouts, kept_rows)
@@ -346,6 +367,13 @@ class RSTrainer:
             return None
         return {key: value.to(current_device()) for key, value in rollouts.items()}
 
+    def _ask_for_rewards(self, rollouts: dict, batch: dict, dataset):
+        """The future of a micro-batch's rewards, or None if it has them from an earlier start."""
+        if "rewards" in rollouts:
+            return None
+        with self.phases("score"):
+            return self.rm.infer_rm({**rollouts, "records": _records(dataset, batch, len(rollouts["prompt_index"]))})
+
     def _add_rewards(self, rollouts: dict, future) -> None:
         """Wait for a micro-batch's `rewards` [rows], and its parts if it is a sum; without a future it has them.
 
@@ -377,8 +405,12 @@ class RSTrainer:
 
     def _meet(self, is_done: bool = True) -> bool:
         """Whether all ranks are done; also where they answer SIGTERM and follow a save. Collective over the job."""
-        advance_save(self.ckpt_callback)
+        self._advance_save()
         return self.termination.meet(is_done)
+
+    def _advance_save(self) -> None:
+        with self.phases("checkpoint"):
+            advance_save(self.ckpt_callback)
 
     def _keep_for_next_start(self, split: str, rollout_batches: list[dict]) -> str:
         """Put the phase's rollouts on disk; returns what there is to say about that."""
@@ -470,7 +502,10 @@ class RSTrainer:
         return cpu_dict({"response_tokens": tokens, "mask": mask, "prompt_tokens": prompts}), {}
 
     def _optimizer_batches(self, rollout_data: dict) -> Iterator[dict]:
-        """This replica's rows, in order, in batches of gbs / DP rows.
+        """This replica's rows, in batches of gbs / DP rows.
+
+        Where it makes no difference to the loss, the replicas first exchange rows of each global batch, so that all of
+        them have as many tokens to train on.
 
         Raises:
             ValueError: if they are not G * K / DP. Replicas with other numbers of batches would wait for each other.
@@ -480,10 +515,18 @@ class RSTrainer:
         if rows != expected:
             raise ValueError(f"this replica has {rows} rollouts to train on, but each replica must have {expected}")
         rows_per_batch = self.cfg.model_gbs // num_replicas
+        if num_replicas > 1 and self._is_loss_a_mean_over_the_global_batch():
+            with self.phases("select"):
+                rollout_data = balance_over_replicas(
+                    rollout_data, rows_per_batch, pad_value=self.model.tokenizer.eos_id
+                )
         parts = {key: value.split(rows_per_batch) for key, value in rollout_data.items()}
         num_batches = len(parts["mask"])
         batches = ({key: value[i] for key, value in parts.items()} for i in range(num_batches))
         return iter(_progress_bar(batches, total=num_batches, desc="training", leave=False))
+
+    def _is_loss_a_mean_over_the_global_batch(self) -> bool:
+        return self.model.cfg.rs.get("loss_normalization", "global_batch") == "global_batch"
 
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.
@@ -491,18 +534,21 @@ class RSTrainer:
         Raises:
             ValueError: if there is no batch.
         """
-        self.model.prepare_for_training()
+        with self.phases("load_state"):
+            self.model.prepare_for_training()
         loss_mean = None
         for batch in dataloader_iter:
             start = time.monotonic()
-            self.optimizer.zero_grad()
-            self.model.prepare_for_training_step()
-            loss_mean, metrics = self.model.get_loss_and_metrics(batch=batch, forward_only=False)
-            self.model.finish_training_step()
-            grad_norm = clip_gradients(self.model, self.cfg.gradient_clip_val)
-            lr = self.optimizer.param_groups[0]["lr"]
-            self.optimizer.step()
-            self.scheduler.step()
+            with self.phases("forward_backward"):
+                self.optimizer.zero_grad()
+                self.model.prepare_for_training_step()
+                loss_mean, metrics = self.model.get_loss_and_metrics(batch=batch, forward_only=False)
+            with self.phases("optimizer"):
+                self.model.finish_training_step()
+                grad_norm = clip_gradients(self.model, self.cfg.gradient_clip_val)
+                lr = self.optimizer.param_groups[0]["lr"]
+                self.optimizer.step()
+                self.scheduler.step()
             metrics = {**metrics, "lr": lr, "optim_step": self.rs_optimization_step}
             if grad_norm is not None:
                 metrics["grad_norm"] = grad_norm
@@ -511,11 +557,12 @@ class RSTrainer:
             ]
             self.logger.log_metrics(metrics, step=self.rs_optimization_step, prefix="train_optim/")
             self.rs_optimization_step += 1
-            advance_save(self.ckpt_callback)
+            self._advance_save()
         if loss_mean is None:
             raise ValueError("run_training got no batch: there are no rollouts to train on")
-        self.model.finish_training()
-        self.optimizer.zero_grad()
+        with self.phases("optimizer"):
+            self.model.finish_training()
+            self.optimizer.zero_grad()
         return loss_mean, metrics
 
     # State
@@ -525,12 +572,13 @@ class RSTrainer:
 
         Its name and the choice of the best come from the counters and `extra_candidates`.
         """
-        self.model.prepare_for_training()  # optimizer states belong to the checkpoint
-        torch.cuda.synchronize()
-        torch.distributed.barrier()
-        counters = {key: torch.tensor(value, dtype=torch.int64) for key, value in self.state_dict().items()}
-        self.ckpt_callback.custom_save({**(extra_candidates or {}), **counters}, is_train_end=is_train_end)
-        self.model.finish_training()
+        with self.phases("checkpoint"):
+            self.model.prepare_for_training()  # optimizer states belong to the checkpoint
+            torch.cuda.synchronize()
+            torch.distributed.barrier()
+            counters = {key: torch.tensor(value, dtype=torch.int64) for key, value in self.state_dict().items()}
+            self.ckpt_callback.custom_save({**(extra_candidates or {}), **counters}, is_train_end=is_train_end)
+            self.model.finish_training()
         self._saved_step = self.step
 
     def state_dict(self) -> dict[str, int]:

@@ -14,10 +14,11 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
 from nemo_aligner.utils.parallel_checks import check_parallel
 from nemo_aligner.utils.peft_checks import check_peft
+from nemo_aligner.utils.step_profile import check_profile
 
 TRAINER_RS_KEYS = {
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
-    "rollout_batch_seq_length", "val_at_start",
+    "rollout_batch_seq_length", "val_at_start", "profile",
 }  # fmt: skip
 MODEL_RS_KEYS = {
     "rollout_micro_batch_size", "num_rollout_samples", "forward_micro_batch_size", "num_rollouts_per_prompt",
@@ -57,6 +58,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     check_peft(cfg)
     _check_unsupported(cfg)
     _check_numbers(cfg)
+    check_profile(cfg.trainer.rs.get("profile"))
     check_parallel(cfg)
     _check_lengths(cfg.model)
     _check_sampling(cfg.model.rs.sampling_params)

@@ -3,6 +3,7 @@
 Shapes: B rows, S token positions, V vocabulary entries.
 """
 
+import contextlib
 import functools
 import gc
 import warnings
@@ -111,6 +112,19 @@ def clear_memory() -> None:
     """Collect garbage and hand cached GPU memory back."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def garbage_of_this_context():
+    """Within the context garbage is looked for only among what was created in it, in milliseconds.
+
+    The objects of all the libraries take 0.4 s to look through, and live as long as the process.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def surpress_user_warnings(function: Callable) -> Callable:

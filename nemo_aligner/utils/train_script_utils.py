@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import sys
 import traceback
 import types
@@ -35,6 +36,13 @@ DISTRIBUTED_OPTIMIZER_KEYS = (
     "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
     "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
 )  # fmt: skip
+
+
+def with_profile_as_override(arguments: list[str]) -> list[str]:
+    """A command line in which `--profile` and `--profile=<steps>` are the Hydra override that they stand for."""
+    setting = "++trainer.rs.profile="
+    spelt_out = [setting + "true" if argument == "--profile" else argument for argument in arguments]
+    return [re.sub("^--profile=", setting, argument) for argument in spelt_out]
 
 
 @contextlib.contextmanager

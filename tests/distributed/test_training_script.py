@@ -1,5 +1,6 @@
 """The training script itself, as a user starts it: on the CPU, with a tiny model, in processes of its own."""
 
+import gzip
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_aligner.testing.utils import Utils
+from nemo_aligner.utils.phases import OTHER, PHASES, TOTAL
 from nemo_aligner.utils.utils import extract_value_from_ckpt
 from tests.tiny import load_actor
 
@@ -89,8 +91,8 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def finished_run(workplace):
-    """The folder that a run of two steps leaves behind."""
-    process = run_script(workplace, "finished")
+    """The folder that a run of two steps, the second one traced, leaves behind."""
+    process = run_script(workplace, "finished", "--profile")
     assert process.returncode == 0, process.stderr[-3000:]
     return workplace / "finished"
 
@@ -139,6 +141,37 @@ def test_metrics_reach_tensorboard(finished_run):
     assert rates[0] == pytest.approx(1e-3) and rates == sorted(rates, reverse=True)
     # half way down the cosine, from 1e-3 to 9e-8, after two of four optimizer steps
     assert rates[2] == pytest.approx(1e-3 / 2, rel=1e-3)
+
+
+def test_the_phases_of_a_step_add_up(finished_run):
+    logged = scalars(finished_run)
+    phases = {tag.removeprefix("timers/phase_"): values for tag, values in logged.items() if "/phase_" in tag}
+    assert set(phases) == {*PHASES, OTHER, TOTAL}
+    assert {tuple(step for step, _ in values) for values in phases.values()} == {(1, 2)}
+    first, second = ({name: values[i][1] for name, values in phases.items()} for i in range(2))
+    for step in (first, second):
+        assert sum(step[name] for name in (*PHASES, OTHER)) == pytest.approx(step[TOTAL], rel=1e-5)
+        assert step["rollout"] > 0 and step["forward_backward"] > 0 and step["optimizer"] > 0
+    assert first["validation"] == 0 and first["checkpoint"] < second["checkpoint"]
+    assert second["validation"] == pytest.approx(logged["timers/validation_time"][0][1], rel=0.1)
+    assert first["rollout"] + first["select"] + first["offload"] <= logged["timers/rollout_time"][0][1]
+    assert first["forward_backward"] + first["optimizer"] <= logged["timers/train_time"][0][1]
+
+
+def test_profile_writes_traces_and_the_table_of_phases(finished_run):
+    folder = finished_run / "profile"
+    names = {"phases.txt", "step2-rank0-rollouts.json.gz", "step2-rank0-training.json.gz"}
+    assert {path.name for path in folder.iterdir()} == names
+    rollouts_trace, training_trace = (
+        {event.get("name") for event in json.loads(gzip.decompress((folder / name).read_bytes()))["traceEvents"]}
+        for name in sorted(names)[1:]
+    )
+    assert "aten::embedding" in rollouts_trace and not any("Backward" in str(name) for name in rollouts_trace)
+    assert any("Backward" in str(name) for name in training_trace)
+    title, *lines = (folder / "phases.txt").read_text().splitlines()
+    assert title.split() == ["phase", "step", "1,", "warm-up", "step", "2,", "traced"]
+    assert [line.split()[0] for line in lines][-2:] == [OTHER, TOTAL]
+    assert {"rollout", "forward_backward", "checkpoint", "validation"} <= {line.split()[0] for line in lines}
 
 
 def test_the_trained_model_restores(finished_run, tiny_nemo):

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from nemo_aligner.algorithms.rs import compute_num_rollout_microbatches
 from nemo_aligner.testing.utils import Utils
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.phases import OTHER, PHASES, TOTAL
 from tests.fake_trainer import EOS, make_trainer
 
 
@@ -337,6 +338,50 @@ def test_intervals_of_validation_and_saving():
         {"rollout_time", "train_time"},
         {"rollout_time", "train_time", "validation_time"},
     ]
+
+
+def test_phases_are_logged_with_every_step_and_what_it_saved():
+    trainer = make_trainer(max_epochs=2, val_check_interval=2, save_interval=2)
+    trainer.fit()
+    phases = trainer.logger.of("timers/phase_")
+    assert [step for step, _ in phases] == [1, 2, 3, 4]
+    assert {frozenset(seconds) for _, seconds in phases} == {frozenset((*PHASES, OTHER, TOTAL))}
+    for step, seconds in phases:
+        assert (seconds["validation"] > 0) == (step % 2 == 0)
+        assert sum(seconds[name] for name in (*PHASES, OTHER)) == pytest.approx(seconds[TOTAL])
+
+
+def test_time_in_a_collaborator_is_in_its_phase():
+    trainer = make_trainer(max_steps=1, val_check_interval=1, save_interval=1)
+    model, optimizer, checkpoints = trainer.model, trainer.optimizer, trainer.ckpt_callback
+    for owner, name, phase in (
+        (model, "infer", "rollout"),
+        (trainer.rm, "infer_rm", "score"),
+        (trainer, "generate_rs_data", "select"),
+        (model, "prepare_for_inference", "offload"),
+        (model, "prefetch_adam_states", "load_state"),
+        (model, "prepare_for_training", "load_state"),
+        (model, "get_loss_and_metrics", "forward_backward"),
+        (model, "finish_training_step", "optimizer"),
+        (optimizer, "step", "optimizer"),
+        (checkpoints, "custom_save", "checkpoint"),
+    ):
+        _note_phase(owner, name, trainer.phases, seen := set())
+        trainer.step = 0
+        trainer.fit()
+        in_validation = {"validation"} if name in ("infer", "infer_rm", "prepare_for_inference") else set()
+        in_checkpoint = {"checkpoint"} if name == "prepare_for_training" else set()
+        assert seen == {phase} | in_validation | in_checkpoint, name
+
+
+def _note_phase(owner, name: str, clock, seen: set) -> None:
+    original = getattr(owner, name)
+
+    def noting(*args, **kwargs):
+        seen.add(clock._open[-1])
+        return original(*args, **kwargs)
+
+    setattr(owner, name, noting)
 
 
 def test_validation_before_the_first_step():

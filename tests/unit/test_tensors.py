@@ -1,5 +1,7 @@
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from nemo_aligner.utils.tensors import (
     clear_memory,
     cpu_dict,
     deprecated_in_version,
+    garbage_of_this_context,
     masked_mean,
     masked_std,
     move_to_device_if_tensor,
@@ -107,8 +110,6 @@ def test_clear_memory_collects_reference_cycles():
     class Node:
         pass
 
-    import weakref
-
     node = Node()
     node.itself = node
     alive = weakref.ref(node)
@@ -138,3 +139,25 @@ def test_deprecation_names_function_version_and_replacement():
     with pytest.warns(DeprecationWarning, match=r"old is deprecated since version 1\.2: use new"):
         assert old(1) == 2
     assert old.__name__ == "old"
+
+
+def test_what_existed_before_the_context_is_not_looked_through():
+    class Node:
+        pass
+
+    def cycle():
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+
+    gc.disable()
+    try:
+        before = cycle()
+        with garbage_of_this_context():
+            within = cycle()
+            clear_memory()
+            assert within() is None and before() is not None
+        clear_memory()
+        assert before() is None
+    finally:
+        gc.enable()

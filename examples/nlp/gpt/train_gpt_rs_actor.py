@@ -3,6 +3,8 @@
     python examples/nlp/gpt/train_gpt_rs_actor.py pretrained_checkpoint.restore_from_path=model.nemo \
         "model.data.data_prefix={train: [train.jsonl], validation: [val.jsonl], test: [val.jsonl]}" \
         model.rs.reward.target=rewards.py:reward
+
+With `--profile` one RS step after one of warm-up is traced, with `--profile=3` three of them: `trainer.rs.profile`.
 """
 
 import sys
@@ -40,6 +42,7 @@ from nemo_aligner.utils.train_script_utils import (
     init_using_ptl,
     resolve_and_create_trainer,
     retrieve_custom_trainer_state_dict,
+    with_profile_as_override,
 )
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
 
@@ -149,4 +152,5 @@ def dummy_dataloader(cfg, train_ds):
 
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("spawn", force=True)
+    sys.argv = with_profile_as_override(sys.argv)
     main()
