@@ -400,10 +400,16 @@ class RSTrainer:
         """Rollouts of the prompts of each batch, `num_rollouts` neighbouring rows for each prompt.
 
         The model gets them all at once, so that rows of a batch take the place of those of an earlier one that end.
+
+        Raises:
+            FloatingPointError: if the model's weights give no finite logits.
         """
         repeated = [_repeated(batch, num_rollouts) for batch in batches]
-        for batch, output in zip(repeated, self.model.infer_each(repeated), strict=True):
-            yield self._with_inputs(output, batch, num_rollouts)
+        try:
+            for batch, output in zip(repeated, self.model.infer_each(repeated), strict=True):
+                yield self._with_inputs(output, batch, num_rollouts)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"RS step {self.step}: {error}") from error
 
     def _with_inputs(self, output: dict, repeated: dict, num_rollouts: int) -> dict:
         """What was generated, with what scoring and selection want to know of its prompts."""

@@ -31,6 +31,7 @@ from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.forward import forward, vocabulary_logits
 from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, usable_memory
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
+from nemo_aligner.generation.sampling import NoTokenError
 from nemo_aligner.generation.weights import find_weights
 
 # Prompts that are prefilled together: few enough for their activations, many enough to fill the device.
@@ -72,6 +73,9 @@ class Engine:
         """Continue all `rows`, of which the first join first; yields each as it finishes.
 
         All tensor-parallel ranks call it together with the same rows, and take the same steps.
+
+        Raises:
+            NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
         """
         waiting = deque(_Prompt(deque(same)) for _, same in groupby(rows, key=lambda row: row.prompt))
         self._weights = find_weights(self._model)
@@ -220,8 +224,10 @@ class Engine:
     def _take_in(self, look: Snapshot, decoding: Decoding, end_strings: EndStrings) -> Iterator[Row]:
         """Tell the rows what they have generated; those that have ended leave."""
         finished = []
-        for row, tokens in look.news():
+        for row, tokens, is_broken in look.news():
             row.extend(tokens, decoding, end_strings.are_completed_by)
+            if is_broken and not row.is_finished:
+                raise NoTokenError(row.prompt, len(row.generated))
             if row.is_finished:
                 finished.append(row)
         if finished:

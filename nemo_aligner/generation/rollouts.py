@@ -15,9 +15,11 @@ from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.rows import Decoding, Row
-from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.sampling import NoTokenError, SamplingParams
 from nemo_aligner.generation.weights import unsupported_part
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
+
+_SHOWN_CHARACTERS = 80  # of a prompt, in an error
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,34 @@ class RolloutGenerator:
         self._has_told = False
 
     def rollouts(self, batches: Iterable[PromptBatch]) -> Iterator[dict[str, torch.Tensor]]:
-        """What `infer` returns, for each batch in order, as soon as it is complete."""
-        if self._use_engine():
-            yield from self._from_engine(list(batches))
-        else:
-            yield from map(self._from_schedule, batches)
+        """What `infer` returns, for each batch in order, as soon as it is complete.
+
+        Raises:
+            FloatingPointError: on all ranks of the replica, when a row cannot be continued as its logits are NaN or
+                infinite.
+        """
+        try:
+            if self._use_engine():
+                yield from self._from_engine(list(batches))
+            else:
+                yield from map(self._from_schedule, batches)
+        except NoTokenError as error:
+            self.release()  # keys and values may be NaN as well
+            raise FloatingPointError(self._explained(error)) from None
 
     def release(self) -> None:
         """Give memory that only generation needs back to the device."""
         if self._engine is not None:
             self._engine.release()
             self._engine = None
+
+    def _explained(self, error: NoTokenError) -> str:
+        text = self._model.tokenizer.ids_to_text(error.prompt)
+        shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+        return (
+            f"rollouts: the logits of token {error.num_generated + 1} of a response to {shown!r} are NaN or infinite: "
+            "the weights have probably become so; begin again from an earlier checkpoint with a lower model.optim.lr"
+        )
 
     def _use_engine(self) -> bool:
         if self._settings.backend == "nemo":

@@ -15,7 +15,7 @@ from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
-from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
 from nemo_aligner.generation.weights import find_weights, unsupported_part
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy, ends_with_text
 from tests.tiny import load_actor, prompt_batch
@@ -268,6 +268,58 @@ def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     assert engine._cache.num_bytes > 0
     actor.finish_inference()
     assert engine._cache is None and engine._prompts is None and actor._rollout_generator._engine is None
+
+
+# Logits that are not numbers
+
+
+@pytest.mark.parametrize("use_greedy", [True, False])
+def test_a_row_without_finite_logits_ends_the_run_with_its_prompt_and_token(generating, monkeypatch, use_greedy):
+    actor = generating(max_rows=3)
+    monkeypatch.setitem(actor._sampling_params, "use_greedy", use_greedy)
+    prompts = [*ragged_prompts(6), actor.tokenizer.text_to_ids("one two three")]
+    next_logits = Engine._next_logits
+
+    def spoiling(self, num_rows, num_looked_at):
+        logits_BV = next_logits(self, num_rows, num_looked_at)
+        for row, logits_V in zip(self._in_flight, logits_BV, strict=True):
+            if row.prompt == prompts[-1] and len(row.generated) == 4:
+                logits_V[7] = torch.nan
+        return logits_BV
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_next_logits", spoiling)
+        with pytest.raises(FloatingPointError, match=r"token 5 of a response to 'one two three' are NaN .*optim.lr"):
+            actor.infer(batch_of(actor, prompts))
+    assert actor._rollout_generator._engine is None  # and with it keys and values that may be NaN
+    assert len(responses_of(actor.infer(batch_of(actor, prompts)))[-1]) > 4
+
+
+@pytest.mark.parametrize("backend", ["engine", "nemo"])
+def test_weights_that_are_nan_end_the_run(generating, backend):
+    actor = generating(backend)
+    weight = actor.model.decoder.final_layernorm.weight
+    values = weight.data.clone()
+    try:
+        weight.data[3] = torch.nan
+        with pytest.raises(FloatingPointError, match=r"token 1 of a response to .* are NaN or infinite"):
+            actor.infer(batch_of(actor, ragged_prompts(3)))
+    finally:
+        weight.data.copy_(values)
+
+
+def test_a_row_that_is_done_or_elsewhere_is_not_broken_by_logits_of_its_place():
+    decoding = Decoding(SamplingParams(), max_length=4, min_length=0, end_ids=(2,), num_tokens=9)
+    rows = DeviceRows(5, 20, decoding, torch.device("cpu"))
+    rows.put_([0, 1, 2], [Row([3] * length, torch.zeros(4, dtype=torch.float64), 0) for length in (1, 2, 3)])
+    rows.advance_(torch.tensor([2, 5, 6, NO_TOKEN]))
+    rows.advance_(torch.tensor([NO_TOKEN, NO_TOKEN, 7, NO_TOKEN]))
+    assert rows.is_broken_R.tolist() == [False, True, False, False, False]
+    assert rows.is_done_R.tolist() == [True, True, False, True, True]
+    assert rows.position_R.tolist() == [1, 2, 4, 0, 0]  # of a row's newest token
+    assert (rows.tokens_RT >= 0).all()
+    rows.move_(0, 1), rows.put_([1], [Row([4], torch.zeros(4, dtype=torch.float64), 0)])
+    assert rows.is_broken_R.tolist() == [True, False, False, False, False]
 
 
 # The weights

@@ -332,6 +332,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         Raises:
             ValueError: if a prompt is empty, or if one and `max_length` more tokens exceed a learned position table.
+            FloatingPointError: if a row cannot be continued, as the weights give logits that are NaN or infinite.
         """
         (rollouts,) = self._rollout_generator.rollouts([self._prompt_batch(inference_batch)])
         return rollouts
