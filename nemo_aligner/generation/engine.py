@@ -9,8 +9,9 @@ The host runs ahead of the device: it looks at tokens only after it has queued t
 be decoded a few tokens beyond its end, which are dropped.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -76,6 +77,7 @@ class Engine:
 
         Raises:
             NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
+            torch.OutOfMemoryError: on all of them, when there is no memory for the keys and values of a single row.
         """
         waiting = deque(_Prompt(deque(same)) for _, same in groupby(rows, key=lambda row: row.prompt))
         self._weights = find_weights(self._model)
@@ -125,15 +127,31 @@ class Engine:
         memory = usable_memory(self._device) - num_prompts * prompt_capacity * bytes_per_token
         fitting = _least_of_all_ranks(memory // (capacity * bytes_per_token), self._device)
         num_rows = max(1, min(wanted, fitting))
+        where = {"dtype": weights.dtype, "device": self._device}
+
+        def caches() -> tuple[KVCache, KVCache]:
+            return (
+                KVCache(**sizes, num_rows=num_rows, capacity=capacity, **where),
+                KVCache(**sizes, num_rows=num_prompts, capacity=prompt_capacity, **where),
+            )
+
+        while (made := _unless_out_of_memory(caches, self._device)) is None:
+            if num_rows == 1:
+                needed = (capacity + prompt_capacity) * bytes_per_token / 2**20
+                raise torch.OutOfMemoryError(
+                    f"rollouts: no memory for keys and values of a single row of {capacity} tokens and its prompt, "
+                    f"{needed:.0f} MiB; lower model.rs.length_params.max_length or raise "
+                    "model.tensor_model_parallel_size"
+                )
+            num_rows //= 2
+            num_prompts = min(num_prompts, num_rows)
+        self._cache, self._prompts = made
         self._is_limited = num_rows < wanted
         if self._is_limited:
             logging.warning(
                 f"rollouts: memory for keys and values of {num_rows} rows in flight instead of {wanted}; "
                 "the others wait for their turn"
             )
-        where = {"dtype": weights.dtype, "device": self._device}
-        self._cache = KVCache(**sizes, num_rows=num_rows, capacity=capacity, **where)
-        self._prompts = KVCache(**sizes, num_rows=num_prompts, capacity=prompt_capacity, **where)
         self._rotary = RotaryTable(weights, capacity)
         logging.info(
             f"rollouts: {(self._cache.num_bytes + self._prompts.num_bytes) / 2**20:.0f} MiB for keys and values of "
@@ -144,7 +162,9 @@ class Engine:
         cache, prompts = self._cache, self._prompts
         if cache is None or cache.capacity < capacity or prompts.capacity < prompt_capacity:
             return False
-        return cache.num_rows >= num_rows or self._is_limited
+        # what memory has limited is kept, unless the same memory holds more rows of this length
+        can_hold = cache.num_rows * cache.capacity // capacity if self._is_limited else num_rows
+        return cache.num_rows >= min(num_rows, can_hold)
 
     # Rows join
 
@@ -262,6 +282,14 @@ def _kernels():
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def _unless_out_of_memory(make: Callable, device: torch.device):
+    """What `make` makes, or None on all tensor-parallel ranks if one of them has no memory for it."""
+    made = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        made = make()
+    return made if _least_of_all_ranks(int(made is not None), device) else None
 
 
 def _least_of_all_ranks(number: int, device: torch.device) -> int:

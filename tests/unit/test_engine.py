@@ -260,6 +260,69 @@ def test_too_little_memory_lowers_the_rows_in_flight_and_says_so_once(generating
         assert sum(f"{num_rows} rows in flight instead of 9" in message for message in caplog.messages) == 1
 
 
+class FakeMemory:
+    """Has room for `num_rows` rows of keys and values, and reports all that anyone could want."""
+
+    def __init__(self, num_rows: int):
+        self.num_rows, self.asked = num_rows, []
+        self.make = engine_module.KVCache
+
+    def __call__(self, *, num_rows, **more):
+        self.asked.append(num_rows)
+        if num_rows > self.num_rows:
+            raise torch.OutOfMemoryError("as from an allocator")
+        return self.make(num_rows=num_rows, **more)
+
+
+def test_rows_in_flight_are_halved_until_there_is_memory_for_them_and_one_line_says_so(generating, monkeypatch, caplog):
+    prompts = ragged_prompts(9)
+    expected = responses_of(generating().infer(batch_of(generating(), prompts)))
+    actor, memory = generating(), FakeMemory(num_rows=2)
+    monkeypatch.setattr(engine_module, "KVCache", memory)
+    with caplog.at_level(logging.WARNING, "nemo_logger"):
+        assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+        assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+    assert memory.asked == [9, 4, 2, 2]  # the last for the prompts
+    assert [message for message in caplog.messages if "instead of" in message] == [
+        "rollouts: memory for keys and values of 2 rows in flight instead of 9; the others wait for their turn"
+    ]
+
+
+def test_too_little_memory_on_one_rank_lowers_the_rows_of_all(generating, monkeypatch):
+    actor, memory = generating(), FakeMemory(num_rows=9)
+    monkeypatch.setattr(engine_module, "KVCache", memory)
+    of_the_other_rank = iter([9, 0, 0, 1])  # rows that it estimates, then whether there was memory for them
+    monkeypatch.setattr(engine_module, "_least_of_all_ranks", lambda number, _: min(number, next(of_the_other_rank)))
+    actor.infer(batch_of(actor, ragged_prompts(9)))
+    assert actor._rollout_generator._engine._cache.num_rows == 2 and next(of_the_other_rank, None) is None
+
+
+def test_memory_for_not_even_one_row_is_a_clear_error(generating, monkeypatch):
+    actor = generating()
+    monkeypatch.setattr(engine_module, "KVCache", FakeMemory(num_rows=0))
+    # 128 positions of the row and 64 of its prompt, 2 * 4 layers * 2 groups * 16 channels * 4 bytes each
+    message = r"keys and values of a single row of 128 tokens and its prompt, 0 MiB; lower model\.rs\.length_params"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        actor.infer(batch_of(actor, ragged_prompts(9)))
+
+
+def test_memory_cut_for_few_long_rows_is_cut_anew_for_more_shorter_ones(generating, monkeypatch):
+    actor, prompts, long_prompt = generating(), ragged_prompts(9), [5] * 150
+    actor.infer(batch_of(actor, [long_prompt]))
+    engine = actor._rollout_generator._engine
+    per_long_row, of_prompts = engine._cache.num_bytes, engine._prompts.num_bytes
+    expected = responses_of(actor.infer(batch_of(actor, prompts)))
+    actor._rollout_generator.release()
+    monkeypatch.setattr(engine_module, "usable_memory", lambda device: 4 * per_long_row + of_prompts)
+    found, caches = [], []
+    for batch in ([long_prompt] * 6, prompts, prompts[:3], prompts):
+        found.append(responses_of(actor.infer(batch_of(actor, batch))))
+        caches.append(actor._rollout_generator._engine._cache)
+    assert [(cache.num_rows, cache.capacity) for cache in caches[:2]] == [(4, 256), (6, 128)]
+    assert caches[1] is caches[2] is caches[3]
+    assert found[1] == found[3] == expected and found[2] == expected[:3]
+
+
 def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     actor = load_actor(tiny_nemo)
     actor.prepare_for_inference()
