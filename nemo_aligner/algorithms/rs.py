@@ -6,6 +6,7 @@ replicas, R = G * K / DP rows that a replica trains on per RS step, S padded tok
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -295,6 +296,7 @@ class RSTrainer:
                 under_way.append((rollouts, None if is_scored else self.rm.infer_rm({**rollouts, "records": records})))
             if not is_validation:
                 self.model.prefetch_adam_states()  # while the last rollouts are scored
+            self._wait_on_all_ranks()  # those of the replicas that still generate meet meanwhile
             while under_way:
                 rollouts, future = under_way[0]
                 self._add_rewards(rollouts, future)
@@ -369,8 +371,11 @@ class RSTrainer:
             rollouts[name] = part.flatten().to(rollouts["response_tokens"].device)
         rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
 
-    def _wait_on_all_ranks(self, future) -> None:
-        """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`."""
+    def _wait_on_all_ranks(self, future=None) -> None:
+        """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`.
+
+        Without a future: when every replica has come here, however often it has met on the way.
+        """
         wait = getattr(future, "wait", lambda timeout_s: True)
         while not self._meet(is_done=wait(MEETING_INTERVAL_S)):
             pass
@@ -388,12 +393,14 @@ class RSTrainer:
     def _rollouts(self, batches: list[tuple[dict, dict | None]], num_rollouts: int) -> Iterator[tuple[dict, dict]]:
         """Each micro-batch and its rollouts, as soon as they exist: the stored ones beside it, or else new ones.
 
+        The ranks meet before each, and also while it is generated, some replicas more often than others.
+
         Raises:
             StopRequested: on every rank of the job, after SIGTERM.
         """
         new = self._generate([batch for batch, found in batches if found is None], num_rollouts)
         for batch, found in batches:
-            self._meet()
+            self._meet(is_done=False)
             yield batch, next(new) if found is None else found
 
     def _generate(self, batches: list[dict], num_rollouts: int) -> Iterator[dict]:
@@ -405,8 +412,9 @@ class RSTrainer:
             FloatingPointError: if the model's weights give no finite logits.
         """
         repeated = [_repeated(batch, num_rollouts) for batch in batches]
+        outputs = self.model.infer_each(repeated, check=partial(self._meet, is_done=False))
         try:
-            for batch, output in zip(repeated, self.model.infer_each(repeated), strict=True):
+            for batch, output in zip(repeated, outputs, strict=True):
                 yield self._with_inputs(output, batch, num_rollouts)
         except FloatingPointError as error:
             raise FloatingPointError(f"RS step {self.step}: {error}") from error

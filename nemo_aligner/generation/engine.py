@@ -39,6 +39,8 @@ from nemo_aligner.generation.weights import find_weights
 MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
 # The cache grows in steps of so many positions, so that batches of about the same length share one.
 CAPACITY_STEP = 64
+# Some 64 tokens of each row on a GPU, half of that on a CPU: below a second to a few, as patient as a scheduler is.
+LOOKS_BETWEEN_CHECKS = 32
 
 
 @dataclass
@@ -70,10 +72,20 @@ class Engine:
         self.release()
 
     @torch.no_grad()
-    def generate(self, rows: list[Row], decoding: Decoding, end_strings: EndStrings) -> Iterator[Row]:
+    def generate(
+        self,
+        rows: list[Row],
+        decoding: Decoding,
+        end_strings: EndStrings,
+        check: Callable[[], object] | None = None,
+    ) -> Iterator[Row]:
         """Continue all `rows`, of which the first join first; yields each as it finishes.
 
         All tensor-parallel ranks call it together with the same rows, and take the same steps.
+
+        Args:
+            check: called every LOOKS_BETWEEN_CHECKS looks, between the same steps on all of them: it may hold a
+                collective. What it raises ends the generation.
 
         Raises:
             NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
@@ -84,12 +96,15 @@ class Engine:
         self._make_room(len(rows), waiting, decoding)
         self._in_flight = []
         stored: deque[tuple[int, _Prompt]] = deque()
-        looks = deque()
+        looks, num_looks = deque(), 0
         while waiting or stored or self._in_flight:
             self._admit(waiting, stored)
             looks.append(self._decode(self._steps_between_looks))
             if len(looks) > self._looks_behind:
                 yield from self._take_in(looks.popleft(), decoding, end_strings)
+            num_looks += 1
+            if check is not None and num_looks % LOOKS_BETWEEN_CHECKS == 0:
+                check()
 
     def release(self) -> None:
         """Give the memory of keys and values back, and the graphs that point there."""

@@ -3,7 +3,7 @@
 Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,13 @@ class RolloutGenerator:
         self._end_strings: dict[tuple[str, ...], EndStrings] = {}
         self._has_told = False
 
-    def rollouts(self, batches: Iterable[PromptBatch]) -> Iterator[dict[str, torch.Tensor]]:
+    def rollouts(
+        self, batches: Iterable[PromptBatch], check: Callable[[], object] | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """What `infer` returns, for each batch in order, as soon as it is complete.
+
+        Args:
+            check: called by the engine, which works on all batches at once, as `Engine.generate` says.
 
         Raises:
             FloatingPointError: on all ranks of the replica, when a row cannot be continued as its logits are NaN or
@@ -62,7 +67,7 @@ class RolloutGenerator:
         """
         try:
             if self._use_engine():
-                yield from self._from_engine(list(batches))
+                yield from self._from_engine(list(batches), check)
             else:
                 yield from map(self._from_schedule, batches)
         except NoTokenError as error:
@@ -107,7 +112,9 @@ class RolloutGenerator:
 
     # The engine
 
-    def _from_engine(self, batches: list[PromptBatch]) -> Iterator[dict[str, torch.Tensor]]:
+    def _from_engine(
+        self, batches: list[PromptBatch], check: Callable[[], object] | None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         if not batches:
             return
         if self._engine is None:
@@ -117,7 +124,7 @@ class RolloutGenerator:
         rows_of = [_rows(batch, number) for number, batch in enumerate(batches)]
         num_unfinished = [len(rows) for rows in rows_of]
         complete = 0
-        for row in self._engine.generate([row for rows in rows_of for row in rows], decoding, end_strings):
+        for row in self._engine.generate([row for rows in rows_of for row in rows], decoding, end_strings, check):
             num_unfinished[row.batch] -= 1
             while complete < len(batches) and num_unfinished[complete] == 0:
                 yield self._result(rows_of[complete])

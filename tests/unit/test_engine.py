@@ -333,6 +333,28 @@ def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     assert engine._cache is None and engine._prompts is None and actor._rollout_generator._engine is None
 
 
+def test_what_is_checked_between_tokens_can_end_the_generation(generating):
+    """As SIGTERM does: what is complete was yielded before, the rest is dropped, and the engine can go on."""
+    actor = generating(max_rows=3)
+    prompts = ragged_prompts(9)
+    batches = [batch_of(actor, prompts[start : start + 3]) for start in (0, 3, 6)]
+    expected = [responses_of(rollouts) for rollouts in actor.infer_each(batches)]
+    num_steps, found = [], []
+
+    def check():
+        engine = actor._rollout_generator._engine
+        num_steps.append(sum(len(row.generated) for row in engine._in_flight))
+        if len(num_steps) == 3:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        for rollouts in actor.infer_each(batches, check):
+            found.append(responses_of(rollouts))
+    # three rows of 64 tokens each at a time: in the middle, at the end, and in the middle of the next three
+    assert num_steps == [3 * 32, 0, 3 * 32] and found == expected[:1]
+    assert [responses_of(rollouts) for rollouts in actor.infer_each(batches)] == expected
+
+
 # Logits that are not numbers
 
 
