@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 _BLOCK = 128  # tokens whose probabilities are summed at once
+# Probabilities that fit into a processor's cache, also in float64; more are not worth what drawing of them takes.
+_NUMBERS_AT_ONCE = 2**18
 # What is drawn where the largest logit is NaN or infinite: no token.
 NO_TOKEN = -1
 
@@ -114,6 +116,11 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
         from nemo_aligner.generation import triton_ops
 
         return triton_ops.draw(logits_BV, uniform_B)
+    num_rows = max(1, _NUMBERS_AT_ONCE // logits_BV.size(1))
+    return torch.cat(list(map(_draw, logits_BV.split(num_rows), uniform_B.split(num_rows))))
+
+
+def _draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     highest_B1 = logits_BV.amax(dim=-1, keepdim=True)
     weights_BV = (logits_BV - highest_B1).exp()
     # sums of blocks first, so that only the block in which the threshold lies is summed token by token
