@@ -49,6 +49,7 @@ class FakeModel:
     with_distributed_adam = megatron_amp_O2 = False
     trains_with_sequence_parallel = False
     default_answers = ([50, EOS],)
+    num_checks = 0  # while it works on a batch
 
     def __init__(self, answers=None, events=None, loss_normalization="global_batch"):
         self.cfg = OmegaConf.create({"rs": {"loss_normalization": loss_normalization}})
@@ -96,8 +97,11 @@ class FakeModel:
             "is_end": torch.tensor([answer[-1] == EOS for _, answer in rows]),
         }
 
-    def infer_each(self, batches):
-        return map(self.infer, batches)
+    def infer_each(self, batches, check):
+        for batch in batches:
+            for _ in range(self.num_checks):
+                check()
+            yield self.infer(batch)
 
     def get_loss_and_metrics(self, batch, forward_only):
         assert not forward_only

@@ -6,6 +6,7 @@ replicas, R = G * K / DP rows that a replica trains on per RS step, S padded tok
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -314,6 +315,7 @@ class RSTrainer:
             if not is_validation:
                 with self.phases("load_state"):
                     self.model.prefetch_adam_states()  # while the last rollouts are scored
+            self._wait_on_all_ranks()  # those of the replicas that still generate meet meanwhile
             while under_way:
                 rollouts, future = under_way[0]
                 with self.phases("score"):
@@ -397,8 +399,11 @@ class RSTrainer:
             rollouts[name] = part.flatten().to(rollouts["response_tokens"].device)
         rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
 
-    def _wait_on_all_ranks(self, future) -> None:
-        """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`."""
+    def _wait_on_all_ranks(self, future=None) -> None:
+        """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`.
+
+        Without a future: when every replica has come here, however often it has met on the way.
+        """
         wait = getattr(future, "wait", lambda timeout_s: True)
         while not self._meet(is_done=wait(MEETING_INTERVAL_S)):
             pass
@@ -420,22 +425,31 @@ class RSTrainer:
     def _rollouts(self, batches: list[tuple[dict, dict | None]], num_rollouts: int) -> Iterator[tuple[dict, dict]]:
         """Each micro-batch and its rollouts, as soon as they exist: the stored ones beside it, or else new ones.
 
+        The ranks meet before each, and also while it is generated, some replicas more often than others.
+
         Raises:
             StopRequested: on every rank of the job, after SIGTERM.
         """
         new = self._generate([batch for batch, found in batches if found is None], num_rollouts)
         for batch, found in batches:
-            self._meet()
+            self._meet(is_done=False)
             yield batch, next(new) if found is None else found
 
     def _generate(self, batches: list[dict], num_rollouts: int) -> Iterator[dict]:
         """Rollouts of the prompts of each batch, `num_rollouts` neighbouring rows for each prompt.
 
         The model gets them all at once, so that rows of a batch take the place of those of an earlier one that end.
+
+        Raises:
+            FloatingPointError: if the model's weights give no finite logits.
         """
         repeated = [_repeated(batch, num_rollouts) for batch in batches]
-        for batch, output in zip(repeated, self.model.infer_each(repeated), strict=True):
-            yield self._with_inputs(output, batch, num_rollouts)
+        outputs = self.model.infer_each(repeated, check=partial(self._meet, is_done=False))
+        try:
+            for batch, output in zip(repeated, outputs, strict=True):
+                yield self._with_inputs(output, batch, num_rollouts)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"RS step {self.step}: {error}") from error
 
     def _with_inputs(self, output: dict, repeated: dict, num_rollouts: int) -> dict:
         """What was generated, with what scoring and selection want to know of its prompts."""

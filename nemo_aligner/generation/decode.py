@@ -9,7 +9,7 @@ import torch
 from megatron.core import InferenceParams, parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from nemo_aligner.generation.sampling import SamplingParams, sample
+from nemo_aligner.generation.sampling import NO_TOKEN, NoTokenError, SamplingParams, sample
 from nemo_aligner.generation.stages import forward_through_stages
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 
@@ -38,6 +38,9 @@ def generate(
         prompt_lengths_B: int64 [B] on the device.
         min_length: tokens that a row generates before it may end; the strategy has to know it too.
         uniform_BL: float64 [B, max_length] on the device, from which each row's tokens are drawn; `random_streams`.
+
+    Raises:
+        NoTokenError: on all ranks of the replica, when the logits of a row are NaN or infinite.
     """
     eod_id = model.tokenizer.eos_id
     width = int(prompt_lengths_B.max()) + max_length
@@ -58,6 +61,9 @@ def generate(
             drawn_B = torch.where(is_done_B, eod_id, drawn_B)
             tokens_BW[:, t] = torch.where(generated_B >= 0, drawn_B, tokens_BW[:, t])
         tokens_BW[:, t] = _from_last_stage(tokens_BW[:, t])
+        for row in (tokens_BW[:, t] == NO_TOKEN).nonzero().flatten().tolist():
+            length = int(prompt_lengths_B[row])
+            raise NoTokenError(tokens_BW[row, :length].tolist(), t - length)
         if is_last_stage:
             is_end_B = strategy.end_of_generation_condition(tokens_BW[:, : t + 1], tokens_BW[:, t], eod_id, end_strings)
             is_done_B |= (generated_B >= 0) & (is_end_B | (generated_B + 1 >= max_length))

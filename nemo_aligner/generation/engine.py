@@ -9,8 +9,9 @@ The host runs ahead of the device: it looks at tokens only after it has queued t
 be decoded a few tokens beyond its end, which are dropped.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -31,12 +32,15 @@ from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.forward import forward, vocabulary_logits
 from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, usable_memory
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
+from nemo_aligner.generation.sampling import NoTokenError
 from nemo_aligner.generation.weights import find_weights
 
 # Prompts that are prefilled together: few enough for their activations, many enough to fill the device.
 MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
 # The cache grows in steps of so many positions, so that batches of about the same length share one.
 CAPACITY_STEP = 64
+# Some 64 tokens of each row on a GPU, half of that on a CPU: below a second to a few, as patient as a scheduler is.
+LOOKS_BETWEEN_CHECKS = 32
 
 
 @dataclass
@@ -68,22 +72,39 @@ class Engine:
         self.release()
 
     @torch.no_grad()
-    def generate(self, rows: list[Row], decoding: Decoding, end_strings: EndStrings) -> Iterator[Row]:
+    def generate(
+        self,
+        rows: list[Row],
+        decoding: Decoding,
+        end_strings: EndStrings,
+        check: Callable[[], object] | None = None,
+    ) -> Iterator[Row]:
         """Continue all `rows`, of which the first join first; yields each as it finishes.
 
         All tensor-parallel ranks call it together with the same rows, and take the same steps.
+
+        Args:
+            check: called every LOOKS_BETWEEN_CHECKS looks, between the same steps on all of them: it may hold a
+                collective. What it raises ends the generation.
+
+        Raises:
+            NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
+            torch.OutOfMemoryError: on all of them, when there is no memory for the keys and values of a single row.
         """
         waiting = deque(_Prompt(deque(same)) for _, same in groupby(rows, key=lambda row: row.prompt))
         self._weights = find_weights(self._model)
         self._make_room(len(rows), waiting, decoding)
         self._in_flight = []
         stored: deque[tuple[int, _Prompt]] = deque()
-        looks = deque()
+        looks, num_looks = deque(), 0
         while waiting or stored or self._in_flight:
             self._admit(waiting, stored)
             looks.append(self._decode(self._steps_between_looks))
             if len(looks) > self._looks_behind:
                 yield from self._take_in(looks.popleft(), decoding, end_strings)
+            num_looks += 1
+            if check is not None and num_looks % LOOKS_BETWEEN_CHECKS == 0:
+                check()
 
     def release(self) -> None:
         """Give the memory of keys and values back, and the graphs that point there."""
@@ -121,15 +142,31 @@ class Engine:
         memory = usable_memory(self._device) - num_prompts * prompt_capacity * bytes_per_token
         fitting = _least_of_all_ranks(memory // (capacity * bytes_per_token), self._device)
         num_rows = max(1, min(wanted, fitting))
+        where = {"dtype": weights.dtype, "device": self._device}
+
+        def caches() -> tuple[KVCache, KVCache]:
+            return (
+                KVCache(**sizes, num_rows=num_rows, capacity=capacity, **where),
+                KVCache(**sizes, num_rows=num_prompts, capacity=prompt_capacity, **where),
+            )
+
+        while (made := _unless_out_of_memory(caches, self._device)) is None:
+            if num_rows == 1:
+                needed = (capacity + prompt_capacity) * bytes_per_token / 2**20
+                raise torch.OutOfMemoryError(
+                    f"rollouts: no memory for keys and values of a single row of {capacity} tokens and its prompt, "
+                    f"{needed:.0f} MiB; lower model.rs.length_params.max_length or raise "
+                    "model.tensor_model_parallel_size"
+                )
+            num_rows //= 2
+            num_prompts = min(num_prompts, num_rows)
+        self._cache, self._prompts = made
         self._is_limited = num_rows < wanted
         if self._is_limited:
             logging.warning(
                 f"rollouts: memory for keys and values of {num_rows} rows in flight instead of {wanted}; "
                 "the others wait for their turn"
             )
-        where = {"dtype": weights.dtype, "device": self._device}
-        self._cache = KVCache(**sizes, num_rows=num_rows, capacity=capacity, **where)
-        self._prompts = KVCache(**sizes, num_rows=num_prompts, capacity=prompt_capacity, **where)
         self._rotary = RotaryTable(weights, capacity)
         logging.info(
             f"rollouts: {(self._cache.num_bytes + self._prompts.num_bytes) / 2**20:.0f} MiB for keys and values of "
@@ -140,7 +177,9 @@ class Engine:
         cache, prompts = self._cache, self._prompts
         if cache is None or cache.capacity < capacity or prompts.capacity < prompt_capacity:
             return False
-        return cache.num_rows >= num_rows or self._is_limited
+        # what memory has limited is kept, unless the same memory holds more rows of this length
+        can_hold = cache.num_rows * cache.capacity // capacity if self._is_limited else num_rows
+        return cache.num_rows >= min(num_rows, can_hold)
 
     # Rows join
 
@@ -220,8 +259,10 @@ class Engine:
     def _take_in(self, look: Snapshot, decoding: Decoding, end_strings: EndStrings) -> Iterator[Row]:
         """Tell the rows what they have generated; those that have ended leave."""
         finished = []
-        for row, tokens in look.news():
+        for row, tokens, is_broken in look.news():
             row.extend(tokens, decoding, end_strings.are_completed_by)
+            if is_broken and not row.is_finished:
+                raise NoTokenError(row.prompt, len(row.generated))
             if row.is_finished:
                 finished.append(row)
         if finished:
@@ -256,6 +297,14 @@ def _kernels():
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def _unless_out_of_memory(make: Callable, device: torch.device):
+    """What `make` makes, or None on all tensor-parallel ranks if one of them has no memory for it."""
+    made = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        made = make()
+    return made if _least_of_all_ranks(int(made is not None), device) else None
 
 
 def _least_of_all_ranks(number: int, device: torch.device) -> int:

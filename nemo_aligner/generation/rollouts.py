@@ -3,7 +3,7 @@
 Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,11 @@ from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.rows import Decoding, Row
-from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.sampling import NoTokenError, SamplingParams
 from nemo_aligner.generation.weights import unsupported_part
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
+
+_SHOWN_CHARACTERS = 80  # of a prompt, in an error
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,40 @@ class RolloutGenerator:
         self._end_strings: dict[tuple[str, ...], EndStrings] = {}
         self._has_told = False
 
-    def rollouts(self, batches: Iterable[PromptBatch]) -> Iterator[dict[str, torch.Tensor]]:
-        """What `infer` returns, for each batch in order, as soon as it is complete."""
-        if self._use_engine():
-            yield from self._from_engine(list(batches))
-        else:
-            yield from map(self._from_schedule, batches)
+    def rollouts(
+        self, batches: Iterable[PromptBatch], check: Callable[[], object] | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """What `infer` returns, for each batch in order, as soon as it is complete.
+
+        Args:
+            check: called by the engine, which works on all batches at once, as `Engine.generate` says.
+
+        Raises:
+            FloatingPointError: on all ranks of the replica, when a row cannot be continued as its logits are NaN or
+                infinite.
+        """
+        try:
+            if self._use_engine():
+                yield from self._from_engine(list(batches), check)
+            else:
+                yield from map(self._from_schedule, batches)
+        except NoTokenError as error:
+            self.release()  # keys and values may be NaN as well
+            raise FloatingPointError(self._explained(error)) from None
 
     def release(self) -> None:
         """Give memory that only generation needs back to the device."""
         if self._engine is not None:
             self._engine.release()
             self._engine = None
+
+    def _explained(self, error: NoTokenError) -> str:
+        text = self._model.tokenizer.ids_to_text(error.prompt)
+        shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+        return (
+            f"rollouts: the logits of token {error.num_generated + 1} of a response to {shown!r} are NaN or infinite: "
+            "the weights have probably become so; begin again from an earlier checkpoint with a lower model.optim.lr"
+        )
 
     def _use_engine(self) -> bool:
         if self._settings.backend == "nemo":
@@ -88,7 +112,9 @@ class RolloutGenerator:
 
     # The engine
 
-    def _from_engine(self, batches: list[PromptBatch]) -> Iterator[dict[str, torch.Tensor]]:
+    def _from_engine(
+        self, batches: list[PromptBatch], check: Callable[[], object] | None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         if not batches:
             return
         if self._engine is None:
@@ -98,7 +124,7 @@ class RolloutGenerator:
         rows_of = [_rows(batch, number) for number, batch in enumerate(batches)]
         num_unfinished = [len(rows) for rows in rows_of]
         complete = 0
-        for row in self._engine.generate([row for rows in rows_of for row in rows], decoding, end_strings):
+        for row in self._engine.generate([row for rows in rows_of for row in rows], decoding, end_strings, check):
             num_unfinished[row.batch] -= 1
             while complete < len(batches) and num_unfinished[complete] == 0:
                 yield self._result(rows_of[complete])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nemo_aligner.generation.sampling import SamplingParams, sample
+from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams, sample
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Row:
 class DeviceRows:
     """The state of R rows on the device. `advance_` needs nothing from the host and tells it nothing.
 
-    A row stands at the position of its newest token, the next to go through the model. One that is done stands still.
+    A row stands at the position of its newest token, the next to go through the model. One that is done stands still;
+    so does one that is broken, which has no next token.
     """
 
     def __init__(self, num_rows: int, capacity: int, decoding: Decoding, device: torch.device):
@@ -66,6 +67,7 @@ class DeviceRows:
         self.position_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.prompt_length_R = torch.ones_like(self.position_R)
         self.is_done_R = torch.ones_like(self.position_R, dtype=torch.bool)
+        self.is_broken_R = torch.zeros_like(self.is_done_R)
         self.uniform_RL = torch.zeros(num_rows, decoding.max_length, dtype=torch.float64, device=device)
         self.end_ids = torch.tensor(decoding.end_ids, device=device)
         self.is_end_V = torch.zeros(max(decoding.num_tokens, *decoding.end_ids) + 1, dtype=torch.bool, device=device)
@@ -84,9 +86,12 @@ class DeviceRows:
         self.position_R[index_B] = lengths_B - 1
         self.prompt_length_R[index_B] = lengths_B
         self.is_done_R[index_B] = False
+        self.is_broken_R[index_B] = False
 
     def move_(self, place: int, source: int) -> None:
-        for state in (self.tokens_RT, self.position_R, self.prompt_length_R, self.is_done_R, self.uniform_RL):
+        for state in (
+            self.tokens_RT, self.position_R, self.prompt_length_R, self.is_done_R, self.is_broken_R, self.uniform_RL
+        ):  # fmt: skip
             state[place] = state[source]
 
     def clear_(self, places: slice) -> None:
@@ -101,7 +106,7 @@ class DeviceRows:
         return self.tokens_RT[:num_rows].gather(1, position_B[:, None]).squeeze(1), position_B
 
     def draw(self, logits_BV: torch.Tensor, num_looked_at: int) -> torch.Tensor:
-        """The next token of each row, int64 [B]. `logits_BV` float32 is modified.
+        """The next token of each row, int64 [B], or NO_TOKEN. `logits_BV` float32 is modified.
 
         Args:
             num_looked_at: no row's position is at or beyond it.
@@ -124,22 +129,25 @@ class DeviceRows:
         return sample(logits_BV, previous_BT, decoding.sampling, uniform_B)
 
     def advance_(self, drawn_B: torch.Tensor) -> None:
-        """Write each row's next token, unless it is done, and note which rows that ends."""
+        """Write each row's next token, unless it is done, and note which rows that ends, and which have none."""
         num_rows = drawn_B.numel()
         position_B, is_done_B = self.position_R[:num_rows], self.is_done_R[:num_rows]
         if drawn_B.is_cuda:
             from nemo_aligner.generation import triton_ops
 
             return triton_ops.advance_(
-                self.tokens_RT, position_B, self.prompt_length_R, is_done_B, drawn_B, self.is_end_V,
+                self.tokens_RT, position_B, self.prompt_length_R, is_done_B, self.is_broken_R, drawn_B, self.is_end_V,
                 self.decoding.max_length,
             )  # fmt: skip
+        has_token_B = drawn_B != NO_TOKEN
+        self.is_broken_R[:num_rows] |= ~is_done_B & ~has_token_B
+        is_done_B |= ~has_token_B
         next_B = (position_B + ~is_done_B)[:, None]
         tokens_BT = self.tokens_RT[:num_rows]
         tokens_BT.scatter_(1, next_B, torch.where(is_done_B[:, None], tokens_BT.gather(1, next_B), drawn_B[:, None]))
         position_B.copy_(next_B.squeeze(1))
         num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
-        is_done_B |= self.is_end_V[drawn_B] | (num_generated_B >= self.decoding.max_length)
+        is_done_B |= self.is_end_V[drawn_B.clamp(min=0)] | (num_generated_B >= self.decoding.max_length)
 
 
 class Snapshot:
@@ -155,25 +163,26 @@ class Snapshot:
         position_B = device_rows.position_R[: len(rows)]
         back_K = torch.arange(num_steps - 1, -1, -1, device=position_B.device)
         recent_BK = device_rows.tokens_RT[: len(rows)].gather(1, (position_B[:, None] - back_K).clamp(min=0))
-        both = torch.cat((position_B[:, None], recent_BK), dim=1)
+        is_broken_B1 = device_rows.is_broken_R[: len(rows), None]
+        seen = torch.cat((position_B[:, None], is_broken_B1, recent_BK), dim=1)
         self._event = None
-        if both.is_cuda:
-            self._on_host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self._on_host.copy_(both, non_blocking=True)
+        if seen.is_cuda:
+            self._on_host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
+            self._on_host.copy_(seen, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._on_host = both
+            self._on_host = seen
 
-    def news(self) -> list[tuple[Row, list[int]]]:
-        """Each row with the tokens that it did not know of yet."""
+    def news(self) -> list[tuple[Row, list[int], bool]]:
+        """Rows with tokens that they did not know of yet, and those that are broken behind them."""
         if self._event is not None:
             self._event.synchronize()
         news = []
-        for row, (position, *recent) in zip(self.rows, self._on_host.tolist(), strict=True):
+        for row, (position, is_broken, *recent) in zip(self.rows, self._on_host.tolist(), strict=True):
             num_new = position + 1 - len(row.prompt) - len(row.generated)
-            if num_new > 0 and not row.is_finished:
-                news.append((row, recent[-num_new:]))
+            if (num_new > 0 or is_broken) and not row.is_finished:
+                news.append((row, recent[len(recent) - num_new :], bool(is_broken)))
         return news
 
 

@@ -11,6 +11,23 @@ import torch
 from torch.nn import functional as F
 
 _BLOCK = 128  # tokens whose probabilities are summed at once
+# Probabilities that fit into a processor's cache, also in float64; more are not worth what drawing of them takes.
+_NUMBERS_AT_ONCE = 2**18
+# What is drawn where the largest logit is NaN or infinite: no token.
+NO_TOKEN = -1
+
+
+class NoTokenError(ArithmeticError):
+    """A row's next token could not be drawn, as its logits are NaN or infinite.
+
+    Attributes:
+        prompt: the row's, as token ids.
+        num_generated: tokens that it had generated before.
+    """
+
+    def __init__(self, prompt: list[int], num_generated: int):
+        super().__init__(f"no finite logits behind {num_generated} generated tokens; prompt {prompt}")
+        self.prompt, self.num_generated = prompt, num_generated
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], len
 def sample(
     logits_BV: torch.Tensor, previous_BT: torch.Tensor | None, params: SamplingParams, uniform_B: torch.Tensor
 ) -> torch.Tensor:
-    """The next token of each row, int64 [B].
+    """The next token of each row, int64 [B], or NO_TOKEN.
 
     The steps are temperature, repetition penalty over `previous_BT` (the tokens so far, any number of times each; None
     if there is no penalty), top-k, top-p, draw. What is drawn depends on the logits and `uniform_B`, float64 in [0, 1),
@@ -61,7 +78,8 @@ def sample(
     if params.repetition_penalty != 1.0:
         logits_BV = penalize_repetition(logits_BV, previous_BT, params.repetition_penalty)
     if params.use_greedy:
-        return logits_BV.argmax(dim=-1)
+        highest_B, token_B = logits_BV.max(dim=-1)
+        return token_B.masked_fill(~highest_B.isfinite(), NO_TOKEN)
     if params.top_k > 0:
         logits_BV = keep_top_k(logits_BV, params.top_k)
     if 0.0 < params.top_p < 1.0:
@@ -91,22 +109,30 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """One draw per row from softmax(logits), int64 [B]: where the cumulated probability first exceeds `uniform_B`.
 
-    The sums are in float64, as float32 sums over a vocabulary are off by more than rare tokens are probable.
+    NO_TOKEN where the probabilities are NaN. The sums are in float64, as float32 sums over a vocabulary are off by more
+    than rare tokens are probable.
     """
     if logits_BV.is_cuda:
         from nemo_aligner.generation import triton_ops
 
         return triton_ops.draw(logits_BV, uniform_B)
-    weights_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).exp()
+    num_rows = max(1, _NUMBERS_AT_ONCE // logits_BV.size(1))
+    return torch.cat(list(map(_draw, logits_BV.split(num_rows), uniform_B.split(num_rows))))
+
+
+def _draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    highest_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    weights_BV = (logits_BV - highest_B1).exp()
     # sums of blocks first, so that only the block in which the threshold lies is summed token by token
     weights_BKW = F.pad(weights_BV, (0, -weights_BV.size(1) % _BLOCK)).unflatten(1, (-1, _BLOCK))
     behind_BK = weights_BKW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     # a little less than 1, so that rounding cannot reach past the last token
     threshold_B1 = uniform_B[:, None] * behind_BK[:, -1:] * (1 - 2**-40)
-    block_B1 = torch.searchsorted(behind_BK, threshold_B1, right=True)
+    # behind the last block only where sums are NaN
+    block_B1 = torch.searchsorted(behind_BK, threshold_B1, right=True).clamp(max=behind_BK.size(1) - 1)
     before_B1 = F.pad(behind_BK, (1, 0)).gather(1, block_B1)
     within_BW = weights_BKW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
     cumulated_BW = before_B1 + within_BW.cumsum(dim=-1, dtype=torch.float64)
     threshold_B1 = torch.minimum(threshold_B1, cumulated_BW[:, -1:] * (1 - 2**-40))
     place_B1 = torch.searchsorted(cumulated_BW, threshold_B1, right=True)
-    return (block_B1 * _BLOCK + place_B1).squeeze(1)
+    return (block_B1 * _BLOCK + place_B1).masked_fill(~highest_B1.isfinite(), NO_TOKEN).squeeze(1)

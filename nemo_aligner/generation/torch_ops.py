@@ -54,9 +54,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of one new token of each row to the filled positions of its own cache, [B, G * Q * D].
 
-    The query heads of a group stand where the kernel expects query positions: it then reads a group's keys once.
+    In two products, keys first, as for so few queries that is faster on a CPU than torch's fused attention.
     """
-    context_BGQD = F.scaled_dot_product_attention(
-        query_BGQD, keys_BGtD, values_BGtD, attn_mask=is_filled_Bt[:, None, None, :]
-    )
-    return context_BGQD.flatten(1)
+    scores_BGtQ = keys_BGtD @ (query_BGQD * query_BGQD.size(-1) ** -0.5).transpose(2, 3)
+    scores_BGQt = scores_BGtQ.transpose(2, 3).masked_fill(~is_filled_Bt[:, None, None, :], -torch.inf)
+    return (scores_BGQt.softmax(dim=-1) @ values_BGtD).flatten(1)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from nemo_aligner.generation.sampling import NO_TOKEN
 from nemo_aligner.generation.weights import Activation, Norm
 
 # Programs that keep every multiprocessor of a current GPU busy; with fewer, a row's positions are split.
@@ -403,47 +404,55 @@ def _turn_and_place_kernel(
 
 def advance_(
     tokens_RT: torch.Tensor, position_B: torch.Tensor, prompt_length_B: torch.Tensor, is_done_B: torch.Tensor,
-    drawn_B: torch.Tensor, is_end_V: torch.Tensor, max_length: int,
+    is_broken_B: torch.Tensor, drawn_B: torch.Tensor, is_end_V: torch.Tensor, max_length: int,
 ) -> None:  # fmt: skip
     """What `DeviceRows.advance_` does, in one kernel instead of ten."""
     num_rows = drawn_B.numel()
     _advance_kernel[(1,)](
-        tokens_RT, position_B, prompt_length_B, is_done_B, drawn_B, is_end_V, num_rows, tokens_RT.size(1), max_length,
-        BLOCK=triton.next_power_of_2(num_rows),
+        tokens_RT, position_B, prompt_length_B, is_done_B, is_broken_B, drawn_B, is_end_V, num_rows, tokens_RT.size(1),
+        max_length, NO_TOKEN=NO_TOKEN, BLOCK=triton.next_power_of_2(num_rows),
     )  # fmt: skip
 
 
 @triton.jit
 def _advance_kernel(
-    tokens, position, prompt_length, is_done, drawn, is_end, num_rows, capacity, max_length, BLOCK: tl.constexpr
+    tokens, position, prompt_length, is_done, is_broken, drawn, is_end, num_rows, capacity, max_length,
+    NO_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BLOCK)
     inside = row < num_rows
     at = tl.load(position + row, mask=inside, other=0)
     token = tl.load(drawn + row, mask=inside, other=0)
     was_done = tl.load(is_done + row, mask=inside, other=1) != 0
-    at = tl.where(was_done, at, at + 1)
-    tl.store(tokens + row.to(tl.int64) * capacity + at, token, mask=inside & (was_done == 0))
+    has_token = token != NO_TOKEN
+    breaks = (was_done == 0) & (has_token == 0)
+    goes_on = (was_done == 0) & has_token
+    at = tl.where(goes_on, at + 1, at)
+    tl.store(tokens + row.to(tl.int64) * capacity + at, token, mask=inside & goes_on)
     tl.store(position + row, at, mask=inside)
-    ends = tl.load(is_end + token, mask=inside, other=0) != 0
+    ends = tl.load(is_end + token, mask=inside & has_token, other=0) != 0
     used_up = at + 1 - tl.load(prompt_length + row, mask=inside, other=0) >= max_length
-    tl.store(is_done + row, was_done | ends | used_up, mask=inside)
+    tl.store(is_done + row, was_done | breaks | ends | used_up, mask=inside)
+    tl.store(is_broken + row, breaks, mask=inside & breaks)
 
 
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32.
 
-    Rows may lie apart, as those of the last of several positions do; a row itself is contiguous.
+    Rows may lie apart, as those of the last of several positions do; a row itself is contiguous. A token is one of the vocabulary, or
+    NO_TOKEN: whoever takes it may read where it points.
     """
     num_rows, num_tokens = logits_BV.shape
     assert logits_BV.stride(1) == 1
     drawn_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
-    _draw_kernel[(num_rows,)](logits_BV, uniform_B, drawn_B, num_tokens, logits_BV.stride(0), BLOCK=4096, num_warps=16)
+    _draw_kernel[(num_rows,)](
+        logits_BV, uniform_B, drawn_B, num_tokens, logits_BV.stride(0), NO_TOKEN=NO_TOKEN, BLOCK=4096, num_warps=16
+    )
     return drawn_B
 
 
 @triton.jit
-def _draw_kernel(logits, uniform, drawn, num_tokens, row_stride, BLOCK: tl.constexpr):
+def _draw_kernel(logits, uniform, drawn, num_tokens, row_stride, NO_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
     column = tl.arange(0, BLOCK)
@@ -466,6 +475,9 @@ def _draw_kernel(logits, uniform, drawn, num_tokens, row_stride, BLOCK: tl.const
         behind = before + tl.sum(weight, axis=0)
         if (before <= threshold) & (behind > threshold):
             reached = (before + tl.cumsum(weight, axis=0) > threshold) & (weight > 0)
-            found = tl.minimum(found, tl.min(tl.where(reached, index, num_tokens), axis=0))
+            found = tl.min(tl.where(reached, index, num_tokens), axis=0)
+            # the two sums are rounded differently: that in steps may just miss what the other one passes
+            found = tl.minimum(found, tl.max(tl.where(weight > 0, index, 0), axis=0))
         before = behind
-    tl.store(drawn + row, found.to(tl.int64))
+    # no block is passed where sums are NaN
+    tl.store(drawn + row, tl.where(found < num_tokens, found, NO_TOKEN).to(tl.int64))

@@ -4,7 +4,7 @@ Training and inference alternate; each phase opens with its `prepare_*` call and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 class SupervisedInterface(ABC):
@@ -43,8 +43,13 @@ class Inferrable(ABC):
     def infer(self, *args, **kwargs):
         """Run inference. All ranks of a replica call it together with the same input."""
 
-    def infer_each(self, batches: Iterable) -> Iterator:
-        """`infer` for each batch, in order. A model may work on several of them at a time."""
+    def infer_each(self, batches: Iterable, check: Callable[[], object] | None = None) -> Iterator:
+        """`infer` for each batch, in order. A model may work on several of them at a time.
+
+        Args:
+            check: to be called now and then while several batches are under way, by all ranks of a replica at the same
+                token; what it raises ends the work.
+        """
         return map(self.infer, batches)
 
     @abstractmethod

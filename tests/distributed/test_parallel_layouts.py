@@ -3,6 +3,7 @@
 Each launch of processes runs several layouts, one after the other, as importing NeMo takes longer than a tiny model.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,11 @@ def run_layout(model, save_path: str) -> dict:
     model.save_to(save_path)
     model.prepare_for_inference()
     trained_rollouts = model.infer(prompt_batch(rows, model.tokenizer.eos_id, max_length=16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(FloatingPointError) as error:
+        model.infer(prompt_batch(rows, model.tokenizer.eos_id, max_length=16))
     model.finish_inference()
     assert metrics == {"loss": loss}
     return {
@@ -144,6 +150,7 @@ def run_layout(model, save_path: str) -> dict:
         "on_in_training": training_only(before),
         "on_in_inference": training_only(during),
         "recomputes": recomputed.call_count > 0,
+        "error_of_nan": str(error.value),
     }
 
 
@@ -306,6 +313,7 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
         assert outcome["by_engine"] == (layout.pp == 1)  # pipeline stages go through Megatron's schedule
         assert outcome["rollouts"] == expected["rollouts"]
         assert outcome["trained_rollouts"] == expected["trained_rollouts"]
+        assert re.search(r"token 1 of a response to '.*' are NaN or infinite", outcome["error_of_nan"])
         check_switches(layout.overrides, outcome)
     assert expected["trained_rollouts"] != expected["rollouts"]
     check_sampling(outcomes, expected)

@@ -112,6 +112,23 @@ def test_weights_that_changed_in_place_or_moved_are_seen_through_captured_graphs
     assert rollouts("engine") == rollouts("nemo") != stepped
 
 
+@pytest.mark.parametrize("use_greedy", [True, False])
+def test_weights_that_are_nan_end_the_run_through_captured_graphs(actor, replays, use_greedy):
+    actor._sampling_params["use_greedy"] = use_greedy
+    prompts = ragged_prompts(8)
+    whole = responses_of(actor.infer(batch_of(actor, prompts)))
+    weight = actor.model.decoder.final_layernorm.weight
+    values = weight.data.clone()
+    weight.data.fill_(torch.nan)
+    replays.clear()
+    with pytest.raises(FloatingPointError, match=r"token 1 of a response to .* are NaN or infinite"):
+        actor.infer(batch_of(actor, prompts))
+    assert replays
+    weight.data.copy_(values)
+    if use_greedy:
+        assert responses_of(actor.infer(batch_of(actor, prompts))) == whole
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_log_probabilities_while_decoding_are_those_of_the_training_forward(actor, monkeypatch, dtype, bound):
     actor.model.to(dtype)

@@ -13,7 +13,7 @@ from nemo_aligner.generation import sampling, torch_ops
 from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttention, RotaryTable
 from nemo_aligner.generation.kv_cache import KVCache
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
-from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
 from nemo_aligner.generation.weights import Activation, Norm
 
 triton_ops = pytest.importorskip("nemo_aligner.generation.triton_ops")
@@ -78,8 +78,9 @@ def test_rows_advance_as_on_the_cpu(num_rows):
         state.put_(list(range(num_rows)), rows)
     for _ in range(6):
         drawn = torch.randint(9, (num_rows,), generator=generator)
+        drawn[torch.rand(num_rows, generator=generator) < 0.1] = NO_TOKEN
         on_cpu.advance_(drawn), on_gpu.advance_(drawn.cuda())
-        for name in ("tokens_RT", "position_R", "is_done_R"):
+        for name in ("tokens_RT", "position_R", "is_done_R", "is_broken_R"):
             assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu()), name
     assert on_cpu.is_done_R.all()
 
@@ -147,6 +148,14 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
     ours, theirs = triton_ops.draw(logits, numbers.cuda()).cpu(), sampling.draw(logits.cpu(), numbers)
     assert (ours != theirs).sum() <= 1  # where a number falls on the border of two tokens, to float32's last digit
     assert (ours != 5).all() and (ours < V).all()
+
+
+@pytest.mark.parametrize("V", [384, 32000])
+def test_no_token_is_drawn_from_logits_that_are_nan_or_infinite(normal, V):
+    logits = normal(5, V, dtype=torch.float32)
+    logits[0], logits[1, V // 2], logits[2, V - 1], logits[3] = torch.nan, torch.nan, torch.inf, -torch.inf
+    drawn = triton_ops.draw(logits, torch.full((5,), 0.5, dtype=torch.float64, device="cuda"))
+    assert drawn[:4].tolist() == [NO_TOKEN] * 4 and 0 <= drawn[4] < V
 
 
 @DTYPES

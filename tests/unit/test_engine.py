@@ -15,7 +15,7 @@ from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
-from nemo_aligner.generation.sampling import SamplingParams
+from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
 from nemo_aligner.generation.weights import find_weights, unsupported_part
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy, ends_with_text
 from tests.tiny import load_actor, prompt_batch
@@ -260,6 +260,69 @@ def test_too_little_memory_lowers_the_rows_in_flight_and_says_so_once(generating
         assert sum(f"{num_rows} rows in flight instead of 9" in message for message in caplog.messages) == 1
 
 
+class FakeMemory:
+    """Has room for `num_rows` rows of keys and values, and reports all that anyone could want."""
+
+    def __init__(self, num_rows: int):
+        self.num_rows, self.asked = num_rows, []
+        self.make = engine_module.KVCache
+
+    def __call__(self, *, num_rows, **more):
+        self.asked.append(num_rows)
+        if num_rows > self.num_rows:
+            raise torch.OutOfMemoryError("as from an allocator")
+        return self.make(num_rows=num_rows, **more)
+
+
+def test_rows_in_flight_are_halved_until_there_is_memory_for_them_and_one_line_says_so(generating, monkeypatch, caplog):
+    prompts = ragged_prompts(9)
+    expected = responses_of(generating().infer(batch_of(generating(), prompts)))
+    actor, memory = generating(), FakeMemory(num_rows=2)
+    monkeypatch.setattr(engine_module, "KVCache", memory)
+    with caplog.at_level(logging.WARNING, "nemo_logger"):
+        assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+        assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+    assert memory.asked == [9, 4, 2, 2]  # the last for the prompts
+    assert [message for message in caplog.messages if "instead of" in message] == [
+        "rollouts: memory for keys and values of 2 rows in flight instead of 9; the others wait for their turn"
+    ]
+
+
+def test_too_little_memory_on_one_rank_lowers_the_rows_of_all(generating, monkeypatch):
+    actor, memory = generating(), FakeMemory(num_rows=9)
+    monkeypatch.setattr(engine_module, "KVCache", memory)
+    of_the_other_rank = iter([9, 0, 0, 1])  # rows that it estimates, then whether there was memory for them
+    monkeypatch.setattr(engine_module, "_least_of_all_ranks", lambda number, _: min(number, next(of_the_other_rank)))
+    actor.infer(batch_of(actor, ragged_prompts(9)))
+    assert actor._rollout_generator._engine._cache.num_rows == 2 and next(of_the_other_rank, None) is None
+
+
+def test_memory_for_not_even_one_row_is_a_clear_error(generating, monkeypatch):
+    actor = generating()
+    monkeypatch.setattr(engine_module, "KVCache", FakeMemory(num_rows=0))
+    # 128 positions of the row and 64 of its prompt, 2 * 4 layers * 2 groups * 16 channels * 4 bytes each
+    message = r"keys and values of a single row of 128 tokens and its prompt, 0 MiB; lower model\.rs\.length_params"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        actor.infer(batch_of(actor, ragged_prompts(9)))
+
+
+def test_memory_cut_for_few_long_rows_is_cut_anew_for_more_shorter_ones(generating, monkeypatch):
+    actor, prompts, long_prompt = generating(), ragged_prompts(9), [5] * 150
+    actor.infer(batch_of(actor, [long_prompt]))
+    engine = actor._rollout_generator._engine
+    per_long_row, of_prompts = engine._cache.num_bytes, engine._prompts.num_bytes
+    expected = responses_of(actor.infer(batch_of(actor, prompts)))
+    actor._rollout_generator.release()
+    monkeypatch.setattr(engine_module, "usable_memory", lambda device: 4 * per_long_row + of_prompts)
+    found, caches = [], []
+    for batch in ([long_prompt] * 6, prompts, prompts[:3], prompts):
+        found.append(responses_of(actor.infer(batch_of(actor, batch))))
+        caches.append(actor._rollout_generator._engine._cache)
+    assert [(cache.num_rows, cache.capacity) for cache in caches[:2]] == [(4, 256), (6, 128)]
+    assert caches[1] is caches[2] is caches[3]
+    assert found[1] == found[3] == expected and found[2] == expected[:3]
+
+
 def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     actor = load_actor(tiny_nemo)
     actor.prepare_for_inference()
@@ -268,6 +331,80 @@ def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     assert engine._cache.num_bytes > 0
     actor.finish_inference()
     assert engine._cache is None and engine._prompts is None and actor._rollout_generator._engine is None
+
+
+def test_what_is_checked_between_tokens_can_end_the_generation(generating):
+    """As SIGTERM does: what is complete was yielded before, the rest is dropped, and the engine can go on."""
+    actor = generating(max_rows=3)
+    prompts = ragged_prompts(9)
+    batches = [batch_of(actor, prompts[start : start + 3]) for start in (0, 3, 6)]
+    expected = [responses_of(rollouts) for rollouts in actor.infer_each(batches)]
+    num_steps, found = [], []
+
+    def check():
+        engine = actor._rollout_generator._engine
+        num_steps.append(sum(len(row.generated) for row in engine._in_flight))
+        if len(num_steps) == 3:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        for rollouts in actor.infer_each(batches, check):
+            found.append(responses_of(rollouts))
+    # three rows of 64 tokens each at a time: in the middle, at the end, and in the middle of the next three
+    assert num_steps == [3 * 32, 0, 3 * 32] and found == expected[:1]
+    assert [responses_of(rollouts) for rollouts in actor.infer_each(batches)] == expected
+
+
+# Logits that are not numbers
+
+
+@pytest.mark.parametrize("use_greedy", [True, False])
+def test_a_row_without_finite_logits_ends_the_run_with_its_prompt_and_token(generating, monkeypatch, use_greedy):
+    actor = generating(max_rows=3)
+    monkeypatch.setitem(actor._sampling_params, "use_greedy", use_greedy)
+    prompts = [*ragged_prompts(6), actor.tokenizer.text_to_ids("one two three")]
+    next_logits = Engine._next_logits
+
+    def spoiling(self, num_rows, num_looked_at):
+        logits_BV = next_logits(self, num_rows, num_looked_at)
+        for row, logits_V in zip(self._in_flight, logits_BV, strict=True):
+            if row.prompt == prompts[-1] and len(row.generated) == 4:
+                logits_V[7] = torch.nan
+        return logits_BV
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_next_logits", spoiling)
+        with pytest.raises(FloatingPointError, match=r"token 5 of a response to 'one two three' are NaN .*optim.lr"):
+            actor.infer(batch_of(actor, prompts))
+    assert actor._rollout_generator._engine is None  # and with it keys and values that may be NaN
+    assert len(responses_of(actor.infer(batch_of(actor, prompts)))[-1]) > 4
+
+
+@pytest.mark.parametrize("backend", ["engine", "nemo"])
+def test_weights_that_are_nan_end_the_run(generating, backend):
+    actor = generating(backend)
+    weight = actor.model.decoder.final_layernorm.weight
+    values = weight.data.clone()
+    try:
+        weight.data[3] = torch.nan
+        with pytest.raises(FloatingPointError, match=r"token 1 of a response to .* are NaN or infinite"):
+            actor.infer(batch_of(actor, ragged_prompts(3)))
+    finally:
+        weight.data.copy_(values)
+
+
+def test_a_row_that_is_done_or_elsewhere_is_not_broken_by_logits_of_its_place():
+    decoding = Decoding(SamplingParams(), max_length=4, min_length=0, end_ids=(2,), num_tokens=9)
+    rows = DeviceRows(5, 20, decoding, torch.device("cpu"))
+    rows.put_([0, 1, 2], [Row([3] * length, torch.zeros(4, dtype=torch.float64), 0) for length in (1, 2, 3)])
+    rows.advance_(torch.tensor([2, 5, 6, NO_TOKEN]))
+    rows.advance_(torch.tensor([NO_TOKEN, NO_TOKEN, 7, NO_TOKEN]))
+    assert rows.is_broken_R.tolist() == [False, True, False, False, False]
+    assert rows.is_done_R.tolist() == [True, True, False, True, True]
+    assert rows.position_R.tolist() == [1, 2, 4, 0, 0]  # of a row's newest token
+    assert (rows.tokens_RT >= 0).all()
+    rows.move_(0, 1), rows.put_([1], [Row([4], torch.zeros(4, dtype=torch.float64), 0)])
+    assert rows.is_broken_R.tolist() == [True, False, False, False, False]
 
 
 # The weights

@@ -51,9 +51,9 @@ def test_a_save_under_way_is_looked_at_often_and_awaited_at_the_end():
     events = trainer.model.events
     trainer.ckpt_callback.background_save = SlowSave(events)
     trainer.fit()
-    # two micro-batches are generated, then their rewards are met for; one row is trained on at a time
+    # two micro-batches are generated, as on all replicas, then rewards are met for; one row is trained on at a time
     kinds = ("infer", "reward awaited", "loss", "save looked at", "save awaited")
-    rollouts = ["save looked at", "infer"] * 2 + ["save looked at", "reward awaited"] * 2
+    rollouts = ["save looked at", "infer"] * 2 + ["save looked at"] + ["save looked at", "reward awaited"] * 2
     assert [event for event in events if event in kinds] == [*rollouts, *["loss", "save looked at"] * 2, "save awaited"]
 
 
@@ -174,6 +174,22 @@ def test_stored_rollouts_that_were_not_reached_before_sigterm_are_kept(tmp_path,
                          save_interval=2)  # fmt: skip
     third.fit()
     assert len(first.model.requests) == generated + 4, "rollouts of step 0 are those that were stored"
+
+
+def test_sigterm_is_answered_in_the_middle_of_a_microbatch(tmp_path):
+    """It arrives while the second one is generated: the first is kept, and the next start makes the second."""
+
+    class Model(FakeModel):
+        num_checks = 5
+
+        def infer(self, batch):
+            trainer.termination._remember(None, None)
+            return super().infer(batch)
+
+    trainer = make_trainer(model=Model(), rollout_dir=tmp_path, g=4, mbs=1)
+    with pytest.raises(StopRequested, match=r"the rollouts are in .*unscored_train_step0_rank0\.pt"):
+        trainer.fit()
+    assert len(kept_for_later(tmp_path, "train", 0)) == 1 and len(trainer.model.requests) == 1
 
 
 def test_a_save_that_failed_is_tried_again_before_the_end(tmp_path):

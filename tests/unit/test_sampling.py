@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nemo_aligner.generation.sampling import (
+    NO_TOKEN,
     SamplingParams,
     draw,
     keep_top_k,
@@ -163,6 +164,26 @@ def test_rare_tokens_of_a_large_vocabulary_are_as_probable_as_they_should_be():
     numbers = torch.tensor([0.0, 0.25, 0.499999, 0.750002, 1 - 2**-30], dtype=torch.float64)
     drawn = torch.cat([draw(logits, number[None]) for number in numbers])
     assert drawn.tolist() == [0, 0, 0, 50_001, 100_000]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(use_greedy=True),
+        SamplingParams(temperature=0.7, top_k=2, top_p=0.9, repetition_penalty=1.3),
+    ],
+    ids=["plain", "greedy", "filtered"],
+)
+def test_no_token_is_drawn_from_logits_that_are_nan_or_infinite_and_other_rows_are(params):
+    nan = math.nan
+    logits = torch.tensor(
+        [[nan, nan, nan], [0.0, nan, 1.0], [9.0, -INF, -INF], [0.0, INF, 1.0], [-INF, -INF, -INF], [-INF, -INF, 9.0]]
+    )
+    logits = torch.cat((logits, torch.full((6, 300), -INF)), dim=1)  # several blocks
+    previous = torch.zeros(6, 1, dtype=torch.int64)
+    drawn = sample(logits, previous, params, torch.full((6,), 0.5, dtype=torch.float64))
+    assert drawn.tolist() == [NO_TOKEN, NO_TOKEN, 0, NO_TOKEN, NO_TOKEN, 2]
 
 
 # Random streams

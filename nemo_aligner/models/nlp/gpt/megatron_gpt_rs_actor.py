@@ -395,19 +395,22 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         Raises:
             ValueError: if a prompt is empty, or if one and `max_length` more tokens exceed a learned position table.
+            FloatingPointError: if a row cannot be continued, as the weights give logits that are NaN or infinite.
         """
         (rollouts,) = self._rollout_generator.rollouts([self._prompt_batch(inference_batch)])
         return rollouts
 
-    def infer_each(self, inference_batches: Iterable[dict]) -> Iterator[dict[str, torch.Tensor]]:
+    def infer_each(
+        self, inference_batches: Iterable[dict], check: Callable[[], object] | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """What `infer` returns, for each batch in order, as soon as it is complete.
 
         Rows of later batches take the place of those that have ended: it costs what the tokens cost, not what the
-        longest row of each batch does.
+        longest row of each batch does. `check` is called every few dozen tokens; what it raises drops unfinished rows.
         """
         if type(self).infer is not MegatronGPTRSModel.infer:  # a subclass has its own way
             return map(self.infer, inference_batches)
-        return self._rollout_generator.rollouts([self._prompt_batch(batch) for batch in inference_batches])
+        return self._rollout_generator.rollouts([self._prompt_batch(batch) for batch in inference_batches], check)
 
     def _prompt_batch(self, inference_batch: dict) -> PromptBatch:
         max_length = self._length_params["max_length"]
