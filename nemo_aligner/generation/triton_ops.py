@@ -439,8 +439,8 @@ def _advance_kernel(
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32.
 
-    Rows may lie apart, as those of the last of several positions do; a row itself is contiguous. A token is one of the vocabulary, or
-    NO_TOKEN: whoever takes it may read where it points.
+    Rows may lie apart, as those of the last of several positions do; a row itself is contiguous. A token is one of the
+    vocabulary, or NO_TOKEN: whoever takes it may read where it points.
     """
     num_rows, num_tokens = logits_BV.shape
     assert logits_BV.stride(1) == 1
