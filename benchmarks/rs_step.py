@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.gpt_1b import SMOLLM2
 from benchmarks.rollouts import hardware
-from benchmarks.train_step import allocated, attempt, build, release, say, say_verdicts
+from benchmarks.train_step import add_no_fusion, allocated, attempt, build, release, say, say_verdicts
 from nemo_aligner.algorithms.rs import RSTrainer
 from nemo_aligner.compat import cpu
 from nemo_aligner.data.nlp.builders import build_dataloader, collate_with_pad_to_max_batch
@@ -143,6 +143,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--optimizer", default="distributed_fused_adam", help="on a CPU always adamw")
+    add_no_fusion(parser)
     parser.add_argument("--prompts", type=int, help="of a step: 16, on a CPU 4")
     parser.add_argument("--micro-batch", type=int, help="rows: 8, on a CPU 2")
     parser.add_argument("--prompt-tokens", type=int, help="of the longest prompt, the shortest has half: 128 or 16")
@@ -160,6 +161,7 @@ def parsed_arguments() -> argparse.Namespace:
         parser.error(f"{SMOLLM2} does not exist: `make model` fetches and converts it")
     if not args.cpu and torch.cuda.device_count() == 0:
         parser.error("no GPU found; --cpu runs the script without one")
+    args.fusion &= not args.cpu and "distributed" in args.optimizer
     args.rows = args.prompts  # what a step trains on
     return args
 

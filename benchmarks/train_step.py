@@ -107,7 +107,7 @@ def build(args, folder: Path, kind: str, **overrides) -> tuple:
         "rs.num_rollout_samples": args.rows * num_replicas,
         "rs.offload_adam_states": False,
         "rs.training.packing": kind == "packed",
-        "gradient_accumulation_fusion": kind == "packed" and not args.cpu and "distributed" in args.optimizer,
+        "gradient_accumulation_fusion": kind == "packed" and args.fusion,
         "masked_softmax_fusion": False,  # asks for kernels of Apex that few have built, and only in unfused attention
         **overrides,
     }
@@ -179,21 +179,23 @@ def measure_kind(args, folder: Path, kind: str, cases: tuple[str, ...], rate: fl
     actor, optimizer = build(args, folder, kind, **overrides)
     say(f"{kind}: built in {time.perf_counter() - start:.1f} s; {memory_before / GIB:.1f} GiB left over from before")
     found = {}
-    for case in cases:
-        vocabulary = gpt_model(actor).shared_embedding_or_output_weight().size(0)
-        batch = rollouts(args, case, vocabulary, parallel_state.get_data_parallel_rank())
-        if parallel_state.get_data_parallel_world_size() > 1:
-            batch = balance_over_replicas(with_common_width(batch), args.rows, pad_value=0)
-        result = measure(actor, optimizer, batch, args.repeats, memory_before)
-        result["share_of_matmul"] = model_flops(actor, batch) / result["pass_s"] / rate
-        found[case] = result
-        say(
-            f"{kind:12}{case:10}{result['pass_s']:>9.3f}{result['step_s']:>9.3f}"
-            f"{result['tokens'] / result['pass_s']:>11,.0f}"
-            f"{result['share_of_matmul']:>10.1%}{result['peak_gib']:>10.1f}{result['share_of_padded']:>10.1%}"
-            f"{result['loss']:>10.4f}   {' '.join(f'{s:.3f}' for s in result['passes_s'])}"
-        )
-    release(actor)
+    try:
+        for case in cases:
+            vocabulary = gpt_model(actor).shared_embedding_or_output_weight().size(0)
+            batch = rollouts(args, case, vocabulary, parallel_state.get_data_parallel_rank())
+            if parallel_state.get_data_parallel_world_size() > 1:
+                batch = balance_over_replicas(with_common_width(batch), args.rows, pad_value=0)
+            result = measure(actor, optimizer, batch, args.repeats, memory_before)
+            result["share_of_matmul"] = model_flops(actor, batch) / result["pass_s"] / rate
+            found[case] = result
+            say(
+                f"{kind:12}{case:10}{result['pass_s']:>9.3f}{result['step_s']:>9.3f}"
+                f"{result['tokens'] / result['pass_s']:>11,.0f}"
+                f"{result['share_of_matmul']:>10.1%}{result['peak_gib']:>10.1f}{result['share_of_padded']:>10.1%}"
+                f"{result['loss']:>10.4f}   {' '.join(f'{s:.3f}' for s in result['passes_s'])}"
+            )
+    finally:
+        release(actor)
     return found
 
 
@@ -275,11 +277,16 @@ def one_replica_and_both(args) -> None:
         args.save.write_text(json.dumps({"machine": hardware(), "rollouts_per_s": rates}, indent=2) + "\n")
 
 
+def add_no_fusion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-fusion", dest="fusion", action="store_false", help="gradients not accumulated in place")
+
+
 def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--devices", type=int, default=1, help="replicas to compare with one; 0: as launched")
     parser.add_argument("--optimizer", default="distributed_fused_adam", help="on a CPU always adamw")
+    add_no_fusion(parser)
     parser.add_argument("--rows", type=int, help="rollouts of each replica: 64, on a CPU 8")
     parser.add_argument("--micro-batch", type=int, help="rows: 8, on a CPU 2")
     parser.add_argument("--prompt-tokens", type=int, help="of the longest prompt, the shortest has half: 128 or 16")
@@ -293,6 +300,7 @@ def parsed_arguments() -> argparse.Namespace:
     }.items():  # fmt: skip
         if getattr(args, key) is None:
             setattr(args, key, on_cpu if args.cpu else on_gpu)
+    args.fusion &= not args.cpu and "distributed" in args.optimizer
     if args.cpu and not SMOLLM2.exists():
         parser.error(f"{SMOLLM2} does not exist: `make model` fetches and converts it")
     if not args.cpu and torch.cuda.device_count() < max(args.devices, 1):
