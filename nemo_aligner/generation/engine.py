@@ -99,8 +99,11 @@ class Engine:
         looks, num_looks = deque(), 0
         while waiting or stored or self._in_flight:
             self._admit(waiting, stored)
-            looks.append(self._decode(self._steps_between_looks))
-            if len(looks) > self._looks_behind:
+            ahead = self._steps_between_looks * len(looks)
+            are_needed = any(len(row.generated) + ahead < decoding.max_length for row in self._in_flight)
+            if are_needed:
+                looks.append(self._decode(self._steps_between_looks))
+            if len(looks) > self._looks_behind or not are_needed:
                 yield from self._take_in(looks.popleft(), decoding, end_strings)
             num_looks += 1
             if check is not None and num_looks % LOOKS_BETWEEN_CHECKS == 0:

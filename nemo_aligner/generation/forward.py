@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import (
 from torch.nn import functional as F
 
 from nemo_aligner.compat.cpu_linear import linear
-from nemo_aligner.generation.weights import Linear, Weights
+from nemo_aligner.generation.weights import Activation, Linear, Weights
 
 
 def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor, attend: Callable, ops) -> torch.Tensor:
@@ -27,7 +27,7 @@ def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor,
         tokens_M, positions_M: int64 [M].
         attend: attend(layer number, qkv_MX) -> context [M, heads * channels of this rank]; qkv_MX is the output of the
             layer's fused projection. It also keeps keys and values, where that is wanted.
-        ops: the module with `add_norm`, `product` and `activate` for this device.
+        ops: the module with `add_norm`, `product`, `activate` and `activated_product` for this device.
     """
     hidden_MH, delta_MH, bias_H = _embed(weights, tokens_M, positions_M), None, None
     for number, layer in enumerate(weights.layers):
@@ -35,7 +35,7 @@ def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor,
         context_MX = attend(number, _column_parallel(layer.qkv, normed_MH))
         delta_MH, bias_H = _row_parallel(layer.proj, context_MX, ops), layer.proj.bias
         hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.mlp_norm)
-        activated_MF = ops.activate(_column_parallel(layer.fc1, normed_MH), weights.activation)
+        activated_MF = _activated(layer.fc1, normed_MH, weights.activation, ops)
         delta_MH, bias_H = _row_parallel(layer.fc2, activated_MF, ops), layer.fc2.bias
     return ops.add_norm(hidden_MH, delta_MH, bias_H, weights.final_norm)[1]
 
@@ -61,6 +61,12 @@ def _embed(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor) 
 
 def _column_parallel(layer: Linear, x_MI: torch.Tensor) -> torch.Tensor:
     return _add_adapter(layer, x_MI, linear(x_MI, layer.weight, layer.bias))
+
+
+def _activated(layer: Linear, x_MI: torch.Tensor, activation: Activation, ops) -> torch.Tensor:
+    if layer.adapter is None:
+        return ops.activated_product(x_MI, layer.weight, layer.bias, activation)
+    return ops.activate(_column_parallel(layer, x_MI), activation)
 
 
 def _row_parallel(layer: Linear, x_MI: torch.Tensor, ops) -> torch.Tensor:

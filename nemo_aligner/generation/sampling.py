@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 _BLOCK = 128  # tokens whose probabilities are summed at once
-# Probabilities that fit into a processor's cache, also in float64; more are not worth what drawing of them takes.
+# So many probabilities stay in a processor's cache, also in float64: a CPU draws for as many rows at a time.
 _NUMBERS_AT_ONCE = 2**18
 # What is drawn where the largest logit is NaN or infinite: no token.
 NO_TOKEN = -1

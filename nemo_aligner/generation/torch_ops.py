@@ -39,6 +39,13 @@ def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
     return activation.function(gate_MF) * up_MF
 
 
+def activated_product(
+    x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation
+) -> torch.Tensor:
+    """The activation of x_MI @ weight_OI.T + bias_O, [M, F]; O is F, or 2 F where the activation is gated."""
+    return activate(linear(x_MI, weight_OI, bias_O), activation)
+
+
 def rotate(x_BND: torch.Tensor, cos_BD: torch.Tensor, sin_BD: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of [B, heads, D] by angles whose cosine and signed sine are `RotaryTable`'s."""
     half = cos_BD.size(-1) // 2

@@ -94,6 +94,21 @@ def test_activation(normal, dtype, is_gated, name):
     assert_close(triton_ops.activate(x, activation), torch_ops.activate(x.float(), activation), dtype)
 
 
+@pytest.mark.parametrize(("rows", "size_in", "size"), [(64, 2048, 8192), (3, 256, 192), (65, 256, 192), (4, 250, 190)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_products_are_activated(normal, rows, size_in, size, with_bias, is_gated, name):
+    dtype = torch.bfloat16
+    function = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[name]
+    x, activation = normal(rows, size_in, dtype=dtype), Activation(name, function, is_gated)
+    size_out = size * (1 + is_gated)
+    weight, bias = normal(size_out, size_in, dtype=dtype) / size_in**0.5, normal(size_out, dtype=dtype)
+    product = (x.float() @ weight.float().T + with_bias * bias.float()).to(dtype).float()
+    ours = triton_ops.activated_product(x, weight, bias if with_bias else None, activation)
+    assert_close(ours, torch_ops.activate(product, activation), dtype)
+
+
 @DTYPES
 @pytest.mark.parametrize(
     ("B", "G", "Q", "D", "T", "turned"),

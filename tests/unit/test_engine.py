@@ -241,6 +241,30 @@ def test_rows_of_later_batches_take_the_places_of_ended_ones_and_batches_come_wh
     assert len({len(row) for rows in together for row in rows}) > 5
 
 
+def test_a_host_that_runs_ahead_queues_no_step_that_no_row_can_need(generating, monkeypatch):
+    """On the CPU it looks at tokens as late as on a GPU."""
+    actor, prompts = generating(max_rows=5), ragged_prompts(13)
+    expected = responses_of(actor.infer(batch_of(actor, prompts)))
+    engine = actor._rollout_generator._engine
+    engine._steps_between_looks, engine._looks_behind = 2, 1
+    monkeypatch.setattr(Engine, "_num_looked_at", lambda self: self._cache.capacity)
+    num_rows, step = [], Engine._step
+
+    def counted(self, rows):
+        num_rows.append(rows)
+        return step(self, rows)
+
+    monkeypatch.setattr(Engine, "_step", counted)
+    assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
+    assert {len(row) for row in expected} == {NUM_NEW_TOKENS}
+    assert num_rows == [5] * (2 * NUM_NEW_TOKENS) + [3] * NUM_NEW_TOKENS
+    monkeypatch.setitem(actor._sampling_params, "end_strings", list(string.ascii_lowercase[:6]))
+    ending = responses_of(actor.infer(batch_of(actor, prompts)))
+    assert engine is actor._rollout_generator._engine
+    assert ending == responses_of(generating("nemo").infer(batch_of(actor, prompts)))
+    assert len({len(row) for row in ending}) > 3
+
+
 def test_too_little_memory_lowers_the_rows_in_flight_and_says_so_once(generating, monkeypatch, caplog):
     prompts = ragged_prompts(9)
     expected = responses_of(generating().infer(batch_of(generating(), prompts)))

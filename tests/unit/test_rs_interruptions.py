@@ -269,6 +269,22 @@ class InterruptedModel(FakeModel):
         return super().infer(batch)
 
 
+class ModelWithoutNumbers(FakeModel):
+    """Its weights are NaN from the third inference call on."""
+
+    def infer(self, batch):
+        if len(self.requests) == 2:
+            raise FloatingPointError("rollouts: NaN")
+        return super().infer(batch)
+
+
+def test_weights_that_became_nan_end_the_run_with_the_step_and_nothing_is_saved(tmp_path):
+    trainer = make_trainer(g=2, model=ModelWithoutNumbers(), rollout_dir=tmp_path, save_interval=5)
+    with pytest.raises(FloatingPointError, match=r"^RS step 1: rollouts: NaN$"):
+        trainer.fit()
+    assert trainer.step == 1 and trainer.ckpt_callback.saved == [] and trainer.logger.finalized == 1
+
+
 def test_rollouts_are_on_disk_after_an_interrupt_in_the_middle(tmp_path):
     trainer = make_trainer(g=4, model=InterruptedModel(), rollout_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
