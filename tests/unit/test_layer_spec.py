@@ -151,6 +151,12 @@ def test_dropout_in_training_only():
         # what is kept is scaled up: position 0 sees itself with weight 1, which becomes 2 or 0
         ratio = first[0].unflatten(-1, (2, 2, 3)) / value[0].unsqueeze(2)
         assert ((ratio - 2).abs().lt(1e-5) | ratio.abs().lt(1e-5)).all()
+        # and so, in a pack of sequences of one token, does every position
+        packed, singles = [x[:, 0] for x in (query, key, value)], PackedSequences.of([1] * 5)
+        context = dropping(*packed, None, packed_seq_params=singles)
+        ratio = context.unflatten(-1, (2, 2, 3)) / packed[2].unsqueeze(2)
+        kept = (ratio - 2).abs().lt(1e-5)
+        assert kept.any() and not kept.all() and (kept | ratio.abs().lt(1e-5)).all()
     finally:
         tracker.set_states(before)
 

@@ -58,9 +58,7 @@ def packed_forward(model: torch.nn.Module, pack: Pack) -> torch.Tensor:
     """
     gpt_model = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     with _rotary_positions(gpt_model, pack.position_ids_1T[0]), _logprobs_for_logits(gpt_model, pack):
-        output = model(
-            pack.tokens_1T, pack.position_ids_1T, None, labels=None, packed_seq_params=pack.sequences
-        )  # fmt: skip
+        output = model(pack.tokens_1T, pack.position_ids_1T, None, labels=None, packed_seq_params=pack.sequences)
     return output.squeeze(0) if gpt_model.post_process else output
 
 
