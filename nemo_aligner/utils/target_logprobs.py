@@ -22,7 +22,7 @@ class TargetLogprobs(torch.autograd.Function):
     """`apply(hidden_RH, weight_VH, targets_R, reduce_hidden, fuse_weight)` -> float32 [R], equal on all TP ranks.
 
     All ranks of the tensor-parallel group must call it. The logits are formed again in the backward pass: that costs a
-    fifth more in the output layer, and nothing is kept but the hidden states and two numbers per position.
+    third more in the output layer, and nothing is kept but the hidden states and two numbers per position.
 
     Args:
         hidden_RH: equal on all TP ranks.
