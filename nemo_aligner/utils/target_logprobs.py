@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import layers
 
 from nemo_aligner.compat.cpu_linear import linear, matmul
 from nemo_aligner.compat.float32_accumulation import add_product_
 from nemo_aligner.utils import logprobs
+from nemo_aligner.utils.weight_gradients import add_to_main_grad, stand_in_gradient
 
 
 class TargetLogprobs(torch.autograd.Function):
@@ -69,14 +69,14 @@ class TargetLogprobs(torch.autograd.Function):
             grad_RC = logprobs.shard_gradient(logits_RC[None], *(tensor[None] for tensor in per_position))[0]
             add_product_(grad_hidden_RH, grad_RC, weight_VH[piece])
             if needs_weight and fuses:
-                _add_to_main_grad(weight_VH.main_grad[piece], hidden_RH, grad_RC)
+                add_to_main_grad(weight_VH.main_grad[piece], grad_RC, hidden_RH)
             elif needs_weight:
                 grad_weight_VH[piece] = matmul(grad_RC.t(), hidden_RH)
         grad_hidden_RH = grad_hidden_RH.to(hidden_RH.dtype)
         if ctx.reduce_hidden:
             torch.distributed.all_reduce(grad_hidden_RH, group=parallel_state.get_tensor_model_parallel_group())
         if needs_weight and fuses:
-            grad_weight_VH = _stand_in_gradient(weight_VH)
+            grad_weight_VH = stand_in_gradient(weight_VH)
         return grad_hidden_RH, grad_weight_VH, None, None, None
 
 
@@ -88,23 +88,3 @@ def _pieces(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[
     for start in range(0, len(weight_VH), size):
         piece = slice(start, start + size)
         yield piece, linear(hidden_RH, weight_VH[piece])
-
-
-def _add_to_main_grad(main_grad_CH: torch.Tensor, hidden_RH: torch.Tensor, grad_RC: torch.Tensor) -> None:
-    kernels = layers.fused_weight_gradient_mlp_cuda
-    add = kernels.wgrad_gemm_accum_fp32 if main_grad_CH.dtype == torch.float32 else kernels.wgrad_gemm_accum_fp16
-    add(hidden_RH, grad_RC, main_grad_CH)
-
-
-def _stand_in_gradient(weight_VH: torch.Tensor) -> torch.Tensor | None:
-    """What autograd gets for a gradient that is in `main_grad` already, by megatron-core's convention.
-
-    Its data-parallel wrapper wants its hooks to be called, and so a gradient, which it drops; of a tied weight it adds
-    what comes from all places together, among which this one then must be zero.
-    """
-    if not hasattr(weight_VH, "grad_added_to_main_grad"):
-        return None
-    weight_VH.grad_added_to_main_grad = True
-    if getattr(weight_VH, "zero_out_wgrad", False):
-        return torch.zeros_like(weight_VH)
-    return torch.empty_like(weight_VH)

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional as F
 
+from nemo_aligner.models.nlp.gpt.fused_layer import can_fuse, fused_layer
 from nemo_aligner.models.nlp.gpt.packed_attention import packed_attention
 
 
@@ -61,7 +62,10 @@ class Norm(torch.nn.Module):
         Its kernels for a GPU do (statistics, scale and shift are in their accumulation type), given a weight of the
         input's dtype; before it had one for RMSNorm, torch rounded to half precision in front of the scale.
         """
-        if not hidden.is_cuda or hidden.dtype != self.weight.dtype or self.zero_centered:
+        # Of every parameter something is asked here: Apex, with `overlap_param_sync`, only then waits for its values.
+        if self.zero_centered or any(parameter.dtype != hidden.dtype for parameter in self.parameters()):
+            return False
+        if not hidden.is_cuda:
             return False
         return not self.is_rms or hasattr(torch.ops.aten, "_fused_rms_norm")
 
@@ -117,6 +121,24 @@ class ScaledDotProductAttention(MegatronModule):
         return contextlib.nullcontext()
 
 
+class Layer(TransformerLayer):
+    """megatron-core's layer, which over packs is one function where that computes the same."""
+
+    def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, packed_seq_params=None, **kwargs):
+        if packed_seq_params is None or not can_fuse(self, hidden_states):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        angles_TA = None if rotary_pos_emb is None else rotary_pos_emb.squeeze(1)
+        output_TH = fused_layer(self, hidden_states.squeeze(1), angles_TA, packed_seq_params)
+        return output_TH.unsqueeze(1), None
+
+
 def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The spec of this pipeline stage's layers and of the norm behind the last one.
 
@@ -130,7 +152,7 @@ def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     if config.context_parallel_size > 1:
         raise ValueError("model.context_parallel_size: must be 1 without Transformer Engine")
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(

@@ -1,0 +1,171 @@
+"""A transformer layer over a pack as one differentiable function.
+
+It computes what megatron-core's `TransformerLayer` with our spec does. There a layer is some hundred calls in Python,
+forward and backward, and a GPU waits for them; here it is some thirty. And fewer activations are kept: norms and the
+MLP's activation are computed again in the backward pass, and rotary positions are turned in place.
+
+Legend: T tokens, H hidden size, N heads, G key/value groups, Q query heads of a group, D channels per head, P width of
+the query-key-value product, F width of the MLP.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from nemo_aligner.compat.cpu_linear import linear, matmul
+from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
+from nemo_aligner.models.nlp.gpt.rotary import turn_
+from nemo_aligner.utils.weight_gradients import weight_gradient
+
+
+def can_fuse(layer: TransformerLayer, hidden: torch.Tensor) -> bool:
+    """Whether `FusedLayer` does all that the layer's own modules would do: for others there are the modules."""
+    config, attention, mlp = layer.config, layer.self_attention, layer.mlp
+    return (
+        parallel_state.get_tensor_model_parallel_world_size() == 1
+        and not (layer.training and (config.hidden_dropout or config.attention_dropout))
+        and not attention.checkpoint_core_attention
+        and (type(attention), type(mlp)) == (SelfAttention, MLP)  # adapters make other types of them
+        and (type(attention.linear_qkv), type(attention.linear_proj)) == (ColumnParallelLinear, RowParallelLinear)
+        and attention.q_layernorm is None
+        and attention.k_layernorm is None
+        and hidden.dtype == attention.linear_qkv.weight.dtype
+        and not torch.is_autocast_enabled(hidden.device.type)
+        and not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())
+    )
+
+
+def fused_layer(
+    layer: TransformerLayer, hidden_TH: torch.Tensor, angles_TA: torch.Tensor | None, sequences: PackedSequences
+) -> torch.Tensor:
+    """The layer's output [T, H]; `angles_TA` are the rotary positions of its tokens, if it has any."""
+    return _FusedLayer.apply(layer, hidden_TH, angles_TA, sequences, *_parameters(layer))
+
+
+def _parameters(layer: TransformerLayer) -> list[torch.Tensor | None]:
+    """In the order of what `_FusedLayer.backward` returns."""
+    attention, mlp = layer.self_attention, layer.mlp
+    linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+    norms = (layer.input_layernorm, layer.pre_mlp_layernorm)
+    return [parameter for module in (*linears, *norms) for parameter in (module.weight, module.bias)]
+
+
+class _FusedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layer, hidden_TH, angles_TA, sequences, *parameters):
+        qkv_w, qkv_b, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b, *_ = parameters
+        for parameter in parameters:
+            if (
+                parameter is not None
+            ):  # Apex, with `overlap_param_sync`, waits for its values when it is asked something
+                parameter.data_ptr()
+
+        qkv_TP = linear(layer.input_layernorm(hidden_TH), qkv_w, qkv_b)
+        qkv_TGXD = _by_heads(layer, qkv_TP)
+        if angles_TA is not None:
+            turn_(qkv_TGXD, angles_TA)
+        with torch.enable_grad():
+            qkv = [part.detach().requires_grad_() for part in _query_key_value(qkv_TGXD)]
+            context_TND = packed_attention(*qkv, sequences, dropout=0.0)
+        middle_TH = _add_linear(hidden_TH, context_TND.detach().flatten(1), proj_w, proj_b)
+
+        inner_TF = linear(layer.pre_mlp_layernorm(middle_TH), fc1_w, fc1_b)
+        output_TH = _add_linear(middle_TH, _activate(layer, inner_TF), fc2_w, fc2_b)
+
+        ctx.save_for_backward(hidden_TH, middle_TH, inner_TF, angles_TA, *parameters)
+        ctx.layer, ctx.attention = layer, (qkv, context_TND)
+        return output_TH
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TH):
+        layer, (qkv, context_TND) = ctx.layer, ctx.attention
+        hidden_TH, middle_TH, inner_TF, angles_TA, *parameters = ctx.saved_tensors
+        qkv_w, qkv_b, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b, *_ = parameters
+        del ctx.attention  # the layer's graph lives on with its tensors' last reference
+
+        def parameter_gradients(weight, bias, grad_TO, x_TI):
+            fuse = layer.config.gradient_accumulation_fusion
+            of_weight = weight_gradient(weight, grad_TO, x_TI, fuse) if weight.requires_grad else None
+            return of_weight, grad_TO.sum(0) if bias is not None and bias.requires_grad else None
+
+        grad_TH = grad_TH.contiguous()
+        activated_TF, grad_of_inner = _with_gradient(lambda inner: _activate(layer, inner), inner_TF)
+        of_fc2 = parameter_gradients(fc2_w, fc2_b, grad_TH, activated_TF)
+        (grad_TF,) = grad_of_inner(matmul(grad_TH, fc2_w))
+        del activated_TF
+        normed_TH, grad_of_norm = _with_gradient(layer.pre_mlp_layernorm, middle_TH)
+        of_fc1 = parameter_gradients(fc1_w, fc1_b, grad_TF, normed_TH)
+        grad_middle_TH, *of_mlp_norm = grad_of_norm(matmul(grad_TF, fc1_w))
+        grad_middle_TH += grad_TH
+        del grad_TF, normed_TH
+
+        of_proj = parameter_gradients(proj_w, proj_b, grad_middle_TH, context_TND.detach().flatten(1))
+        grad_context_TND = matmul(grad_middle_TH, proj_w).view_as(context_TND)
+        grad_TP = torch.empty(len(hidden_TH), len(qkv_w), dtype=hidden_TH.dtype, device=hidden_TH.device)
+        grad_TGXD = _by_heads(layer, grad_TP)
+        of_qkv = torch.autograd.grad(context_TND, qkv, grad_context_TND)
+        for part_TGQD, grad in zip(_split_heads(grad_TGXD), of_qkv, strict=True):
+            part_TGQD.copy_(grad.view(part_TGQD.shape))
+        if angles_TA is not None:
+            turn_(grad_TGXD, angles_TA, backwards=True)
+        normed_TH, grad_of_norm = _with_gradient(layer.input_layernorm, hidden_TH)
+        of_qkv = parameter_gradients(qkv_w, qkv_b, grad_TP, normed_TH)
+        grad_hidden_TH, *of_input_norm = grad_of_norm(matmul(grad_TP, qkv_w))
+        grad_hidden_TH += grad_middle_TH
+        return None, grad_hidden_TH, None, None, *of_qkv, *of_proj, *of_fc1, *of_fc2, *of_input_norm, *of_mlp_norm
+
+
+def _by_heads(layer: TransformerLayer, qkv_TP: torch.Tensor) -> torch.Tensor:
+    """[T, G, Q + 2, D]: each group's queries, its key and its value, as megatron-core lays them out."""
+    attention = layer.self_attention
+    groups, head_dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+    return qkv_TP.view(len(qkv_TP), groups, -1, head_dim)
+
+
+def _split_heads(qkv_TGXD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [T, G, Q, D], keys and values [T, G, 1, D]."""
+    return qkv_TGXD.split((qkv_TGXD.size(2) - 2, 1, 1), dim=2)
+
+
+def _query_key_value(qkv_TGXD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[T, N, D] and twice [T, G, D]."""
+    return tuple(part.flatten(1, 2) for part in _split_heads(qkv_TGXD))
+
+
+def _add_linear(residual_TH, x_TI, weight_HI, bias_H) -> torch.Tensor:
+    if residual_TH.is_cuda:
+        output_TH = torch.addmm(residual_TH, x_TI, weight_HI.t())
+        return output_TH if bias_H is None else output_TH.add_(bias_H)
+    return linear(x_TI, weight_HI, bias_H).add_(residual_TH)
+
+
+def _activate(layer: TransformerLayer, inner_TF: torch.Tensor) -> torch.Tensor:
+    function = layer.config.activation_func
+    if not layer.config.gated_linear_unit:
+        return function(inner_TF)
+    gate, up = inner_TF.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+def _with_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
+    """`function(x)`, and what takes a gradient of it to those of x and of the function's weight and bias, if any."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = function(x)
+    parameters = [function.weight, function.bias] if isinstance(function, torch.nn.Module) else []
+    trained = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+
+    def gradients(grad: torch.Tensor) -> tuple:
+        of_x, *of_trained = torch.autograd.grad(y, [x, *trained], grad)
+        found = dict(zip(map(id, trained), of_trained, strict=True))
+        return of_x, *(found.get(id(parameter)) for parameter in parameters)
+
+    return y.detach(), gradients
