@@ -39,7 +39,7 @@ from nemo_aligner.generation.weights import find_weights
 MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
 # The cache grows in steps of so many positions, so that batches of about the same length share one.
 CAPACITY_STEP = 64
-# Some 64 tokens of each row on a GPU, half of that on a CPU: below a second to a few, as patient as a scheduler is.
+# These are 64 tokens of each row on a GPU, 32 on a CPU: well below the half minute that schedulers wait behind SIGTERM.
 LOOKS_BETWEEN_CHECKS = 32
 
 
