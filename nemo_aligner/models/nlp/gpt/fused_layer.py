@@ -36,7 +36,7 @@ def can_fuse(layer: TransformerLayer, hidden: torch.Tensor) -> bool:
         and attention.k_layernorm is None
         and hidden.dtype == attention.linear_qkv.weight.dtype
         and not torch.is_autocast_enabled(hidden.device.type)
-        and not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())
+        and not any(part._forward_pre_hooks or part._forward_hooks for part in layer.own_parts)
     )
 
 
@@ -86,7 +86,8 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx, grad_TH):
         layer, (qkv, context_TND) = ctx.layer, ctx.attention
         hidden_TH, middle_TH, inner_TF, angles_TA, *parameters = ctx.saved_tensors
-        qkv_w, qkv_b, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b, *_ = parameters
+        qkv_w, qkv_b, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b, *norms = parameters
+        input_norm, mlp_norm = norms[:2], norms[2:]
         del ctx.attention  # the layer's graph lives on with its tensors' last reference
 
         def parameter_gradients(weight, bias, grad_TO, x_TI):
@@ -99,7 +100,7 @@ class _FusedLayer(torch.autograd.Function):
         of_fc2 = parameter_gradients(fc2_w, fc2_b, grad_TH, activated_TF)
         (grad_TF,) = grad_of_inner(matmul(grad_TH, fc2_w))
         del activated_TF
-        normed_TH, grad_of_norm = _with_gradient(layer.pre_mlp_layernorm, middle_TH)
+        normed_TH, grad_of_norm = _with_gradient(layer.pre_mlp_layernorm.normalize, middle_TH, *mlp_norm)
         of_fc1 = parameter_gradients(fc1_w, fc1_b, grad_TF, normed_TH)
         grad_middle_TH, *of_mlp_norm = grad_of_norm(matmul(grad_TF, fc1_w))
         grad_middle_TH += grad_TH
@@ -114,7 +115,7 @@ class _FusedLayer(torch.autograd.Function):
             part_TGQD.copy_(grad.view(part_TGQD.shape))
         if angles_TA is not None:
             turn_(grad_TGXD, angles_TA, backwards=True)
-        normed_TH, grad_of_norm = _with_gradient(layer.input_layernorm, hidden_TH)
+        normed_TH, grad_of_norm = _with_gradient(layer.input_layernorm.normalize, hidden_TH, *input_norm)
         of_qkv = parameter_gradients(qkv_w, qkv_b, grad_TP, normed_TH)
         grad_hidden_TH, *of_input_norm = grad_of_norm(matmul(grad_TP, qkv_w))
         grad_hidden_TH += grad_middle_TH
@@ -154,18 +155,15 @@ def _activate(layer: TransformerLayer, inner_TF: torch.Tensor) -> torch.Tensor:
 
 
 def _with_gradient(
-    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
-    """`function(x)`, and what takes a gradient of it to those of x and of the function's weight and bias, if any."""
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], list[torch.Tensor | None]]]:
+    """`function(*inputs)`, and what takes a gradient of it to those of the inputs."""
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = function(x)
-    parameters = [function.weight, function.bias] if isinstance(function, torch.nn.Module) else []
-    trained = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+        inputs = [x if x is None else x.detach().requires_grad_() for x in inputs]
+        y = function(*inputs)
 
-    def gradients(grad: torch.Tensor) -> tuple:
-        of_x, *of_trained = torch.autograd.grad(y, [x, *trained], grad)
-        found = dict(zip(map(id, trained), of_trained, strict=True))
-        return of_x, *(found.get(id(parameter)) for parameter in parameters)
+    def gradients(grad: torch.Tensor) -> list[torch.Tensor | None]:
+        found = iter(torch.autograd.grad(y, [x for x in inputs if x is not None], grad))
+        return [x if x is None else next(found) for x in inputs]
 
     return y.detach(), gradients

@@ -47,14 +47,18 @@ class Norm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._has_kernel(hidden):
-            if self.is_rms:
-                return F.rms_norm(hidden, self.shape, self.weight, self.eps).to(hidden.dtype)
-            return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps).to(hidden.dtype)
-        weight = self.weight.float() + 1 if self.zero_centered else self.weight.float()
+        return self.normalize(hidden, self.weight, self.bias)
+
+    def normalize(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """With parameters like the norm's own."""
+        dtype = hidden.dtype
+        if not self._has_kernel(hidden):
+            hidden, weight, bias = (x if x is None else x.float() for x in (hidden, weight, bias))
+        if self.zero_centered:
+            weight = weight + 1
         if self.is_rms:
-            return F.rms_norm(hidden.float(), self.shape, weight, self.eps).to(hidden.dtype)
-        return F.layer_norm(hidden.float(), self.shape, weight, self.bias.float(), self.eps).to(hidden.dtype)
+            return F.rms_norm(hidden, self.shape, weight, self.eps).to(dtype)
+        return F.layer_norm(hidden, self.shape, weight, bias, self.eps).to(dtype)
 
     def _has_kernel(self, hidden: torch.Tensor) -> bool:
         """Whether torch reads half precision and computes in float32 by itself, which saves the casts around it.
@@ -123,6 +127,10 @@ class ScaledDotProductAttention(MegatronModule):
 
 class Layer(TransformerLayer):
     """megatron-core's layer, which over packs is one function where that computes the same."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own_parts = tuple(self.children()) + tuple(part for child in self.children() for part in child.children())
 
     def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, packed_seq_params=None, **kwargs):
         if packed_seq_params is None or not can_fuse(self, hidden_states):

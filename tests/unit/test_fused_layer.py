@@ -1,0 +1,140 @@
+"""A layer over a pack as one function, against the modules of the same layer, and when it gives way to them."""
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from nemo_aligner.models.nlp.gpt import layer_spec
+from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
+from nemo_aligner.models.nlp.gpt.rotary import turn_
+from tests.tiny import load_actor, save_gpt2_like
+
+LENGTHS = [5, 1, 9]
+# Relative error of float32 between two orders of summation.
+OTHER_ORDER = 2e-6
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def layer(request, tiny_hf, tiny_nemo, tmp_path_factory):
+    """Grouped queries, RMSNorm, gated, no biases; or LayerNorm1P, GELU, biases and half of the channels turned."""
+    path = tiny_nemo
+    if request.param == "gpt2":
+        path = tmp_path_factory.mktemp("fused") / "gpt2.nemo"
+        rotary = {"position_embedding_type": "rope", "rotary_percentage": 0.5}
+        save_gpt2_like(tiny_hf, path, normalization="layernorm1p", **rotary)
+    return load_actor(path).model.decoder.layers[0].train()
+
+
+def angles(num_channels: int) -> torch.Tensor:
+    """[T, 1, channels], as megatron-core's table has them."""
+    half = torch.rand(sum(LENGTHS), num_channels // 2, generator=torch.Generator().manual_seed(3)) * 6
+    return torch.cat([half, half], dim=1).unsqueeze(1)
+
+
+def outcome(layer, forward=layer_spec.Layer.forward) -> dict[str, torch.Tensor]:
+    """Output and gradients of everything, for a random input and a random gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    hidden_T1H, grad_T1H = torch.randn(2, sum(LENGTHS), 1, 64, generator=generator)
+    hidden_T1H.requires_grad_()
+    layer.zero_grad()
+    # 16 channels a head, half of them turned in the second model
+    turned = angles(16 if layer.config.normalization == "RMSNorm" else 8)
+    output_T1H, context = forward(
+        layer, hidden_T1H, None, rotary_pos_emb=turned, packed_seq_params=PackedSequences.of(LENGTHS)
+    )
+    output_T1H.backward(grad_T1H)
+    assert context is None
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {"output": output_T1H.detach(), "input": hidden_T1H.grad, **gradients}
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if expected is None:
+            assert ours[name] is None, name
+        else:
+            assert (ours[name] - expected).norm() <= OTHER_ORDER * expected.norm() > 0, name
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The layers that went the fused way."""
+    seen, fused_layer = [], layer_spec.fused_layer
+
+    def spy(layer, *args):
+        seen.append(layer)
+        return fused_layer(layer, *args)
+
+    monkeypatch.setattr(layer_spec, "fused_layer", spy)
+    return seen
+
+
+def test_output_and_gradients_are_those_of_the_modules(layer, calls):
+    expected = outcome(layer, TransformerLayer.forward)
+    assert not calls
+    assert_same(outcome(layer), expected)
+    assert calls == [layer]
+
+
+def test_parameters_that_are_not_trained_get_no_gradient(layer):
+    # megatron-core leaves the bias out with a frozen weight
+    frozen = [*layer.self_attention.linear_qkv.parameters(), *layer.mlp.linear_fc1.parameters()]
+    frozen.append(layer.input_layernorm.weight)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        expected = outcome(layer, TransformerLayer.forward)
+        assert sum(gradient is None for gradient in expected.values()) == len(frozen)
+        assert_same(outcome(layer), expected)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_()
+
+
+def test_hooks_see_each_gradient_once(layer):
+    seen, weight = [], layer.pre_mlp_layernorm.weight
+    handle = weight.register_hook(seen.append)
+    outcome(layer)
+    handle.remove()
+    assert len(seen) == 1 and torch.equal(seen[0], weight.grad)
+
+
+@pytest.mark.parametrize(
+    "part", ["mlp.linear_fc2", "self_attention", "input_layernorm", "self_attention.core_attention"]
+)
+def test_modules_that_have_hooks_are_called(layer, calls, part):
+    called = []
+    handle = layer.get_submodule(part).register_forward_pre_hook(lambda *args: called.append(part))
+    outcome(layer)
+    handle.remove()
+    assert called == [part] and not calls
+
+
+@pytest.mark.parametrize("key", ["hidden_dropout", "attention_dropout"])
+def test_dropout_is_left_to_the_modules(layer, calls, monkeypatch, key):
+    monkeypatch.setattr(layer.config, key, 0.1)
+    assert not layer_spec.can_fuse(layer, torch.zeros(1))
+    layer.eval()
+    assert layer_spec.can_fuse(layer, torch.zeros(1))
+    layer.train()
+
+
+def test_other_dtypes_and_autocast_are_left_to_the_modules(layer):
+    assert not layer_spec.can_fuse(layer, torch.zeros(1, dtype=torch.bfloat16))
+    with torch.autocast("cpu"):
+        assert not layer_spec.can_fuse(layer, torch.zeros(1))
+
+
+def test_turning_backwards_undoes_turning_and_leaves_values_and_the_rest_of_the_channels():
+    qkv_TGXD = torch.randn(15, 2, 4, 16, generator=torch.Generator().manual_seed(0))
+    turned = qkv_TGXD.clone()
+    turn_(turned, angles(8).squeeze(1))
+    assert torch.equal(turned[:, :, 3], qkv_TGXD[:, :, 3]) and torch.equal(turned[..., 8:], qkv_TGXD[..., 8:])
+    assert not torch.isclose(turned[:, :, :3, :8], qkv_TGXD[:, :, :3, :8]).all()
+    as_complex = torch.complex(qkv_TGXD[:, :, :3, :4].double(), qkv_TGXD[:, :, :3, 4:8].double())
+    expected = as_complex * torch.exp(1j * angles(8)[:, :, None, :4].double())
+    torch.testing.assert_close(turned[:, :, :3, :4], expected.real.float())
+    torch.testing.assert_close(turned[:, :, :3, 4:8], expected.imag.float())
+    turn_(turned, angles(8).squeeze(1), backwards=True)
+    torch.testing.assert_close(turned, qkv_TGXD)
