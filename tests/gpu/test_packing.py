@@ -8,6 +8,7 @@ from nemo_aligner.compat import float32_accumulation, varlen_attention
 from nemo_aligner.models.nlp.gpt import packed_attention
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings
+from nemo_aligner.models.nlp.gpt.rotary import turn_
 from nemo_aligner.utils import logprobs
 from tests.tiny import load_actor
 from tests.unit.test_layer_spec import layer_norm_formula, norm, rms_formula
@@ -154,3 +155,17 @@ def test_the_host_waits_for_the_gpu_once_a_step(tiny_nemo):
         names = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
         waits[num_rows] = sum(event.count for event in profile.key_averages() if event.key in names)
     assert waits[8] == waits[4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("Q", "D", "turned"), [(1, 128, 128), (3, 64, 32), (4, 80, 80)])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_rotary_positions_are_those_of_the_cpu(dtype, Q, D, turned, backwards):
+    generator = torch.Generator().manual_seed(0)
+    qkv_TGXD = torch.randn(50, 2, Q + 2, D, generator=generator).to(dtype)
+    half = torch.rand(50, turned // 2, generator=generator) * 4000
+    angles = torch.cat([half, half], dim=1)
+    ours, expected = qkv_TGXD.cuda(), qkv_TGXD.double()
+    turn_(ours, angles.cuda(), backwards)
+    turn_(expected, angles.double(), backwards)
+    torch.testing.assert_close(ours.cpu().double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-3, rtol=0)
