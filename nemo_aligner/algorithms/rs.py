@@ -35,7 +35,7 @@ from nemo_aligner.utils.timers import max_over_ranks
 from nemo_aligner.utils.train_utils import clip_gradients
 from nemo_aligner.utils.trainer_utils import check_progress, compute_num_steps_per_epoch
 from nemo_aligner.utils.unscored_rollouts import NoRolloutFolder, UnscoredRollouts
-from nemo_aligner.utils.utils import clear_memory, cpu_dict
+from nemo_aligner.utils.utils import cpu_dict
 
 MAX_TABLE_ROWS = 100
 # First number of the key from which the random stream of a phase is derived.
@@ -217,7 +217,6 @@ class RSTrainer:
         with self.profile.trace("rollouts", self.step + 1), self.timer("rollout_time"):
             rollout_data, train_metrics = self.generate_rollouts(dataloader_iter, num_microbatches)
         self.log_rollouts(train_metrics, "train")
-        clear_memory()
         with self.profile.trace("training", self.step + 1), self.timer("train_time"):
             self.run_training(self._optimizer_batches(rollout_data))
         self.step += 1
