@@ -4,11 +4,11 @@ Legend: as in nemo_aligner/models/nlp/gpt/packing.py.
 """
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_aligner.compat import float32_accumulation, varlen_attention
@@ -310,42 +310,45 @@ def test_a_frozen_output_layer_gets_no_gradient(llama):
 # torch's kernels, whose place others take on a CPU
 
 
-def loop_over_sequences(query, key, value, bounds, max_length, enable_gqa):
-    assert max_length == (bounds[1:] - bounds[:-1]).max()
-    assert query.size(1) == key.size(1) or enable_gqa
-    return packed_attention(query, key, value, PackedSequences((bounds[1:] - bounds[:-1]).tolist(), bounds), 0.0)
-
-
-def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal and cu_seq_q is cu_seq_k and max_q == max_k
-    return loop_over_sequences(query, key, value, cu_seq_q, max_q, False)
-
-
-def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and max_q == max_k
-    return loop_over_sequences(query, key, value, cu_seq_q, max_q, False)
-
-
-def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and max_q == max_k
-    return loop_over_sequences(query, key, value, cu_seq_q, max_q, enable_gqa)
-
-
-@pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_12])
 @pytest.mark.parametrize("num_groups", [2, 4])
-def test_every_version_of_the_kernel_is_asked_for_the_same(monkeypatch, kernel, num_groups):
+def test_the_kernel_is_asked_for_causal_attention_within_sequences(num_groups):
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(7, heads, 8, generator=generator) for heads in (4, num_groups, num_groups))
     sequences = PackedSequences.of([3, 4])
-    expected = packed_attention(query, key, value, sequences, 0.0)
-    monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
-    ours = varlen_attention.causal(query, key, value, sequences.bounds, 4)
-    torch.testing.assert_close(ours, expected)
+    calls = []
+
+    def kernel(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask):
+        calls.append((cum_seq_q.tolist(), cum_seq_k.tolist(), max_q, max_k, dropout_p, is_causal, return_debug_mask))
+        nothing = torch.empty(0)
+        return packed_attention(query, key, value, sequences, 0.0), nothing, nothing, nothing, nothing
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", kernel, "CPU")
+        ours = varlen_attention.causal(query, key, value, sequences.bounds, 4)
+    torch.testing.assert_close(ours, packed_attention(query, key, value, sequences, 0.0), rtol=0, atol=0)
+    assert calls == [([0, 3, 7], [0, 3, 7], 4, 4, 0.0, True, False)]
 
 
-def test_the_kernels_older_signatures_are_still_allowed():
-    """When this fails, compat/varlen_attention.py has distinctions to lose."""
-    assert '"torch>=2.3"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+def test_the_kernel_has_the_arguments_and_the_gradient_that_we_rely_on():
+    """It is no public name: when this fails, compat/varlen_attention.py has to learn what torch made of it."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    assert [f"{argument.type} {argument.name}" for argument in schema.arguments if not argument.kwarg_only] == [
+        "Tensor query", "Tensor key", "Tensor value", "Optional[Tensor] cum_seq_q", "Optional[Tensor] cum_seq_k",
+        "int max_q", "int max_k", "float dropout_p", "bool is_causal", "bool return_debug_mask",
+    ]  # fmt: skip
+    assert all(argument.has_default_value() for argument in schema.arguments if argument.kwarg_only)
+    assert schema.returns[0].name == "output"
+    options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    query, key, value = (torch.empty(7, heads, 8, **options) for heads in (4, 2, 2))
+    context = varlen_attention.causal(query, key, value, torch.empty(3, dtype=torch.int32, device="meta"), 4)
+    assert type(context.grad_fn).__name__ == "FlashAttentionBackward0"  # from C++
+    context.sum().backward()
+    assert [context.shape, key.grad.shape] == [query.shape, key.shape]
+
+
+def test_the_public_way_to_the_kernel_is_still_in_python():
+    """When this fails, see whether it costs the host less now; then compat/varlen_attention.py can go."""
+    assert isinstance(varlen._varlen_attn, torch.library.CustomOpDef)
 
 
 def test_products_are_added_in_float32():
