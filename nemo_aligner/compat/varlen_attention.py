@@ -1,29 +1,32 @@
-"""torch's attention over sequences of different lengths (`torch.nn.attention.varlen`, flash attention underneath).
+"""Flash attention over sequences of different lengths, through torch's operator itself.
 
-torch 2.10 brought it with `is_causal` and equal numbers of query and key heads; 2.11 says the same by `window_size`,
-and 2.12 knows grouped queries by `enable_gqa`. Removal of the distinctions: with torch>=2.12 in pyproject.toml.
+`torch.nn.attention.varlen.varlen_attn` is the public way to it, from torch 2.10 on. It is an operator in Python with a
+gradient in Python, which took the host of an H100 about 350 us a call, hundreds of times a training step (torch 2.11).
+The operator below it has its gradient in C++, takes grouped queries in all versions and has had the same first ten
+arguments since torch 2.3 (read up to 2.13). The gradient is deterministic where `torch.use_deterministic_algorithms`
+asks for it. Removal: when the public way costs the host as little.
 """
 
-import inspect
+import functools
 
 import torch
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
 
 
 def can_compute(query_TND: torch.Tensor) -> bool:
     """Whether the kernel is there and takes such queries."""
     return (
-        varlen_attn is not None
-        and query_TND.is_cuda
+        query_TND.is_cuda
         and query_TND.dtype in (torch.bfloat16, torch.float16)
         and query_TND.size(-1) % 8 == 0
         and query_TND.size(-1) <= 256
-        and torch.cuda.get_device_capability(query_TND.device) >= (8, 0)
+        and _has_kernel(query_TND.device)
     )
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    is_built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)  # torch < 2.5 lacks it
+    return is_built() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def causal(
@@ -35,11 +38,7 @@ def causal(
         bounds: int32 [sequences + 1] on the device; sequence i is at bounds[i] .. bounds[i + 1].
         max_length: of a sequence.
     """
-    accepted = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
-    repeats = query_TND.size(1) // key_TGD.size(1)
-    if repeats > 1 and "enable_gqa" in accepted:
-        options["enable_gqa"] = True
-    elif repeats > 1:
-        key_TGD, value_TGD = (x.repeat_interleave(repeats, dim=1) for x in (key_TGD, value_TGD))
-    return varlen_attn(query_TND, key_TGD, value_TGD, bounds, bounds, max_length, max_length, **options)
+    is_causal, return_debug_mask = True, False
+    return torch.ops.aten._flash_attention_forward(
+        query_TND, key_TGD, value_TGD, bounds, bounds, max_length, max_length, 0.0, is_causal, return_debug_mask
+    )[0]

@@ -11,11 +11,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
 from nemo.utils.model_utils import param_is_not_shared
 
 
 def set_sync_funcs(ptl_model, forward_only: bool) -> None:
-    """Tell the pipeline schedule how to delay, start and finish the optimizer's own communication."""
+    """Tell the pipeline schedule how to delay, start and finish the optimizer's own communication.
+
+    Gradients are reduced in the last micro-batch or behind it, never in one before: replicas may have different numbers
+    of micro-batches.
+    """
     no_sync_func = grad_sync_func = param_sync_func = None
     if ptl_model.with_distributed_adam and not forward_only:
         if ptl_model.use_mcore_dist_optim:
@@ -24,12 +29,20 @@ def set_sync_funcs(ptl_model, forward_only: bool) -> None:
             no_sync_func = partial(ptl_model._optimizer.no_sync, greedy_grad_copy=ptl_model.megatron_amp_O2)
             grad_sync_func = ptl_model.reduce_overlap_gradients
             param_sync_func = ptl_model.sync_overlap_parameters
+    elif not forward_only and _reduces_in_backward(ptl_model):
+        no_sync_func = ptl_model._optimizer.no_sync
     for module in ptl_model.get_model_module_list():
         module.config.no_sync_func = no_sync_func
         module.config.grad_sync_func = grad_sync_func
         module.config.param_sync_func = param_sync_func
         if ptl_model.use_mcore_dist_optim:
             module.config.finalize_model_grads_func = finalize_model_grads
+
+
+def _reduces_in_backward(ptl_model) -> bool:
+    """Whether NeMo's `MainParamsOptimizerWrapper` sends each gradient as soon as a backward pass has added to it."""
+    optimizer = ptl_model._optimizer
+    return isinstance(optimizer, MainParamsOptimizerWrapper) and optimizer.async_master_grads_allreudce  # NeMo's name
 
 
 def _mcore_sync_funcs(ptl_model):
@@ -81,7 +94,7 @@ def grad_reductions(ptl_model) -> None:
     elif parallel_state.get_data_parallel_world_size() > 1:
         if not ptl_model.megatron_amp_O2:
             ptl_model.allreduce_gradients()
-        elif not ptl_model._optimizer.async_master_grads_allreudce:  # spelt so in NeMo
+        elif not _reduces_in_backward(ptl_model):
             ptl_model._optimizer.allreduce_main_grads()
     if cfg.get("pipeline_model_parallel_size", 1) > 1 and cfg.get("share_embeddings_and_output_weights", True):
         ptl_model.allreduce_first_last_embeddings()

@@ -19,6 +19,8 @@ from tests.tiny import load_actor, prompt_batch, save_gpt2_like
 PROMPTS = ["the quick brown", "one two three four five six", "a good", "kind and it ends"]
 # prompt and response lengths of the training rows; the longest row, of 23 tokens, has a width that 2 does not divide
 ROW_LENGTHS = [(3, 14), (6, 9), (1, 20), (4, 17), (2, 21), (5, 5), (8, 3), (7, 12)]
+# the tokens that a pack has room for, as micro-batches are of one row
+FULL_WIDTH = 24
 CLIP_VALUE, LEARNING_RATE = 0.2, 1e-3
 ERROR = 1e-5
 
@@ -42,7 +44,7 @@ class Layout:
         AppState().data_parallel_rank = parallel_state.get_data_parallel_rank()  # as NeMo, when it makes the groups
         return load_actor(
             archives[self.model], world_size, tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
-            micro_batch_size=1, global_batch_size=len(ROW_LENGTHS), **self.overrides,
+            micro_batch_size=1, global_batch_size=len(ROW_LENGTHS), data={"seq_length": FULL_WIDTH}, **self.overrides,
         )  # fmt: skip
 
 
@@ -84,6 +86,7 @@ def run_layouts(rank: int, archives: dict[str, str], folder: str, world_size: in
 def run_layout(model, save_path: str) -> dict:
     """Rollouts, losses and gradients over fixed rows, and one step of AdamW; the model it leaves is saved."""
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     from nemo_aligner.utils.train_utils import clip_gradients
 
@@ -139,6 +142,7 @@ def run_layout(model, save_path: str) -> dict:
         "padded_loss": padded_loss,
         "padded_errors": padded_errors,
         "is_packing": model._is_packing(),
+        "num_packs": (dp_rank, len(model._packs(batch, get_num_microbatches()))),
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "by_engine": by_engine,
         "rollouts": {key: value.tolist() for key, value in rollouts.items()},
@@ -315,11 +319,22 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
         assert outcome["trained_rollouts"] == expected["trained_rollouts"]
         assert re.search(r"token 1 of a response to '.*' are NaN or infinite", outcome["error_of_nan"])
         check_switches(layout.overrides, outcome)
+    check_num_packs(layout, outcomes)
     assert expected["trained_rollouts"] != expected["rollouts"]
     check_sampling(outcomes, expected)
     weights = saved_weights(archive)
     for name, weight in expected_weights.items():
         assert relative_error(weights[name], weight) <= ERROR, name
+
+
+def check_num_packs(layout: Layout, outcomes: list[dict]) -> None:
+    """Replicas without stages have each its own number of packs."""
+    of_replica = dict(outcome["num_packs"] for outcome in outcomes)
+    assert all(of_replica[dp_rank] == num_packs for dp_rank, num_packs in (o["num_packs"] for o in outcomes))
+    if layout.pp > 1:
+        assert set(of_replica.values()) == {len(ROW_LENGTHS) // len(of_replica)}
+    else:
+        assert of_replica == ({0: 7} if len(of_replica) == 1 else {0: 4, 1: 3})
 
 
 def check_sampling(outcomes: list[dict], expected: dict) -> None:

@@ -1,11 +1,15 @@
 """Everything below runs on a GPU, or is skipped; measured deviations are printed as a table at the end."""
 
 import importlib.util
+import os
 import platform
+from collections.abc import Callable
+from pathlib import Path
 
 import megatron.core
 import pytest
 import torch
+from filelock import FileLock
 
 
 def pytest_collection_modifyitems(items):
@@ -14,6 +18,23 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "tests/gpu" in str(item.path):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`made_once(name, make)`: a path that `make` fills once, also if pytest-xdist runs the tests in many processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def path_of(name: str, make: Callable[[Path], None]) -> Path:
+        path = folder / name
+        with FileLock(folder / f"{name}.lock"):
+            if not path.exists():
+                make(path)
+        return path
+
+    return path_of
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -49,12 +49,15 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, tiny_nemo):
-    folder = tmp_path_factory.mktemp("gpu_run")
-    (folder / "reward.py").write_text(REWARD)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": f"one two three {i}"}) + "\n" for i in range(8)))
-    (folder / "tiny.nemo").symlink_to(tiny_nemo)
-    return folder
+def workplace(made_once, request):
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        prompts = [json.dumps({"text": f"one two three {number}"}) for number in range(8)]
+        (folder / "prompts.jsonl").write_text("\n".join(prompts))
+        (folder / "reward.py").write_text(REWARD)
+        (folder / "tiny.nemo").symlink_to(request.getfixturevalue("tiny_nemo"))
+
+    return made_once("training_script", make)
 
 
 def run_script(workplace: Path, name: str, *overrides: str) -> Path:
@@ -88,10 +91,15 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workplace):
+def undisturbed(workplace, made_once):
     """The losses, step by step, of a run of torch's AdamW in float32 on one GPU."""
-    settings = ["model.optim.name=adamw", *PRECISIONS["fp32"], *LAYOUTS["one"]]
-    return losses(run_script(workplace, "adamw", f"trainer.rs.max_steps={NUM_STEPS}", *settings))
+
+    def make(path: Path) -> None:
+        settings = ["model.optim.name=adamw", *PRECISIONS["fp32"], *LAYOUTS["one"]]
+        run = run_script(workplace, "undisturbed", f"trainer.rs.max_steps={NUM_STEPS}", *settings)
+        path.write_text(json.dumps(losses(run)))
+
+    return json.loads(made_once("undisturbed.json", make).read_text())
 
 
 @pytest.fixture

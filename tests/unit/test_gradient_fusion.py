@@ -16,7 +16,7 @@ from nemo_aligner.utils import logprobs
 from nemo_aligner.utils.target_logprobs import TargetLogprobs
 from tests.tiny import load_actor, save_gpt2_like
 from tests.unit.test_loss import make_batch
-from tests.unit.test_packing import ROWS
+from tests.unit.test_packing import FULL_WIDTH, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,9 @@ def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
     for fuses in (False, True):
         optim = {"name": optimizer, "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]}
         actor = load_actor(
-            path, precision="bf16", megatron_amp_O2=True, micro_batch_size=2, global_batch_size=8,
-            gradient_as_bucket_view=True, gradient_accumulation_fusion=fuses, optim=OmegaConf.create(optim),
+            path, precision="bf16", megatron_amp_O2=True, micro_batch_size=1, global_batch_size=8,
+            data={"seq_length": FULL_WIDTH}, gradient_as_bucket_view=True, gradient_accumulation_fusion=fuses,
+            optim=OmegaConf.create(optim),
         )  # fmt: skip
         assert actor.cfg.gradient_accumulation_fusion == fuses
         init_using_ptl(actor.trainer, actor, None, None)
@@ -107,8 +108,8 @@ def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
         kernels = layers.fused_weight_gradient_mlp_cuda
         with mock.patch.object(kernels, "wgrad_gemm_accum_fp32", wraps=kernels.wgrad_gemm_accum_fp32) as accumulate:
             actor.get_loss_and_metrics(make_batch(ROWS), forward_only=False)
-        # four micro-batches of four matrices in each of four layers, and the output layer
-        assert accumulate.call_count == (4 * (4 * 4 + 1) if fuses else 0)
+        # three packs through four matrices in each of four layers, and the output layer
+        assert accumulate.call_count == (3 * (4 * 4 + 1) if fuses else 0)
         actor.finish_training_step()
         parameters = actor.get_model_module_list()[0].named_parameters()
         gradients[fuses] = {name: parameter.main_grad.clone() for name, parameter in parameters}

@@ -3,10 +3,12 @@
 Legend: as in nemo_aligner/models/nlp/gpt/packing.py.
 """
 
-from pathlib import Path
+import itertools
 
 import pytest
 import torch
+from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_aligner.compat import float32_accumulation, varlen_attention
@@ -20,6 +22,8 @@ from tests.unit.test_loss import END_ID, assert_same, make_batch, training_step
 
 # Relative error of float32 gradients between two orders of summation.
 OTHER_ORDER = 1e-5
+# what a row may have; a micro-batch of n rows has room for n times as much
+FULL_WIDTH = 24
 # lengths from 2 to 23 tokens, rows without a response among them
 ROWS = [
     ([5, 6, 7], [8, 9, 10, 11, 12, END_ID]),
@@ -74,6 +78,34 @@ def test_a_real_batch_is_dealt_evenly():
     assert max(loads) <= 1.02 * min(loads)
 
 
+def test_as_few_packs_as_hold_the_rows():
+    lengths = [7, 5, 0, 4, 4, 3, 0]  # 23 tokens in 5 rows
+    assert packing.deal_to_fewest(lengths, 7, 23) == [[0, 1, 3, 4, 5]]
+    assert packing.deal_to_fewest(lengths, 7, 12) == packing.deal(lengths, 2)
+    assert packing.deal_to_fewest(lengths, 7, 11) == packing.deal(lengths, 3)  # two would hold 11 and 12
+    assert packing.deal_to_fewest(lengths, 7, 12, multiple=5) == packing.deal(lengths, 3)  # two would be 15 wide
+    assert packing.deal_to_fewest(lengths, 7, 1) == packing.deal(lengths, 5)  # none is left empty
+    assert packing.deal_to_fewest(lengths, 2, 1) == packing.deal(lengths, 2)
+    assert packing.deal_to_fewest([0, 0], 2, 10) == [[]]
+
+
+def test_packs_never_hold_more_than_the_rows_they_stand_for():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for _ in range(500):
+        most, rows_each, multiple = draw(1, 8), draw(1, 8), draw(1, 3)
+        longest = draw(1, 40) * multiple
+        lengths = [draw(draw(0, longest), longest) for _ in range(most * rows_each)]
+        rows_of = packing.deal_to_fewest(lengths, most, rows_each * longest, multiple)
+        assert sorted(itertools.chain(*rows_of)) == [row for row, length in enumerate(lengths) if length]
+        widths = [-(-sum(lengths[row] for row in rows) // multiple) * multiple for rows in rows_of]
+        assert max(widths) <= rows_each * longest and len(rows_of) <= most
+        assert len(rows_of) == 1 or all(rows_of)
+
+
 # Loss and gradients
 
 
@@ -95,19 +127,41 @@ def archives(tiny_hf, tiny_nemo, tmp_path_factory):
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def actor(request, archives):
     """Grouped queries, RMSNorm, RoPE and tied embeddings, or learned positions, LayerNorm, biases and none of these."""
-    return load_actor(archives[request.param])
+    return load_actor(archives[request.param], data={"seq_length": FULL_WIDTH})
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_nemo):
-    return load_actor(tiny_nemo)
+    return load_actor(tiny_nemo, data={"seq_length": FULL_WIDTH})
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
-def test_packed_equals_padded(actor, micro_batch_size):
+@pytest.mark.parametrize("micro_batch_size, num_packs", [(1, 3), (2, 2), (8, 1)])
+def test_packed_equals_padded(actor, monkeypatch, micro_batch_size, num_packs):
     batch = make_batch(ROWS, width=30)
     padded = padded_step(actor, batch, micro_batch_size)
+    packs = []
+
+    def pack_batch(*args, **kwargs):
+        packs.extend(packing.pack_batch(*args, **kwargs))
+        return packs
+
+    monkeypatch.setattr(megatron_gpt_rs_actor, "pack_batch", pack_batch)
     assert_same(training_step(actor, batch, micro_batch_size), padded, rel=OTHER_ORDER)
+    assert len(packs) == num_packs
+    assert max(pack.tokens_1T.size(1) for pack in packs) <= micro_batch_size * FULL_WIDTH
+
+
+def test_gradients_are_sent_with_the_last_pack_alone(llama, monkeypatch):
+    """Replicas may have different numbers of packs: what is sent with each would wait for a pack that never comes."""
+    optimizer = MainParamsOptimizerWrapper.__new__(MainParamsOptimizerWrapper)
+    optimizer._async_grad_allreduce = optimizer._require_backward_grad_sync = True
+    monkeypatch.setattr(llama, "_optimizer", optimizer)
+    sends = []
+    weight = llama.model.embedding.word_embeddings.weight
+    hook = weight.register_post_accumulate_grad_hook(lambda _: sends.append(optimizer._require_backward_grad_sync))
+    training_step(llama, make_batch(ROWS), 1)
+    hook.remove()
+    assert sends == [False, False, True]
 
 
 def test_what_the_decoder_is_given(llama, monkeypatch):
@@ -119,7 +173,7 @@ def test_what_the_decoder_is_given(llama, monkeypatch):
         return decode(**kwargs)
 
     monkeypatch.setattr(llama.model.decoder, "forward", spy)
-    training_step(llama, make_batch(ROWS, width=60), 4)
+    training_step(llama, make_batch(ROWS, width=60), 2)
     table = llama.model.rotary_pos_emb(30).squeeze(1)
     for (shape, lengths, angles), expected in zip(seen, ([22, 6], [8, 1, 8, 10]), strict=True):
         assert shape == (sum(expected), 1, 64) and lengths == expected
@@ -149,15 +203,16 @@ def test_micro_batch_normalization(archives):
 def test_recomputation(llama, archives, recompute, rel):
     batch = make_batch(ROWS)
     overrides = {f"activations_checkpoint_{key}": value for key, value in recompute.items()}
+    overrides["data.seq_length"] = FULL_WIDTH
     actor = load_actor(archives["llama"], **overrides)
     assert_same(training_step(actor, batch, 2), training_step(llama, batch, 2), rel)
 
 
 def test_forward_pass_in_a_small_piece_of_the_vocabulary_at_a_time(actor, monkeypatch):
     batch = make_batch(ROWS)
-    whole = training_step(actor, batch, 4)
+    whole = training_step(actor, batch, 2)
     monkeypatch.setattr(logprobs, "MAX_CHUNK_ENTRIES", 500)
-    assert_same(training_step(actor, batch, 4), whole, rel=OTHER_ORDER)
+    assert_same(training_step(actor, batch, 2), whole, rel=OTHER_ORDER)
 
 
 def test_the_model_is_left_as_it_was(llama):
@@ -254,42 +309,45 @@ def test_a_frozen_output_layer_gets_no_gradient(llama):
 # torch's kernels, whose place others take on a CPU
 
 
-def loop_over_sequences(query, key, value, bounds, max_length, enable_gqa):
-    assert max_length == (bounds[1:] - bounds[:-1]).max()
-    assert query.size(1) == key.size(1) or enable_gqa
-    return packed_attention(query, key, value, PackedSequences((bounds[1:] - bounds[:-1]).tolist(), bounds), 0.0)
-
-
-def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal and cu_seq_q is cu_seq_k and max_q == max_k
-    return loop_over_sequences(query, key, value, cu_seq_q, max_q, False)
-
-
-def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and max_q == max_k
-    return loop_over_sequences(query, key, value, cu_seq_q, max_q, False)
-
-
-def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and max_q == max_k
-    return loop_over_sequences(query, key, value, cu_seq_q, max_q, enable_gqa)
-
-
-@pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_12])
 @pytest.mark.parametrize("num_groups", [2, 4])
-def test_every_version_of_the_kernel_is_asked_for_the_same(monkeypatch, kernel, num_groups):
+def test_the_kernel_is_asked_for_causal_attention_within_sequences(num_groups):
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(7, heads, 8, generator=generator) for heads in (4, num_groups, num_groups))
     sequences = PackedSequences.of([3, 4])
-    expected = packed_attention(query, key, value, sequences, 0.0)
-    monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
-    ours = varlen_attention.causal(query, key, value, sequences.bounds, 4)
-    torch.testing.assert_close(ours, expected)
+    calls = []
+
+    def kernel(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask):
+        calls.append((cum_seq_q.tolist(), cum_seq_k.tolist(), max_q, max_k, dropout_p, is_causal, return_debug_mask))
+        nothing = torch.empty(0)
+        return packed_attention(query, key, value, sequences, 0.0), nothing, nothing, nothing, nothing
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", kernel, "CPU")
+        ours = varlen_attention.causal(query, key, value, sequences.bounds, 4)
+    torch.testing.assert_close(ours, packed_attention(query, key, value, sequences, 0.0), rtol=0, atol=0)
+    assert calls == [([0, 3, 7], [0, 3, 7], 4, 4, 0.0, True, False)]
 
 
-def test_the_kernels_older_signatures_are_still_allowed():
-    """When this fails, compat/varlen_attention.py has distinctions to lose."""
-    assert '"torch>=2.3"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+def test_the_kernel_has_the_arguments_and_the_gradient_that_we_rely_on():
+    """It is no public name: when this fails, compat/varlen_attention.py has to learn what torch made of it."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    assert [f"{argument.type} {argument.name}" for argument in schema.arguments if not argument.kwarg_only] == [
+        "Tensor query", "Tensor key", "Tensor value", "Optional[Tensor] cum_seq_q", "Optional[Tensor] cum_seq_k",
+        "int max_q", "int max_k", "float dropout_p", "bool is_causal", "bool return_debug_mask",
+    ]  # fmt: skip
+    assert all(argument.has_default_value() for argument in schema.arguments if argument.kwarg_only)
+    assert schema.returns[0].name == "output"
+    options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    query, key, value = (torch.empty(7, heads, 8, **options) for heads in (4, 2, 2))
+    context = varlen_attention.causal(query, key, value, torch.empty(3, dtype=torch.int32, device="meta"), 4)
+    assert type(context.grad_fn).__name__ == "FlashAttentionBackward0"  # from C++
+    context.sum().backward()
+    assert [context.shape, key.grad.shape] == [query.shape, key.shape]
+
+
+def test_the_public_way_to_the_kernel_is_still_in_python():
+    """When this fails, see whether it costs the host less now; then compat/varlen_attention.py can go."""
+    assert isinstance(varlen._varlen_attn, torch.library.CustomOpDef)
 
 
 def test_products_are_added_in_float32():

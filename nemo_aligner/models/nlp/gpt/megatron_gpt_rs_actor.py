@@ -141,7 +141,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         Args:
             batch: `response_tokens` int64 [rows, S] and `mask` float [rows, S - 1], on the CPU; other keys are ignored.
-                The rows are split in order into `get_num_microbatches()` micro-batches of `cfg.micro_batch_size`.
+                The rows are split in order into `get_num_microbatches()` micro-batches of `cfg.micro_batch_size`. With
+                packing, so many rows of `cfg.data.seq_length` tokens are what a micro-batch has room for. Unless there
+                are pipeline stages or the loss is per micro-batch, each replica makes do with as few as it can fill.
 
         Returns:
             The loss over the global batch and {"loss": the same}, equal on all ranks. Gradients stay accumulated.
@@ -160,6 +162,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         num_loss_tokens = _global_token_count(batch["mask"])
         if self._is_packing():
             microbatches = self._packs(batch, num_microbatches)
+            num_microbatches = len(microbatches)
             step = self._packed_forward_output_and_loss_func(num_loss_tokens, num_microbatches)
             width, rows = microbatches[0].tokens_1T.size(1), 1
         else:
@@ -203,14 +206,20 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return unsupported_part(self.get_model_module_list()[0])
 
     def _packs(self, batch: dict, num_microbatches: int) -> list[Pack]:
-        """The rows of `batch` as micro-batches, which a loss per micro-batch binds to their places."""
+        """The rows of `batch` as micro-batches, which a loss per micro-batch binds to their places.
+
+        Pipeline stages get all `num_microbatches`: with fewer they would wait longer for each other, and virtual stages
+        need a multiple of their number.
+        """
         config = self.model_parallel_config
+        has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
         return pack_batch(
             batch["response_tokens"].cpu(),
             batch["mask"].cpu(),
             num_microbatches,
+            max_tokens=None if has_stages else self.cfg.micro_batch_size * self.cfg.data.seq_length,
             in_order=self._is_loss_per_micro_batch(),
-            equal_lengths=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+            equal_lengths=has_stages,
             multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
         )
 

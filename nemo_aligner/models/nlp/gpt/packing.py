@@ -54,6 +54,7 @@ def pack_batch(
     mask_BS: torch.Tensor,
     num_packs: int,
     *,
+    max_tokens: int | None = None,
     in_order: bool = False,
     equal_lengths: bool = False,
     multiple: int = 1,
@@ -64,6 +65,7 @@ def pack_batch(
         tokens_BS: int64 [B, S] on the CPU.
         mask_BS: float [B, S - 1] on the CPU; where it is positive, the token behind counts, with that weight.
         num_packs: divides B.
+        max_tokens: with it, as few packs as hold at most so many tokens each, and never more than `num_packs`.
         in_order: pack i gets the rows from i * B / num_packs on; otherwise packs are of about the same length.
         equal_lengths: give all packs the length of the longest.
         multiple: of what every pack's length has to be.
@@ -73,10 +75,15 @@ def pack_batch(
     """
     counts = mask_BS > 0
     lengths_B = (counts * torch.arange(1, counts.size(1) + 1)).amax(dim=1).tolist()
-    rows_of = _deal_in_order(lengths_B, num_packs) if in_order else deal(lengths_B, num_packs)
+    if in_order:
+        rows_of = _deal_in_order(lengths_B, num_packs)
+    elif max_tokens is None:
+        rows_of = deal(lengths_B, num_packs)
+    else:
+        rows_of = deal_to_fewest(lengths_B, num_packs, max_tokens, multiple)
     widths = [_round_up(sum(lengths_B[row] for row in rows), multiple) for rows in rows_of]
     if equal_lengths:
-        widths = [max(widths)] * num_packs
+        widths = [max(widths)] * len(widths)
     return [
         _join([(tokens_BS[row], mask_BS[row], lengths_B[row]) for row in rows], width)
         for rows, width in zip(rows_of, widths, strict=True)
@@ -95,6 +102,21 @@ def deal(lengths: list[int], num_packs: int) -> list[list[int]]:
         packs[number].append(row)
         heapq.heapreplace(loads, (load + lengths[row], number))
     return [sorted(rows) for rows in packs]
+
+
+def deal_to_fewest(lengths: list[int], most: int, max_tokens: int, multiple: int = 1) -> list[list[int]]:
+    """Row numbers for each of the fewest packs that `deal` fills with at most `max_tokens` tokens, padding included.
+
+    At least one and at most `most`, into which rows are dealt even if a pack then has more tokens. It never has if no
+    row is longer than r tokens, `max_tokens` is n * r, a multiple of `multiple`, and there are n * `most` rows: a pack
+    which a row makes too long had n rows before, and so had all others, which were no emptier.
+    """
+    most = max(1, min(most, sum(length > 0 for length in lengths)))
+    for num_packs in range(max(1, -(-sum(lengths) // max_tokens)), most):
+        rows_of = deal(lengths, num_packs)
+        if all(_round_up(sum(lengths[row] for row in rows), multiple) <= max_tokens for rows in rows_of):
+            return rows_of
+    return deal(lengths, most)
 
 
 def _deal_in_order(lengths: list[int], num_packs: int) -> list[list[int]]:
