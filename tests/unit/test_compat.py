@@ -13,14 +13,16 @@ import pickle
 import subprocess
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from megatron.core import ModelParallelConfig
 from megatron.core.dist_checkpointing import validation
 from megatron.core.dist_checkpointing.strategies import async_utils, common, filesystem_async
 from megatron.core.pipeline_parallel import p2p_communication, schedules
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, layers, model_parallel_cuda_manual_seed
 from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models import nlp_model
@@ -165,6 +167,7 @@ def everything_that_is_replaced() -> list:
         *(getattr(module, name, None) for module, name in APEX_NAMES),
         filesystem_async._write_item, megatron_init._set_random_seed, schedules.torch, torch.Tensor.cuda,
         torch.cuda.current_device, nlp_overrides.HAVE_APEX, list(log_noise_filters()),
+        layers.linear_with_grad_accumulation_and_async_allreduce,
     ]  # fmt: skip
 
 
@@ -460,6 +463,32 @@ def test_log_lines_without_use_are_dropped():
     assert keep(record(msg="the validation set has 3 prompts"))
 
 
+@pytest.fixture
+def groups():
+    Utils.initialize_model_parallel()
+    yield
+    Utils.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("kind", ["ColumnParallelLinear", "RowParallelLinear"])
+def test_megatrons_linear_layers_do_not_warn_of_themselves(groups, kind):
+    config = ModelParallelConfig(use_cpu_initialization=True, params_dtype=torch.bfloat16)
+    options = {"input_is_parallel": True} if kind == "RowParallelLinear" else {}
+    layer = getattr(layers, kind)(
+        6, 5, config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=False, **options
+    )
+    inputs = torch.randn(4, 2, 6).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output, _ = layer(inputs)
+    assert torch.equal(output, torch.nn.functional.linear(inputs, layer.weight))
+
+
+def test_megatrons_linear_layers_still_give_a_deprecated_argument():
+    """When this fails, compat/log_noise.py has nothing to leave out."""
+    assert "async_grad_allreduce=allreduce_dgrad" in inspect.getsource(layers.RowParallelLinear)
+
+
 def test_adam_steps_as_ever_after_a_checkpoint_before_its_first_step():
     def stepped(saves_first: bool) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.ones(3))
@@ -509,15 +538,9 @@ def test_products_through_onednn_are_those_of_torch(rows, with_bias):
 
 @on_cpu
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_megatrons_linear_layers_train_through_onednn(tiny_nemo, monkeypatch, with_bias):
-    from megatron.core import ModelParallelConfig
-    from megatron.core.tensor_parallel import RowParallelLinear
-
-    from tests.tiny import load_actor
-
-    load_actor(tiny_nemo)  # process groups
+def test_megatrons_linear_layers_train_through_onednn(groups, monkeypatch, with_bias):
     generator = torch.Generator().manual_seed(1)
-    layer = RowParallelLinear(
+    layer = layers.RowParallelLinear(
         6, 5, config=ModelParallelConfig(use_cpu_initialization=True), input_is_parallel=True, skip_bias_add=False,
         init_method=lambda weight: torch.nn.init.normal_(weight, generator=generator), bias=with_bias,
     )  # fmt: skip
