@@ -8,7 +8,7 @@ from nemo_aligner.compat import float32_accumulation, varlen_attention
 from nemo_aligner.models.nlp.gpt import packed_attention
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings
-from nemo_aligner.models.nlp.gpt.rotary import turn_
+from nemo_aligner.models.nlp.gpt.rotary import joined_gradient, turn_
 from nemo_aligner.utils import logprobs
 from tests.tiny import load_actor
 from tests.unit.test_layer_spec import layer_norm_formula, norm, rms_formula
@@ -158,14 +158,19 @@ def test_the_host_waits_for_the_gpu_once_a_step(tiny_nemo):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("Q", "D", "turned"), [(1, 128, 128), (3, 64, 32), (4, 80, 80)])
-@pytest.mark.parametrize("backwards", [False, True])
-def test_rotary_positions_are_those_of_the_cpu(dtype, Q, D, turned, backwards):
+@pytest.mark.parametrize(("G", "Q", "D", "turned"), [(16, 1, 128, 128), (3, 3, 64, 32), (2, 4, 80, 80)])
+def test_rotary_positions_and_their_gradient_are_those_of_the_cpu(dtype, G, Q, D, turned):
     generator = torch.Generator().manual_seed(0)
-    qkv_TGXD = torch.randn(50, 2, Q + 2, D, generator=generator).to(dtype)
-    half = torch.rand(50, turned // 2, generator=generator) * 4000
+    qkv_TGXD = torch.randn(50, G, Q + 2, D, generator=generator).to(dtype)
+    half = torch.rand(50, turned // 2, generator=generator) * 500
     angles = torch.cat([half, half], dim=1)
+    bound = {"atol": 3e-2 if dtype == torch.bfloat16 else 1e-4, "rtol": 0}
     ours, expected = qkv_TGXD.cuda(), qkv_TGXD.double()
-    turn_(ours, angles.cuda(), backwards)
-    turn_(expected, angles.double(), backwards)
-    torch.testing.assert_close(ours.cpu().double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-3, rtol=0)
+    turn_(ours, angles.cuda())
+    turn_(expected, angles.double())
+    torch.testing.assert_close(ours.cpu().double(), expected, **bound)
+    parts = qkv_TGXD[:, :, :Q].flatten(1, 2), qkv_TGXD[:, :, Q], qkv_TGXD[:, :, Q + 1]
+    ours = joined_gradient(*(part.cuda() for part in parts), angles.cuda())
+    torch.testing.assert_close(
+        ours.cpu().double(), joined_gradient(*(part.double() for part in parts), angles), **bound
+    )

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_aligner.compat.cpu_linear import linear, matmul
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
-from nemo_aligner.models.nlp.gpt.rotary import turn_
+from nemo_aligner.models.nlp.gpt.rotary import joined_gradient, turn_
 from nemo_aligner.utils.weight_gradients import weight_gradient
 
 
@@ -108,13 +108,8 @@ class _FusedLayer(torch.autograd.Function):
 
         of_proj = parameter_gradients(proj_w, proj_b, grad_middle_TH, context_TND.detach().flatten(1))
         grad_context_TND = matmul(grad_middle_TH, proj_w).view_as(context_TND)
-        grad_TP = torch.empty(len(hidden_TH), len(qkv_w), dtype=hidden_TH.dtype, device=hidden_TH.device)
-        grad_TGXD = _by_heads(layer, grad_TP)
-        of_qkv = torch.autograd.grad(context_TND, qkv, grad_context_TND)
-        for part_TGQD, grad in zip(_split_heads(grad_TGXD), of_qkv, strict=True):
-            part_TGQD.copy_(grad.view(part_TGQD.shape))
-        if angles_TA is not None:
-            turn_(grad_TGXD, angles_TA, backwards=True)
+        of_attention = torch.autograd.grad(context_TND, qkv, grad_context_TND)
+        grad_TP = joined_gradient(*of_attention, angles_TA).flatten(1)
         normed_TH, grad_of_norm = _with_gradient(layer.input_layernorm.normalize, hidden_TH, *input_norm)
         of_qkv = parameter_gradients(qkv_w, qkv_b, grad_TP, normed_TH)
         grad_hidden_TH, *of_input_norm = grad_of_norm(matmul(grad_TP, qkv_w))
@@ -129,14 +124,10 @@ def _by_heads(layer: TransformerLayer, qkv_TP: torch.Tensor) -> torch.Tensor:
     return qkv_TP.view(len(qkv_TP), groups, -1, head_dim)
 
 
-def _split_heads(qkv_TGXD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [T, G, Q, D], keys and values [T, G, 1, D]."""
-    return qkv_TGXD.split((qkv_TGXD.size(2) - 2, 1, 1), dim=2)
-
-
 def _query_key_value(qkv_TGXD: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[T, N, D] and twice [T, G, D]."""
-    return tuple(part.flatten(1, 2) for part in _split_heads(qkv_TGXD))
+    parts = qkv_TGXD.split((qkv_TGXD.size(2) - 2, 1, 1), dim=2)
+    return tuple(part.flatten(1, 2) for part in parts)
 
 
 def _add_linear(residual_TH, x_TI, weight_HI, bias_H) -> torch.Tensor:

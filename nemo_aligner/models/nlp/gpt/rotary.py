@@ -1,29 +1,47 @@
-"""Rotary positions (arXiv:2104.09864) of a whole query-key-value product, where it is.
+"""Rotary positions (arXiv:2104.09864) of a whole query-key-value product, and of its gradient.
 
-Legend: T tokens, G key/value groups, Q query heads of a group, D channels per head, A turned channels, A <= D.
+Legend: T tokens, N heads, G key/value groups, Q query heads of a group, N = G * Q, X = Q + 2 heads of a group in the
+product (its queries, its key, its value), D channels per head, A turned channels, A <= D.
 """
 
 import torch
 
 
-def turn_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor, backwards: bool = False) -> None:
-    """Turn the queries and the key of every group, all heads but the last, which is the value.
+def turn_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
+    """Turn the queries and the key of every group where they are.
 
     Channel i is turned against channel i + A/2, by the same angle.
 
     Args:
-        qkv_TGXD: [T, G, Q + 2, D], contiguous.
+        qkv_TGXD: contiguous.
         angles_TA: float32, both halves the same.
-        backwards: turn by the negative angles, as gradients are.
     """
     if qkv_TGXD.is_cuda:
-        from nemo_aligner.models.nlp.gpt import rotary_kernel
+        from nemo_aligner.models.nlp.gpt import rotary_kernels
 
-        rotary_kernel.turn_(qkv_TGXD, angles_TA, backwards)
-        return
+        rotary_kernels.turn_(qkv_TGXD, angles_TA)
+    else:
+        _turn_(qkv_TGXD, angles_TA)
+
+
+def joined_gradient(
+    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, angles_TA: torch.Tensor | None
+) -> torch.Tensor:
+    """The gradient [T, G, X, D] of the product, from those of queries and keys that were turned, and of the values."""
+    if query_TND.is_cuda and angles_TA is not None:
+        from nemo_aligner.models.nlp.gpt import rotary_kernels
+
+        return rotary_kernels.joined_gradient(query_TND, key_TGD, value_TGD, angles_TA)
+    query_TGQD = query_TND.unflatten(1, (key_TGD.size(1), -1))
+    grad_TGXD = torch.cat([query_TGQD, key_TGD.unsqueeze(2), value_TGD.unsqueeze(2)], dim=2)
+    if angles_TA is not None:
+        _turn_(grad_TGXD, -angles_TA)
+    return grad_TGXD
+
+
+def _turn_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
     half = angles_TA.size(1) // 2
     cos, sin = (function(angles_TA[:, None, None, :half]) for function in (torch.cos, torch.sin))
-    sin = -sin if backwards else sin
     first, second = qkv_TGXD[:, :, :-1, : 2 * half].split(half, dim=-1)
     turned = first * cos - second * sin, second * cos + first * sin
     first.copy_(turned[0])

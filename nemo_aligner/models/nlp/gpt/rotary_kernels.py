@@ -1,0 +1,81 @@
+"""`rotary` as Triton kernels: one launch each, and every channel is read and written once."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def turn_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
+    num_tokens, num_groups, num_heads, head_dim = qkv_TGXD.shape
+    num_turned, half = num_groups * (num_heads - 1), angles_TA.size(1) // 2
+    _turn_kernel[(num_tokens,)](
+        qkv_TGXD, angles_TA, angles_TA.stride(0), num_turned, num_groups * num_heads * head_dim, head_dim, half,
+        TURNED_HEADS=num_heads - 1, BLOCK_N=triton.next_power_of_2(num_turned), BLOCK_A=triton.next_power_of_2(half),
+    )  # fmt: skip
+
+
+@triton.jit
+def _turn_kernel(
+    qkv, angles, angle_stride, num_turned, width, head_dim, half,
+    TURNED_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    n, a = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_A)[None, :]
+    inside = (n < num_turned) & (a < half)
+    angle = tl.load(angles + token * angle_stride + a, mask=a < half, other=0.0).to(tl.float32)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    head = n // TURNED_HEADS * (TURNED_HEADS + 1) + n % TURNED_HEADS  # over the values of the groups before
+    start = qkv + token * width + head * head_dim + a
+    first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(start + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(start, (first * cos - second * sin).to(qkv.dtype.element_ty), mask=inside)
+    tl.store(start + half, (second * cos + first * sin).to(qkv.dtype.element_ty), mask=inside)
+
+
+def joined_gradient(
+    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, angles_TA: torch.Tensor
+) -> torch.Tensor:
+    query_TND, key_TGD, value_TGD = (part.contiguous() for part in (query_TND, key_TGD, value_TGD))
+    num_tokens, num_groups, head_dim = key_TGD.shape
+    num_queries = query_TND.size(1) // num_groups
+    grad_TGXD = query_TND.new_empty(num_tokens, num_groups, num_queries + 2, head_dim)
+    _joined_gradient_kernel[(num_tokens,)](
+        query_TND, key_TGD, value_TGD, angles_TA, grad_TGXD, angles_TA.stride(0), num_groups, head_dim,
+        angles_TA.size(1) // 2, Q=num_queries, BLOCK_N=triton.next_power_of_2(num_groups * num_queries),
+        BLOCK_G=triton.next_power_of_2(num_groups), BLOCK_D=triton.next_power_of_2(head_dim),
+    )  # fmt: skip
+    return grad_TGXD
+
+
+@triton.jit
+def _joined_gradient_kernel(
+    query, key, value, angles, grad, angle_stride, num_groups, head_dim, half,
+    Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    is_turned = d < 2 * half
+    angle = tl.load(angles + token * angle_stride + d, mask=is_turned, other=0.0).to(tl.float32)
+    cos = tl.cos(angle)
+    sin = tl.where(d < half, tl.sin(angle), -tl.sin(angle))  # backwards
+    partner = tl.where(is_turned, tl.where(d < half, d + half, d - half), d)
+
+    n = tl.arange(0, BLOCK_N)[:, None]
+    inside = (n < num_groups * Q) & (d < head_dim)
+    start = query + (token * num_groups * Q + n) * head_dim
+    turned = _turned(start, d, partner, inside, cos, sin)
+    out = grad + token * num_groups * (Q + 2) * head_dim + d
+    tl.store(out + (n // Q * (Q + 2) + n % Q) * head_dim, turned.to(grad.dtype.element_ty), mask=inside)
+
+    g = tl.arange(0, BLOCK_G)[:, None]
+    inside = (g < num_groups) & (d < head_dim)
+    turned = _turned(key + (token * num_groups + g) * head_dim, d, partner, inside, cos, sin)
+    tl.store(out + (g * (Q + 2) + Q) * head_dim, turned.to(grad.dtype.element_ty), mask=inside)
+    values = tl.load(value + (token * num_groups + g) * head_dim + d, mask=inside, other=0.0)
+    tl.store(out + (g * (Q + 2) + Q + 1) * head_dim, values, mask=inside)
+
+
+@triton.jit
+def _turned(start, d, partner, inside, cos, sin):
+    own = tl.load(start + d, mask=inside, other=0.0).to(tl.float32)
+    return own * cos + tl.load(start + partner, mask=inside, other=0.0).to(tl.float32) * sin
