@@ -54,7 +54,8 @@ def test_a_save_under_way_is_looked_at_often_and_awaited_at_the_end():
     # two micro-batches are generated, as on all replicas, then rewards are met for; one row is trained on at a time
     kinds = ("infer", "reward awaited", "loss", "save looked at", "save awaited")
     rollouts = ["save looked at", "infer"] * 2 + ["save looked at"] + ["save looked at", "reward awaited"] * 2
-    assert [event for event in events if event in kinds] == [*rollouts, *["loss", "save looked at"] * 2, "save awaited"]
+    training = ["loss", "save looked at"] * 2
+    assert [event for event in events if event in kinds] == ["save looked at", *rollouts, *training, "save awaited"]
 
 
 def test_loggers_are_finalized_when_there_is_nothing_to_do():
