@@ -37,8 +37,9 @@ from megatron.core import parallel_state
 
 from benchmarks.gpt_1b import SMOLLM2, build_actor, build_smollm2, gpt_model, unfused_attention
 from benchmarks.rollouts import hardware
-from nemo_aligner.algorithms.balancing import balance_over_replicas, trained_lengths
+from nemo_aligner.algorithms.balancing import balance_over_replicas
 from nemo_aligner.compat import cpu, device
+from nemo_aligner.utils.masks import trained_lengths
 from nemo_aligner.utils.optimizer_offload import state_tensors
 from nemo_aligner.utils.train_utils import clip_gradients
 from tests.tiny import save_tokenizer

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.masks import trained_lengths
 
 
 def balance_over_replicas(
@@ -54,15 +55,6 @@ def balance_over_replicas(
         group=group,
     )
     return _from_bytes(received.cpu()[batch.argsort(stable=True)], columns)
-
-
-def trained_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """int64 [R]: the tokens of each row that the model must be given, up to the one that predicts the last of the loss.
-
-    Args:
-        mask: [R, W], entry t standing for the prediction of token t + 1.
-    """
-    return (torch.arange(1, mask.size(1) + 1) * (mask != 0)).amax(dim=1)
 
 
 def deal(lengths: list[int], num_shares: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Attention masks and position ids of right-padded rows, with optional resets at document ends."""
+"""Of right-padded rows: attention masks and position ids, with resets at document ends, and trained lengths."""
 
 import torch
 
@@ -28,3 +28,12 @@ def attention_mask_and_position_ids(
         return None, position_ids
     other_document = document[:, :, None] != document[:, None, :]
     return (other_document | (positions[:, None] < positions[None, :])).unsqueeze(1), position_ids
+
+
+def trained_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [R]: the tokens of each row that the model must be given, up to the one that predicts the last of the loss.
+
+    Args:
+        mask: [R, W], entry t standing for the prediction of token t + 1.
+    """
+    return (torch.arange(1, mask.size(1) + 1) * (mask != 0)).amax(dim=1)

@@ -2,8 +2,9 @@
 
 import torch
 
-from nemo_aligner.algorithms.balancing import balance_over_replicas, trained_lengths
+from nemo_aligner.algorithms.balancing import balance_over_replicas
 from nemo_aligner.testing.utils import Utils
+from nemo_aligner.utils.masks import trained_lengths
 from tests.distributed.launch import run_ranks
 from tests.fake_trainer import EOS, make_trainer
 

@@ -1,4 +1,7 @@
-"""AdamW with fp32 master weights of a model in bf16: gradients are reduced over the replicas once, in either way."""
+"""A model in bf16 with fp32 gradients: they are reduced over the replicas once, in every way.
+
+The first replica has two packs and the second one: what a replica sent in each pack would wait for the other in vain.
+"""
 
 import numpy as np
 import pytest
@@ -8,36 +11,72 @@ from omegaconf import OmegaConf
 from tests.distributed.launch import run_ranks
 from tests.tiny import load_actor
 
+ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]}
+WAYS = {
+    "sent in the backward pass": {"optim": ADAMW, "async_grad_allreduce": True},
+    "sent behind it": {"optim": ADAMW, "async_grad_allreduce": False},
+    "reduced by megatron-core behind it": {"optim": {**ADAMW, "name": "mcore_distributed_optim"}},
+    "reduced by megatron-core in it": {
+        "optim": {**ADAMW, "name": "mcore_distributed_optim", "overlap_grad_sync": True}
+    },
+}
+# tokens of each row that the loss depends on; a pack has room for 12
+LENGTHS = [11, 11, 5, 6]
 
-def main_gradients(rank: int, nemo_path: str, world_size: int, async_grad_allreduce: bool) -> list[np.ndarray]:
-    """The gradients that the optimizer would take its step with, after two micro-batches on each replica."""
+
+def in_all_ways(rank: int, nemo_path: str, world_size: int) -> dict[str, tuple]:
     from megatron.core import parallel_state
 
-    from nemo_aligner.utils.train_script_utils import init_using_ptl
+    found = {}
+    for way in WAYS:
+        found[way] = main_gradients(nemo_path, world_size, way)
+        parallel_state.destroy_model_parallel()
+    return found
 
-    optim = OmegaConf.create({"name": "adamw", "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]})
+
+def main_gradients(nemo_path: str, world_size: int, way: str) -> tuple[int, float, list[np.ndarray]]:
+    """This replica's number of packs, the norm of all gradients and those that its optimizer would step with."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    from nemo_aligner.utils.train_script_utils import init_using_ptl
+    from nemo_aligner.utils.train_utils import clip_gradients
+
     model = load_actor(
-        nemo_path, world_size, precision="bf16", megatron_amp_O2=True, optim=optim, micro_batch_size=1,
-        global_batch_size=4, async_grad_allreduce=async_grad_allreduce, gradient_as_bucket_view=True,
+        nemo_path, world_size, precision="bf16", megatron_amp_O2=True, micro_batch_size=1, global_batch_size=4,
+        gradient_as_bucket_view=True, data={"seq_length": 12},
+        **{key: OmegaConf.create(value) if key == "optim" else value for key, value in WAYS[way].items()},
     )  # fmt: skip
     init_using_ptl(model.trainer, model, None, None)
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     generator = torch.Generator().manual_seed(5)
-    batch = {"response_tokens": torch.randint(1, 300, (4, 12), generator=generator), "mask": torch.ones(4, 11)}
+    mask = (torch.arange(11) < torch.tensor(LENGTHS)[:, None]).float()
+    batch = {"response_tokens": torch.randint(1, 300, (4, 12), generator=generator), "mask": mask}
+    share = {key: value.chunk(dp_size)[dp_rank] for key, value in batch.items()}
     model.prepare_for_training()
     model._optimizer.zero_grad()
     model.prepare_for_training_step()
-    model.get_loss_and_metrics({key: value.chunk(dp_size)[dp_rank] for key, value in batch.items()}, forward_only=False)
+    model.get_loss_and_metrics(share, forward_only=False)
     model.finish_training_step()
-    return [parameter.grad.numpy() for parameter in model._optimizer.get_parameters_with_grad()]
+    gradients = []
+    if not model.use_mcore_dist_optim:  # whose replicas have each a part of the sum
+        gradients = [parameter.grad.numpy().copy() for parameter in model._optimizer.get_parameters_with_grad()]
+    return len(model._packs(share, get_num_microbatches())), clip_gradients(model, 1e9), gradients
 
 
-@pytest.mark.parametrize("async_grad_allreduce", [True, False])
-def test_two_replicas_have_the_gradients_of_one(tiny_nemo, async_grad_allreduce):
-    (expected,) = run_ranks(main_gradients, 1, str(tiny_nemo), 1, async_grad_allreduce)
-    first, second = run_ranks(main_gradients, 2, str(tiny_nemo), 2, async_grad_allreduce)
-    assert len(first) == len(expected) > 0
+@pytest.fixture(scope="module")
+def of_one_and_two(tiny_nemo):
+    return [run_ranks(in_all_ways, world_size, str(tiny_nemo), world_size) for world_size in (1, 2)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_replicas_have_the_gradients_of_one(of_one_and_two, way):
+    ((num_packs, norm, expected),), results = ([found[way] for found in ranks] for ranks in of_one_and_two)
+    assert (num_packs, *(of_replica[0] for of_replica in results)) == (3, 2, 1)
+    # each pack's gradient is rounded to bf16 (8 bits) in both; sums in float32 in another order add next to nothing
+    assert [of_replica[1] for of_replica in results] == pytest.approx([norm, norm], rel=2**-8)
+    first, second = (of_replica[2] for of_replica in results)
+    assert len(first) == len(expected) and (len(expected) > 0) == ("megatron-core" not in way)
     for gradient, other, of_one in zip(first, second, expected, strict=True):
         assert np.array_equal(gradient, other)
-        # each row's gradient is rounded to bf16 (8 bits) in both; sums in float32 in another order add next to nothing
         assert np.linalg.norm(gradient - of_one) <= 2**-8 * np.linalg.norm(of_one)

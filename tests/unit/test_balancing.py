@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from nemo_aligner.algorithms.balancing import deal, trained_lengths
+from nemo_aligner.algorithms.balancing import deal
+from nemo_aligner.utils.masks import trained_lengths
 
 
 def test_the_longest_row_goes_to_the_emptiest_share_that_is_not_full():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
+from nemo_aligner.utils.masks import trained_lengths
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def pack_batch(
     Returns:
         The packs, each of at least one token, on the CPU.
     """
-    counts = mask_BS > 0
-    lengths_B = (counts * torch.arange(1, counts.size(1) + 1)).amax(dim=1).tolist()
+    lengths_B = trained_lengths(mask_BS).tolist()
     if in_order:
         rows_of = _deal_in_order(lengths_B, num_packs)
     elif max_tokens is None:
