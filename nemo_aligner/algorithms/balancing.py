@@ -21,15 +21,17 @@ def balance_over_replicas(
     of them; which replica has which changes, and their order. Two collectives: one for lengths, one for rows.
 
     Args:
-        columns: CPU tensors [R, W], `mask` among them, R being the same on all replicas and a multiple of
+        columns: CPU tensors [R, W] or [R], `mask` [R, W] among them, R being the same on all replicas and a multiple of
             `rows_per_batch`.
-        pad_value: where replicas differ in W, rows are padded on the right with it.
+        pad_value: where replicas differ in W, rows of whole numbers are padded on the right with it, others with 0.
 
     Returns:
-        CPU tensors [R, W] of the same dtypes.
+        CPU tensors of the same shapes, but for W, and dtypes.
     """
     group = parallel_state.get_data_parallel_group()
     num_replicas, replica = group.size(), group.rank()
+    is_flat = {key: column.dim() == 1 for key, column in columns.items()}
+    columns = {key: column.unsqueeze(1) if is_flat[key] else column for key, column in columns.items()}
     own = torch.cat([trained_lengths(columns["mask"]), torch.tensor([c.size(1) for c in columns.values()])])
     gathered = [torch.empty_like(own, device=current_device()) for _ in range(num_replicas)]
     torch.distributed.all_gather(gathered, own.to(current_device()), group=group)
@@ -40,7 +42,9 @@ def balance_over_replicas(
     takers = takers.view(lengths_by_batch.shape)
 
     columns = {
-        key: torch.nn.functional.pad(column, (0, width - column.size(1)), value=pad_value)
+        key: torch.nn.functional.pad(
+            column, (0, width - column.size(1)), value=0 if column.is_floating_point() else pad_value
+        )
         for (key, column), width in zip(columns.items(), widths.amax(dim=0).tolist(), strict=True)
     }
     taker_of_own = takers[:, replica].flatten()
@@ -54,7 +58,8 @@ def balance_over_replicas(
         input_split_sizes=taker_of_own.bincount(minlength=num_replicas).tolist(),
         group=group,
     )
-    return _from_bytes(received.cpu()[batch.argsort(stable=True)], columns)
+    exchanged = _from_bytes(received.cpu()[batch.argsort(stable=True)], columns)
+    return {key: column.squeeze(1) if is_flat[key] else column for key, column in exchanged.items()}
 
 
 def deal(lengths: list[int], num_shares: int) -> list[int]:

@@ -314,7 +314,8 @@ class RSTrainer:
             if not is_validation:
                 with self.phases("load_state"):
                     self.model.prefetch_adam_states()  # while the last rollouts are scored
-            self._wait_on_all_ranks()  # those of the replicas that still generate meet meanwhile
+            with self.phases("rollout"):
+                self._wait_on_all_ranks()  # those of the replicas that still generate meet meanwhile
             while under_way:
                 rollouts, future = under_way[0]
                 with self.phases("score"):
@@ -528,7 +529,7 @@ class RSTrainer:
         if rows != expected:
             raise ValueError(f"this replica has {rows} rollouts to train on, but each replica must have {expected}")
         rows_per_batch = self.cfg.model_gbs // num_replicas
-        if num_replicas > 1 and self._is_loss_a_mean_over_the_global_batch():
+        if num_replicas > 1 and self.model.cfg.rs.get("loss_normalization", "global_batch") == "global_batch":
             with self.phases("select"):
                 rollout_data = balance_over_replicas(
                     rollout_data, rows_per_batch, pad_value=self.model.tokenizer.eos_id
@@ -537,9 +538,6 @@ class RSTrainer:
         num_batches = len(parts["mask"])
         batches = ({key: value[i] for key, value in parts.items()} for i in range(num_batches))
         return iter(_progress_bar(batches, total=num_batches, desc="training", leave=False))
-
-    def _is_loss_a_mean_over_the_global_batch(self) -> bool:
-        return self.model.cfg.rs.get("loss_normalization", "global_batch") == "global_batch"
 
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.

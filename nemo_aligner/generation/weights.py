@@ -16,6 +16,7 @@ from megatron.core.transformer.mlp import MLP
 from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import AdapterName
 from torch.nn import functional as F
 
+from nemo_aligner.models.nlp.gpt.activation import activation_function, gelu_tanh
 from nemo_aligner.models.nlp.gpt.lora import LINEARS
 
 
@@ -195,16 +196,6 @@ def _unless_empty(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _activation(config) -> Activation:
-    function, name = config.activation_func, None
-    if function is F.silu:
-        name = "silu"
-    elif function is F.gelu:
-        # megatron-core's fused bias and activation knows the approximation by tanh only
-        name = "gelu_tanh" if config.bias_activation_fusion else "gelu"
-    if name == "gelu_tanh":
-        function = _gelu_tanh
-    return Activation(name, function, config.gated_linear_unit)
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
+    function = activation_function(config)
+    names = {F.silu: "silu", F.gelu: "gelu", gelu_tanh: "gelu_tanh"}
+    return Activation(names.get(function), function, config.gated_linear_unit)

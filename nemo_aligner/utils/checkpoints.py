@@ -158,7 +158,8 @@ def advance_save(callback, wait: bool = False) -> None:
     if save is None:
         return
     if not save.is_pending:
-        save.get_memory_ready()
+        if callback.save_last or callback.save_top_k:
+            save.get_memory_ready()
         return
     with _surviving_a_full_disk(callback):
         save.advance(wait)

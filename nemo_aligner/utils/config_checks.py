@@ -89,7 +89,10 @@ def _check_keys(cfg: DictConfig) -> None:
         ("model.rs.training", {"packing"}),
     )
     for section, known in sections:
-        for key in OmegaConf.select(cfg, section) or ():
+        settings = OmegaConf.select(cfg, section)
+        if not (settings is None or OmegaConf.is_dict(settings)):
+            raise ConfigError(f"{section}={settings!r} must be a section with keys, of {', '.join(sorted(known))}")
+        for key in settings or ():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")

@@ -53,13 +53,15 @@ def exchanged_rows(rank: int) -> list[list[tuple[int, int]]]:
         mask[row, :length] = 1
         tokens[row, 0] = 100 + rank * 8 + row
     prompts = tokens[:, :1].expand(8, prompt_width).clone()
-    columns = {"response_tokens": tokens, "mask": mask, "prompt_tokens": prompts}
+    columns = {"response_tokens": tokens, "mask": mask, "prompt_tokens": prompts, "number": tokens[:, 0]}
     after = balance_over_replicas(columns, BATCH, pad_value=EOS)
     assert {key: (value.shape, value.dtype) for key, value in after.items()} == {
         "response_tokens": ((8, 32), torch.int64),
         "mask": ((8, 31), torch.float32),
         "prompt_tokens": ((8, 4), torch.int64),
+        "number": ((8,), torch.int64),
     }
+    assert torch.equal(after["number"], after["response_tokens"][:, 0])
     lengths = trained_lengths(after["mask"]).tolist()
     for number, prompt, own_mask, length in zip(
         after["response_tokens"][:, 0].tolist(), after["prompt_tokens"].tolist(), after["mask"], lengths, strict=True

@@ -136,8 +136,14 @@ def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_it
     assert list(run.callback.best_k_models.values()) == [torch.tensor(-1.0)]
 
 
-def test_memory_for_the_host_copy_is_got_before_the_first_save_and_kept(tiny_run, run):
+def test_memory_for_the_host_copy_is_got_before_the_first_save_and_kept(tiny_run, run, monkeypatch):
     save = tiny_run.callback.background_save = BackgroundSave(tiny_run.trainer)
+    with monkeypatch.context() as nothing_is_kept:
+        nothing_is_kept.setattr(run.callback, "save_last", False)
+        nothing_is_kept.setattr(run.callback, "save_top_k", 0)
+        advance_save(run.callback)
+        save._memory.rewind()
+        assert save._memory.num_bytes == 0
     advance_save(run.callback)  # as after an optimizer step
     save._memory.rewind()
     pieces = list(save._memory.pieces)

@@ -161,6 +161,8 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
         (["trainer.rs.profile=yes please"], ["trainer.rs.profile='yes please'", "true"]),
         (["model.rs.generation.max_rows_in_flight=0"], ["model.rs.generation.max_rows_in_flight=0", "positive"]),
         (["model.rs.training.packing=1"], ["model.rs.training.packing=1", "true, or false"]),
+        (["model.rs.training=false"], ["model.rs.training=False", "a section with keys", "packing"]),
+        (["model.rs.generation=true"], ["model.rs.generation=True", "a section with keys", "backend"]),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(files, overrides, parts):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_aligner.models.nlp.gpt import layer_spec
@@ -14,14 +15,21 @@ LENGTHS = [5, 1, 9]
 OTHER_ORDER = 2e-6
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+HALF_TURNED = {"position_embedding_type": "rope", "rotary_percentage": 0.5}
+MODELS = {
+    "gpt2": {"normalization": "layernorm1p", **HALF_TURNED},
+    "gelu_tanh": {"bias_activation_fusion": True, **HALF_TURNED},
+    "geglu_tanh": {"activation": "geglu", "bias_activation_fusion": True, **HALF_TURNED},
+}
+
+
+@pytest.fixture(scope="module", params=["llama", *MODELS])
 def layer(request, tiny_hf, tiny_nemo, tmp_path_factory):
-    """Grouped queries, RMSNorm, gated, no biases; or LayerNorm1P, GELU, biases and half of the channels turned."""
+    """Grouped queries, RMSNorm, gated, no biases; or LayerNorm, biases, half of the channels turned and GELUs."""
     path = tiny_nemo
-    if request.param == "gpt2":
-        path = tmp_path_factory.mktemp("fused") / "gpt2.nemo"
-        rotary = {"position_embedding_type": "rope", "rotary_percentage": 0.5}
-        save_gpt2_like(tiny_hf, path, normalization="layernorm1p", **rotary)
+    if request.param != "llama":
+        path = tmp_path_factory.mktemp("fused") / "model.nemo"
+        save_gpt2_like(tiny_hf, path, **MODELS[request.param])
     return load_actor(path).model.decoder.layers[0].train()
 
 
@@ -100,15 +108,42 @@ def test_hooks_see_each_gradient_once(layer):
     assert len(seen) == 1 and torch.equal(seen[0], weight.grad)
 
 
-@pytest.mark.parametrize(
-    "part", ["mlp.linear_fc2", "self_attention", "input_layernorm", "self_attention.core_attention"]
-)
-def test_modules_that_have_hooks_are_called(layer, calls, part):
+PARTS = [
+    "input_layernorm", "self_attention", "self_attention.linear_qkv", "self_attention.core_attention",
+    "self_attention.linear_proj", "pre_mlp_layernorm", "mlp", "mlp.linear_fc1", "mlp.linear_fc2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_modules_that_have_hooks_are_called(layer, calls, part, kind):
     called = []
-    handle = layer.get_submodule(part).register_forward_pre_hook(lambda *args: called.append(part))
+    handle = getattr(layer.get_submodule(part), f"register_{kind}_hook")(lambda *args: called.append(part))
     outcome(layer)
     handle.remove()
     assert called == [part] and not calls
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_modules_that_were_replaced_or_have_another_forward_are_called(layer, calls, part):
+    module = layer.get_submodule(part)
+    kind, forward = type(module), module.forward
+    module.__class__ = type("Other", (kind,), {})
+    outcome(layer)
+    module.__class__ = kind
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    outcome(layer)
+    del module.forward
+    assert not calls
+
+
+def test_tensor_parallelism_and_selective_recomputation_are_left_to_the_modules(layer, monkeypatch):
+    assert layer_spec.can_fuse(layer, torch.zeros(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+        assert not layer_spec.can_fuse(layer, torch.zeros(1))
+    monkeypatch.setattr(layer.self_attention, "checkpoint_core_attention", True)
+    assert not layer_spec.can_fuse(layer, torch.zeros(1))
 
 
 @pytest.mark.parametrize("key", ["hidden_dropout", "attention_dropout"])

@@ -215,9 +215,19 @@ def test_forward_pass_in_a_small_piece_of_the_vocabulary_at_a_time(actor, monkey
     assert_same(training_step(actor, batch, 2), whole, rel=OTHER_ORDER)
 
 
-def test_the_model_is_left_as_it_was(llama):
+@pytest.mark.parametrize(("seq_length", "expected"), [(40, 2 * 40), (4096, 2 * 2 * 30)])
+def test_a_pack_holds_no_more_than_its_longest_rows_could_and_twice_a_padded_micro_batch(seq_length, expected):
+    actor = SimpleNamespace(cfg=OmegaConf.create({"micro_batch_size": 2, "data": {"seq_length": seq_length}}))
+    assert MegatronGPTRSModel._max_tokens_of_a_pack(actor, width=30) == expected
+
+
+def test_the_model_is_left_as_it_was(llama, monkeypatch):
     training_step(llama, make_batch(ROWS), 4)
     assert "forward" not in vars(llama.model.output_layer)
+    its_own = llama.model.output_layer.forward
+    monkeypatch.setattr(llama.model.output_layer, "forward", its_own)
+    training_step(llama, make_batch(ROWS), 4)
+    assert vars(llama.model.output_layer)["forward"] is its_own
     assert not llama.model.rotary_pos_emb._forward_hooks
 
 

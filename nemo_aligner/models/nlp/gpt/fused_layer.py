@@ -4,40 +4,21 @@ It computes what megatron-core's `TransformerLayer` with our spec does. There a 
 forward and backward, and a GPU waits for them; here it is some thirty. And fewer activations are kept: norms and the
 MLP's activation are computed again in the backward pass, and rotary positions are turned in place.
 
-Legend: T tokens, H hidden size, N heads, G key/value groups, Q query heads of a group, D channels per head, P width of
-the query-key-value product, F width of the MLP.
+Legend: T tokens, H hidden size, N heads, G key/value groups, X heads of a group in the query-key-value product (its
+queries, its key, its value), D channels per head, P width of that product, A channels that are turned, F width of the
+MLP; of a linear layer I inputs and O outputs.
 """
 
 from collections.abc import Callable
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_aligner.compat.cpu_linear import linear, matmul
+from nemo_aligner.models.nlp.gpt.activation import activation_function
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
 from nemo_aligner.models.nlp.gpt.rotary import joined_gradient, turn_
 from nemo_aligner.utils.weight_gradients import weight_gradient
-
-
-def can_fuse(layer: TransformerLayer, hidden: torch.Tensor) -> bool:
-    """Whether `FusedLayer` does all that the layer's own modules would do: for others there are the modules."""
-    config, attention, mlp = layer.config, layer.self_attention, layer.mlp
-    return (
-        parallel_state.get_tensor_model_parallel_world_size() == 1
-        and not (layer.training and (config.hidden_dropout or config.attention_dropout))
-        and not attention.checkpoint_core_attention
-        and (type(attention), type(mlp)) == (SelfAttention, MLP)  # adapters make other types of them
-        and (type(attention.linear_qkv), type(attention.linear_proj)) == (ColumnParallelLinear, RowParallelLinear)
-        and attention.q_layernorm is None
-        and attention.k_layernorm is None
-        and hidden.dtype == attention.linear_qkv.weight.dtype
-        and not torch.is_autocast_enabled(hidden.device.type)
-        and not any(part._forward_pre_hooks or part._forward_hooks for part in layer.own_parts)
-    )
 
 
 def fused_layer(
@@ -84,8 +65,8 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TH):
-        layer, (qkv, context_TND) = ctx.layer, ctx.attention
         hidden_TH, middle_TH, inner_TF, angles_TA, *parameters = ctx.saved_tensors
+        layer, (qkv, context_TND) = ctx.layer, ctx.attention
         qkv_w, qkv_b, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b, *norms = parameters
         input_norm, mlp_norm = norms[:2], norms[2:]
         del ctx.attention  # the layer's graph lives on with its tensors' last reference
@@ -138,7 +119,7 @@ def _add_linear(residual_TH, x_TI, weight_HI, bias_H) -> torch.Tensor:
 
 
 def _activate(layer: TransformerLayer, inner_TF: torch.Tensor) -> torch.Tensor:
-    function = layer.config.activation_func
+    function = activation_function(layer.config)
     if not layer.config.gated_linear_unit:
         return function(inner_TF)
     gate, up = inner_TF.chunk(2, dim=-1)

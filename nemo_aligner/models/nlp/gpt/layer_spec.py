@@ -10,6 +10,7 @@ positions, B rows, H hidden size, N heads and G key/value groups of this tensor-
 import contextlib
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -23,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional as F
 
-from nemo_aligner.models.nlp.gpt.fused_layer import can_fuse, fused_layer
+from nemo_aligner.models.nlp.gpt.fused_layer import fused_layer
 from nemo_aligner.models.nlp.gpt.packed_attention import packed_attention
 
 
@@ -128,10 +129,6 @@ class ScaledDotProductAttention(MegatronModule):
 class Layer(TransformerLayer):
     """megatron-core's layer, which over packs is one function where that computes the same."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.own_parts = tuple(self.children()) + tuple(part for child in self.children() for part in child.children())
-
     def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, packed_seq_params=None, **kwargs):
         if packed_seq_params is None or not can_fuse(self, hidden_states):
             return super().forward(
@@ -145,6 +142,35 @@ class Layer(TransformerLayer):
         angles_TA = None if rotary_pos_emb is None else rotary_pos_emb.squeeze(1)
         output_TH = fused_layer(self, hidden_states.squeeze(1), angles_TA, packed_seq_params)
         return output_TH.unsqueeze(1), None
+
+
+def can_fuse(layer: Layer, hidden: torch.Tensor) -> bool:
+    """Whether `fused_layer` computes all that the layer's own modules would. If not, these are called."""
+    config, attention, mlp = layer.config, layer.self_attention, layer.mlp
+    return (
+        parallel_state.get_tensor_model_parallel_world_size() == 1
+        and not (layer.training and (config.hidden_dropout or config.attention_dropout))
+        and not attention.checkpoint_core_attention
+        and hidden.dtype == attention.linear_qkv.weight.dtype
+        and not torch.is_autocast_enabled(hidden.device.type)
+        and _is_untouched(attention, SelfAttention)
+        and _is_untouched(mlp, MLP)
+        and _is_untouched(attention.core_attention, ScaledDotProductAttention)
+        and all(_is_untouched(norm, Norm) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm))
+        and all(_is_untouched(linear, ColumnParallelLinear) for linear in (attention.linear_qkv, mlp.linear_fc1))
+        and all(_is_untouched(linear, RowParallelLinear) for linear in (attention.linear_proj, mlp.linear_fc2))
+    )
+
+
+def _is_untouched(module: torch.nn.Module, kind: type) -> bool:
+    """Whether it is of that class, not one below it as adapters make, and nobody wants to be told of its calls."""
+    return type(module) is kind and not (
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:

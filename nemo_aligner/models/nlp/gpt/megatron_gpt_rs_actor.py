@@ -199,7 +199,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def _why_not_packed(self) -> str | None:
         step = "get_actor_forward_output_and_loss_func"
-        if getattr(type(self), step) is not getattr(MegatronGPTRSModel, step):  # a subclass has its own way
+        if getattr(self, step).__func__ is not getattr(MegatronGPTRSModel, step):  # a subclass has its own way
             return f"{type(self).__name__}.{step}"
         if any(self.resets.values()):
             return "model.data.reset_attention_mask or reset_position_ids"
@@ -217,11 +217,19 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             batch["response_tokens"].cpu(),
             batch["mask"].cpu(),
             num_microbatches,
-            max_tokens=None if has_stages else self.cfg.micro_batch_size * self.cfg.data.seq_length,
+            max_tokens=None if has_stages else self._max_tokens_of_a_pack(batch["response_tokens"].size(1)),
             in_order=self._is_loss_per_micro_batch(),
             equal_lengths=has_stages,
             multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
         )
+
+    def _max_tokens_of_a_pack(self, width: int) -> int:
+        """What the longest rows that may come would be in a micro-batch, but at most twice its padded size now.
+
+        A token of a pack takes less than half the memory of a padded one, of which all logits and more activations are
+        kept; so a configuration that fitted with padded rows fits.
+        """
+        return self.cfg.micro_batch_size * min(self.cfg.data.seq_length, 2 * width)
 
     def _packed_forward_output_and_loss_func(self, num_loss_tokens: torch.Tensor, num_microbatches: int) -> Callable:
         """As `get_actor_forward_output_and_loss_func`, over packs; the last stage's output are log-probabilities [R].

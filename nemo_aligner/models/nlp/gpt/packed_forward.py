@@ -89,11 +89,14 @@ def _logprobs_for_logits(gpt_model: GPTModel, pack: Pack) -> Iterator[None]:
         logprobs_R = _target_logprobs(layer, hidden_T1H, layer.weight if weight is None else weight, pack)
         return logprobs_R.unsqueeze(1), None  # [positions, rows], which GPTModel transposes
 
+    before = vars(layer).get("forward")
     layer.forward = forward
     try:
         yield
     finally:
         del layer.forward
+        if before is not None:
+            layer.forward = before
 
 
 def _target_logprobs(
