@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
+from omegaconf import OmegaConf
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
