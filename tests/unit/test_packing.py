@@ -4,6 +4,7 @@ Legend: as in nemo_aligner/models/nlp/gpt/packing.py.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
