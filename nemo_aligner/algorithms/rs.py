@@ -4,6 +4,7 @@ Legend: B prompts of a rollout micro-batch, N rollouts per prompt, K of them kep
 replicas, R = G * K / DP rows that a replica trains on per RS step, S padded token width, P padded prompt width.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +24,7 @@ from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 from nemo_aligner.utils.distributed import ScopedTimer, pad_list, pad_tensors_to_max_global_seq_len
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
-from nemo_aligner.utils.phases import PhaseClock
+from nemo_aligner.utils.phases import OTHER, PhaseClock
 from nemo_aligner.utils.ppo_utils import create_mask, select_topk
 from nemo_aligner.utils.rollout_log import RolloutLog
 from nemo_aligner.utils.server_utils import RewardError
@@ -214,10 +215,10 @@ class RSTrainer:
         self.phases.start()
         self.model.seed_step(self.step)
         num_microbatches = compute_num_rollout_microbatches(self.train_dataloader)
-        with self.profile.trace("rollouts", self.step + 1), self.timer("rollout_time"):
+        with self._traced("rollouts"), self.timer("rollout_time"):
             rollout_data, train_metrics = self.generate_rollouts(dataloader_iter, num_microbatches)
         self.log_rollouts(train_metrics, "train")
-        with self.profile.trace("training", self.step + 1), self.timer("train_time"):
+        with self._traced("training"), self.timer("train_time"):
             self.run_training(self._optimizer_batches(rollout_data))
         self.step += 1
 
@@ -227,6 +228,12 @@ class RSTrainer:
         )
         val_metrics = self._finish_step(train_metrics, run_val, save_model, is_train_end)
         return _summary(train_metrics, val_metrics), run_time_exceeded
+
+    @contextlib.contextmanager
+    def _traced(self, half: str) -> Iterator[None]:
+        """Trace the body if it is to be; writing the trace counts in no other phase."""
+        with self.phases("trace"), self.profile.trace(half, self.step + 1), self.phases(OTHER):
+            yield
 
     def _finish_step(
         self, train_metrics: dict, run_val: bool, save_model: bool, is_train_end: bool = False

@@ -18,6 +18,7 @@ PHASES = (
     "optimizer",  # gradients reduced, if the optimizer has not done that before, and clipped; weights updated
     "checkpoint",  # what training waits for while a checkpoint is written
     "validation",  # as a whole: its rollouts and rewards are not training's
+    "trace",  # with --profile: traces are written
 )
 OTHER, TOTAL = "other", "total"
 
@@ -41,8 +42,8 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        """Attribute the body to `phase`, one of `PHASES`."""
-        assert phase in PHASES, phase
+        """Attribute the body to `phase`, one of `PHASES`, or to `OTHER`."""
+        assert phase in (*PHASES, OTHER), phase
         if self._open[-1] == "validation":
             yield
             return

@@ -1,5 +1,6 @@
 """RSTrainer with a fake model in one process: what it asks of its collaborators, when, and what it reports."""
 
+import contextlib
 import gc
 import math
 
@@ -349,6 +350,20 @@ def test_phases_are_logged_with_every_step_and_what_it_saved():
     for step, seconds in phases:
         assert (seconds["validation"] > 0) == (step % 2 == 0)
         assert sum(seconds[name] for name in (*PHASES, OTHER)) == pytest.approx(seconds[TOTAL])
+
+
+def test_writing_a_trace_is_a_phase_of_its_own():
+    trainer = make_trainer(max_steps=1)
+    at_the_end = []
+
+    @contextlib.contextmanager
+    def trace(half, step):
+        yield
+        at_the_end.append((half, step, trainer.phases._open[-1]))
+
+    trainer.profile.trace = trace
+    trainer.fit()
+    assert at_the_end == [("rollouts", 1, "trace"), ("training", 1, "trace")]
 
 
 def test_time_in_a_collaborator_is_in_its_phase():
