@@ -16,7 +16,7 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 SCRIPT = Path(__file__).parents[2] / "examples/nlp/gpt/train_gpt_rs_actor.py"
 PLACES = {
     "infer": (MegatronGPTRSModel, "infer_each", RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")),
-    "loss": (MegatronGPTRSModel, "_loss", ValueError("a loss that is none")),
+    "loss": (MegatronGPTRSModel, "_normalized_loss", ValueError("a loss that is none")),
     "data": (RLHFDataset, "__getitem__", OSError("the prompts are gone")),
     "select": (RSTrainer, "_select", None),
 }

@@ -50,6 +50,7 @@ def outcome(layer, forward=layer_spec.Layer.forward) -> dict[str, torch.Tensor]:
     output_T1H, context = forward(
         layer, hidden_T1H, None, rotary_pos_emb=turned, packed_seq_params=PackedSequences.of(LENGTHS)
     )
+    assert output_T1H._base is None  # pipeline schedules refuse views
     output_T1H.backward(grad_T1H)
     assert context is None
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}

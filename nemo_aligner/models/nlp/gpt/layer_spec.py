@@ -22,6 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
 from torch.nn import functional as F
 
 from nemo_aligner.models.nlp.gpt.fused_layer import fused_layer
@@ -140,8 +141,9 @@ class Layer(TransformerLayer):
                 **kwargs,
             )
         angles_TA = None if rotary_pos_emb is None else rotary_pos_emb.squeeze(1)
-        output_TH = fused_layer(self, hidden_states.squeeze(1), angles_TA, packed_seq_params)
-        return output_TH.unsqueeze(1), None
+        output_T1H = fused_layer(self, hidden_states.squeeze(1), angles_TA, packed_seq_params).unsqueeze(1)
+        # the pipeline schedule frees what it has sent, which it cannot through a view
+        return make_viewless_tensor(output_T1H, requires_grad=output_T1H.requires_grad, keep_graph=True), None
 
 
 def can_fuse(layer: Layer, hidden: torch.Tensor) -> bool:
