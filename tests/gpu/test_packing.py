@@ -13,7 +13,7 @@ from nemo_aligner.compat import float32_accumulation, varlen_attention
 from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor, packed_attention
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings
-from nemo_aligner.models.nlp.gpt.rotary import joined_gradient, turn_
+from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from nemo_aligner.utils import logprobs
 from tests.tiny import load_actor
 from tests.unit.test_layer_spec import layer_norm_formula, norm, rms_formula
@@ -226,11 +226,9 @@ def test_rotary_positions_and_their_gradient_are_those_of_the_cpu(dtype, G, Q, D
     angles = torch.cat([half, half], dim=1)
     bound = {"atol": 3e-2 if dtype == torch.bfloat16 else 1e-4, "rtol": 0}
     ours, expected = qkv_TGXD.cuda(), qkv_TGXD.double()
-    turn_(ours, angles.cuda())
-    turn_(expected, angles.double())
+    apply_rotary_(ours, angles.cuda())
+    apply_rotary_(expected, angles.double())
     torch.testing.assert_close(ours.cpu().double(), expected, **bound)
     parts = qkv_TGXD[:, :, :Q].flatten(1, 2), qkv_TGXD[:, :, Q], qkv_TGXD[:, :, Q + 1]
-    ours = joined_gradient(*(part.cuda() for part in parts), angles.cuda())
-    torch.testing.assert_close(
-        ours.cpu().double(), joined_gradient(*(part.double() for part in parts), angles), **bound
-    )
+    ours = qkv_gradient(*(part.cuda() for part in parts), angles.cuda())
+    torch.testing.assert_close(ours.cpu().double(), qkv_gradient(*(part.double() for part in parts), angles), **bound)

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_aligner.models.nlp.gpt import layer_spec
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
-from nemo_aligner.models.nlp.gpt.rotary import joined_gradient, turn_
+from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from tests.tiny import load_actor, save_gpt2_like
 
 LENGTHS = [5, 1, 9]
@@ -165,12 +165,12 @@ def test_other_dtypes_and_autocast_are_left_to_the_modules(layer):
 def test_turning_is_complex_multiplication_and_its_gradient_undoes_it():
     qkv_TGXD = torch.randn(15, 2, 4, 16, generator=torch.Generator().manual_seed(0))
     turned, by = qkv_TGXD.clone(), angles(8).squeeze(1)
-    turn_(turned, by)
+    apply_rotary_(turned, by)
     assert torch.equal(turned[:, :, 3], qkv_TGXD[:, :, 3]) and torch.equal(turned[..., 8:], qkv_TGXD[..., 8:])
     as_complex = torch.complex(qkv_TGXD[:, :, :3, :4].double(), qkv_TGXD[:, :, :3, 4:8].double())
     expected = as_complex * torch.exp(1j * by[:, None, None, :4].double())
     torch.testing.assert_close(turned[:, :, :3, :4], expected.real.float())
     torch.testing.assert_close(turned[:, :, :3, 4:8], expected.imag.float())
     parts = turned[:, :, :2].flatten(1, 2), turned[:, :, 2], turned[:, :, 3]
-    torch.testing.assert_close(joined_gradient(*parts, by), qkv_TGXD)
-    assert torch.equal(joined_gradient(*parts, None), turned)
+    torch.testing.assert_close(qkv_gradient(*parts, by), qkv_TGXD)
+    assert torch.equal(qkv_gradient(*parts, None), turned)

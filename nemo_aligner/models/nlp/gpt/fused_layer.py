@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo_aligner.compat.cpu_linear import linear, matmul
 from nemo_aligner.models.nlp.gpt.activation import activation_function
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
-from nemo_aligner.models.nlp.gpt.rotary import joined_gradient, turn_
+from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from nemo_aligner.utils.weight_gradients import weight_gradient
 
 
@@ -40,16 +40,15 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer, hidden_TH, angles_TA, sequences, *parameters):
         qkv_w, qkv_b, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b, *_ = parameters
+        # Apex, with `overlap_param_sync`, waits for a parameter's values when it is asked something.
         for parameter in parameters:
-            if (
-                parameter is not None
-            ):  # Apex, with `overlap_param_sync`, waits for its values when it is asked something
+            if parameter is not None:
                 parameter.data_ptr()
 
         qkv_TP = linear(layer.input_layernorm(hidden_TH), qkv_w, qkv_b)
         qkv_TGXD = _by_heads(layer, qkv_TP)
         if angles_TA is not None:
-            turn_(qkv_TGXD, angles_TA)
+            apply_rotary_(qkv_TGXD, angles_TA)
         with torch.enable_grad():
             qkv = [part.detach().requires_grad_() for part in _query_key_value(qkv_TGXD)]
             context_TND = packed_attention(*qkv, sequences, dropout=0.0)
@@ -90,7 +89,7 @@ class _FusedLayer(torch.autograd.Function):
         of_proj = parameter_gradients(proj_w, proj_b, grad_middle_TH, context_TND.detach().flatten(1))
         grad_context_TND = matmul(grad_middle_TH, proj_w).view_as(context_TND)
         of_attention = torch.autograd.grad(context_TND, qkv, grad_context_TND)
-        grad_TP = joined_gradient(*of_attention, angles_TA).flatten(1)
+        grad_TP = qkv_gradient(*of_attention, angles_TA).flatten(1)
         normed_TH, grad_of_norm = _with_gradient(layer.input_layernorm.normalize, hidden_TH, *input_norm)
         of_qkv = parameter_gradients(qkv_w, qkv_b, grad_TP, normed_TH)
         grad_hidden_TH, *of_input_norm = grad_of_norm(matmul(grad_TP, qkv_w))

@@ -7,7 +7,7 @@ product (its queries, its key, its value), D channels per head, A turned channel
 import torch
 
 
-def turn_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
+def apply_rotary_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
     """Turn the queries and the key of every group where they are.
 
     Channel i is turned against channel i + A/2, by the same angle.
@@ -19,19 +19,19 @@ def turn_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
     if qkv_TGXD.is_cuda:
         from nemo_aligner.models.nlp.gpt import rotary_kernels
 
-        rotary_kernels.turn_(qkv_TGXD, angles_TA)
+        rotary_kernels.apply_rotary_(qkv_TGXD, angles_TA)
     else:
         _turn_(qkv_TGXD, angles_TA)
 
 
-def joined_gradient(
+def qkv_gradient(
     query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, angles_TA: torch.Tensor | None
 ) -> torch.Tensor:
     """The gradient [T, G, X, D] of the product, from those of queries and keys that were turned, and of the values."""
     if query_TND.is_cuda and angles_TA is not None:
         from nemo_aligner.models.nlp.gpt import rotary_kernels
 
-        return rotary_kernels.joined_gradient(query_TND, key_TGD, value_TGD, angles_TA)
+        return rotary_kernels.qkv_gradient(query_TND, key_TGD, value_TGD, angles_TA)
     query_TGQD = query_TND.unflatten(1, (key_TGD.size(1), -1))
     grad_TGXD = torch.cat([query_TGQD, key_TGD.unsqueeze(2), value_TGD.unsqueeze(2)], dim=2)
     if angles_TA is not None:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-def turn_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
+def apply_rotary_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
     num_tokens, num_groups, num_heads, head_dim = qkv_TGXD.shape
     num_turned, half = num_groups * (num_heads - 1), angles_TA.size(1) // 2
     _turn_kernel[(num_tokens,)](
@@ -32,14 +32,14 @@ def _turn_kernel(
     tl.store(start + half, (second * cos + first * sin).to(qkv.dtype.element_ty), mask=inside)
 
 
-def joined_gradient(
+def qkv_gradient(
     query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, angles_TA: torch.Tensor
 ) -> torch.Tensor:
     query_TND, key_TGD, value_TGD = (part.contiguous() for part in (query_TND, key_TGD, value_TGD))
     num_tokens, num_groups, head_dim = key_TGD.shape
     num_queries = query_TND.size(1) // num_groups
     grad_TGXD = query_TND.new_empty(num_tokens, num_groups, num_queries + 2, head_dim)
-    _joined_gradient_kernel[(num_tokens,)](
+    _qkv_gradient_kernel[(num_tokens,)](
         query_TND, key_TGD, value_TGD, angles_TA, grad_TGXD, angles_TA.stride(0), num_groups, head_dim,
         angles_TA.size(1) // 2, Q=num_queries, BLOCK_N=triton.next_power_of_2(num_groups * num_queries),
         BLOCK_G=triton.next_power_of_2(num_groups), BLOCK_D=triton.next_power_of_2(head_dim),
@@ -48,7 +48,7 @@ def joined_gradient(
 
 
 @triton.jit
-def _joined_gradient_kernel(
+def _qkv_gradient_kernel(
     query, key, value, angles, grad, angle_stride, num_groups, head_dim, half,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
