@@ -249,6 +249,10 @@ def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives
     monkeypatch.setattr(llama, "__class__", MegatronGPTRSModel)
     (line,) = told
     assert "WithItsOwnWay.get_actor_forward_output_and_loss_func" in line and "padded" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "get_actor_forward_output_and_loss_func", lambda *args: None, raising=False)
+        assert "get_actor_forward_output_and_loss_func" in llama._why_not_packed()
+    assert llama._why_not_packed() is None
     for name, value, reason in (
         ("rotary_interleaved", True, "rotary_interleaved"), ("apply_rope_fusion", True, "apply_rope_fusion"),
     ):  # fmt: skip

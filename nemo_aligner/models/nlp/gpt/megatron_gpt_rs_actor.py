@@ -142,8 +142,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         Args:
             batch: `response_tokens` int64 [rows, S] and `mask` float [rows, S - 1], on the CPU; other keys are ignored.
                 The rows are split in order into `get_num_microbatches()` micro-batches of `cfg.micro_batch_size`. With
-                packing, so many rows of `cfg.data.seq_length` tokens are what a micro-batch has room for. Unless there
-                are pipeline stages or the loss is per micro-batch, each replica makes do with as few as it can fill.
+                packing, unless there are pipeline stages or the loss is per micro-batch, each replica makes do with as
+                few as hold its tokens; `_max_tokens_of_a_pack` says how many of these have room in one.
 
         Returns:
             The loss over the global batch and {"loss": the same}, equal on all ranks. Gradients stay accumulated.
@@ -199,7 +199,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def _why_not_packed(self) -> str | None:
         step = "get_actor_forward_output_and_loss_func"
-        if getattr(self, step).__func__ is not getattr(MegatronGPTRSModel, step):  # a subclass has its own way
+        own_way = getattr(getattr(self, step), "__func__", None)  # of a subclass or this object, or none
+        if own_way is not getattr(MegatronGPTRSModel, step):
             return f"{type(self).__name__}.{step}"
         if any(self.resets.values()):
             return "model.data.reset_attention_mask or reset_position_ids"
