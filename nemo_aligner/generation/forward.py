@@ -17,7 +17,8 @@ from megatron.core.tensor_parallel import (
 from torch.nn import functional as F
 
 from nemo_aligner.compat.cpu_linear import linear
-from nemo_aligner.generation.weights import Activation, Linear, Weights
+from nemo_aligner.generation.weights import Linear, Weights
+from nemo_aligner.models.nlp.gpt.activation import Activation
 
 
 def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor, attend: Callable, ops) -> torch.Tensor:

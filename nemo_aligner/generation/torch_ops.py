@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from nemo_aligner.compat.cpu_linear import linear
-from nemo_aligner.generation.weights import Activation, Norm
+from nemo_aligner.generation.weights import Norm
+from nemo_aligner.models.nlp.gpt.activation import Activation, activate
 
 
 def add_norm(
@@ -29,14 +30,6 @@ def add_norm(
 def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x_MI @ weight_OI.T for `add_norm`, [M, O]."""
     return linear(x_MI, weight_OI)
-
-
-def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """The activation of [M, F], or, where it is gated, of the halves of [M, 2 F]; [M, F]."""
-    if not activation.is_gated:
-        return activation.function(x_MF)
-    gate_MF, up_MF = x_MF.chunk(2, dim=-1)
-    return activation.function(gate_MF) * up_MF
 
 
 def activated_product(

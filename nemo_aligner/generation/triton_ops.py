@@ -12,7 +12,8 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from nemo_aligner.generation.sampling import NO_TOKEN
-from nemo_aligner.generation.weights import Activation, Norm
+from nemo_aligner.generation.weights import Norm
+from nemo_aligner.models.nlp.gpt.activation import Activation
 
 # Programs that keep every multiprocessor of a current GPU busy; with fewer, a row's positions are split.
 _ENOUGH_PROGRAMS = 512

@@ -14,9 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import AdapterName
-from torch.nn import functional as F
 
-from nemo_aligner.models.nlp.gpt.activation import activation_function, gelu_tanh
+from nemo_aligner.models.nlp.gpt.activation import Activation, activation_of
 from nemo_aligner.models.nlp.gpt.lora import LINEARS
 
 
@@ -38,18 +37,6 @@ class Linear:
     weight: torch.Tensor
     bias: torch.Tensor | None
     adapter: torch.nn.Module | None = None
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What is between the two linear layers of an MLP; gated, it acts on the first half, which scales the second.
-
-    `name` is one that a fused kernel knows, or None.
-    """
-
-    name: str | None
-    function: object
-    is_gated: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +100,7 @@ def find_weights(model: GPTModel) -> Weights:
         positions=model.embedding.position_embeddings.weight if has_learned_positions else None,
         rotary=model.rotary_pos_emb if model.position_embedding_type == "rope" else None,
         layers=layers,
-        activation=_activation(config),
+        activation=activation_of(config),
         final_norm=_norm(model.decoder.final_layernorm, config),
         output=model.shared_embedding_or_output_weight()
         if model.share_embeddings_and_output_weights
@@ -193,9 +180,3 @@ def _adapter(parent: torch.nn.Module, linear: str) -> torch.nn.Module | None:
 def _unless_empty(bias: torch.Tensor | None) -> torch.Tensor | None:
     """Transformer Engine gives a layer without a bias an empty one."""
     return None if bias is None or bias.numel() == 0 else bias
-
-
-def _activation(config) -> Activation:
-    function = activation_function(config)
-    names = {F.silu: "silu", F.gelu: "gelu", gelu_tanh: "gelu_tanh"}
-    return Activation(names.get(function), function, config.gated_linear_unit)

@@ -14,7 +14,8 @@ from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttent
 from nemo_aligner.generation.kv_cache import KVCache
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
 from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
-from nemo_aligner.generation.weights import Activation, Norm
+from nemo_aligner.generation.weights import Norm
+from nemo_aligner.models.nlp.gpt.activation import Activation
 
 triton_ops = pytest.importorskip("nemo_aligner.generation.triton_ops")
 

@@ -10,12 +10,13 @@ MLP; of a linear layer I inputs and O outputs.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_aligner.compat.cpu_linear import linear, matmul
-from nemo_aligner.models.nlp.gpt.activation import activation_function
+from nemo_aligner.models.nlp.gpt.activation import activate, activation_of
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
 from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from nemo_aligner.utils.weight_gradients import weight_gradient
@@ -55,7 +56,7 @@ class _FusedLayer(torch.autograd.Function):
         middle_TH = _add_linear(hidden_TH, context_TND.detach().flatten(1), proj_w, proj_b)
 
         inner_TF = linear(layer.pre_mlp_layernorm(middle_TH), fc1_w, fc1_b)
-        output_TH = _add_linear(middle_TH, _activate(layer, inner_TF), fc2_w, fc2_b)
+        output_TH = _add_linear(middle_TH, activate(inner_TF, activation_of(layer.config)), fc2_w, fc2_b)
 
         ctx.save_for_backward(hidden_TH, middle_TH, inner_TF, angles_TA, *parameters)
         ctx.layer, ctx.attention = layer, (qkv, context_TND)
@@ -76,7 +77,9 @@ class _FusedLayer(torch.autograd.Function):
             return of_weight, grad_TO.sum(0) if bias is not None and bias.requires_grad else None
 
         grad_TH = grad_TH.contiguous()
-        activated_TF, grad_of_inner = _with_gradient(lambda inner: _activate(layer, inner), inner_TF)
+        activated_TF, grad_of_inner = _with_gradient(
+            partial(activate, activation=activation_of(layer.config)), inner_TF
+        )
         of_fc2 = parameter_gradients(fc2_w, fc2_b, grad_TH, activated_TF)
         (grad_TF,) = grad_of_inner(matmul(grad_TH, fc2_w))
         del activated_TF
@@ -115,14 +118,6 @@ def _add_linear(residual_TH, x_TI, weight_HI, bias_H) -> torch.Tensor:
         output_TH = torch.addmm(residual_TH, x_TI, weight_HI.t())
         return output_TH if bias_H is None else output_TH.add_(bias_H)
     return linear(x_TI, weight_HI, bias_H).add_(residual_TH)
-
-
-def _activate(layer: TransformerLayer, inner_TF: torch.Tensor) -> torch.Tensor:
-    function = activation_function(layer.config)
-    if not layer.config.gated_linear_unit:
-        return function(inner_TF)
-    gate, up = inner_TF.chunk(2, dim=-1)
-    return function(gate) * up
 
 
 def _with_gradient(
