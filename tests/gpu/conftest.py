@@ -20,6 +20,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exact_matmuls():
+    """Float32 means float32: no TF32 while these tests compare."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """`made_once(name, make)`: a path that `make` fills once, also if pytest-xdist runs the tests in many processes."""

@@ -11,13 +11,6 @@ PROMPTS = ["the quick brown", "one two three four five six", "a good", "kind and
 ROW_LENGTHS = [(3, 14), (6, 9), (1, 20), (4, 17)]  # prompt and response lengths of the training rows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_matmuls():
-    """Float32 means float32: no TF32 while these tests compare."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-
-
 @pytest.fixture(scope="module")
 def actor(tiny_nemo):
     return load_actor(tiny_nemo, micro_batch_size=2, global_batch_size=4)

@@ -13,13 +13,6 @@ from tests.unit.test_engine import batch_of, ragged_prompts, responses_of
 NUM_NEW_TOKENS = 32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_matmuls():
-    """Float32 means float32: no TF32 while these tests compare."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-
-
 @pytest.fixture
 def actor(tiny_nemo):
     rs = {"length_params.max_length": NUM_NEW_TOKENS, "sampling_params.end_strings": ["e"]}

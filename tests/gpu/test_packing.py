@@ -25,13 +25,6 @@ SETTINGS = {"micro_batch_size": 2, "global_batch_size": 8, "data": {"seq_length"
 NUM_PACKS = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_matmuls():
-    """Float32 means float32: no TF32 while these tests compare."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-
-
 @pytest.fixture(scope="module")
 def float32(tiny_nemo):
     return load_actor(tiny_nemo, **SETTINGS)
