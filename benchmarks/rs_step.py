@@ -22,9 +22,17 @@ import nemo_aligner.compat.quiet_imports  # noqa: F401
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.gpt_1b import SMOLLM2
 from benchmarks.rollouts import hardware
-from benchmarks.train_step import add_no_fusion, allocated, attempt, build, release, say, say_verdicts
+from benchmarks.train_step import (
+    add_common_arguments,
+    allocated,
+    attempt,
+    build,
+    parse_and_fill_in,
+    release,
+    say,
+    say_verdicts,
+)
 from nemo_aligner.algorithms.rs import RSTrainer
 from nemo_aligner.compat import cpu
 from nemo_aligner.data.nlp.builders import build_dataloader, collate_with_pad_to_max_batch
@@ -141,27 +149,11 @@ def run(args, folder: Path, kind: str, num_steps: int) -> dict:
 
 def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--optimizer", default="distributed_fused_adam", help="on a CPU always adamw")
-    add_no_fusion(parser)
+    add_common_arguments(parser, new_tokens="at most: 256, on a CPU 16")
     parser.add_argument("--prompts", type=int, help="of a step: 16, on a CPU 4")
-    parser.add_argument("--micro-batch", type=int, help="rows: 8, on a CPU 2")
-    parser.add_argument("--prompt-tokens", type=int, help="of the longest prompt, the shortest has half: 128 or 16")
-    parser.add_argument("--new-tokens", type=int, help="at most: 256, on a CPU 16")
     parser.add_argument("--steps", type=int, default=5, help="of ours, after one of warm-up")
     parser.add_argument("--nemo-steps", type=int, default=1, help="of NeMo's way, after one of warm-up")
-    parser.add_argument("--save", type=Path, help="file for the results, as JSON")
-    args = parser.parse_args()
-    for key, (on_gpu, on_cpu) in {
-        "prompts": (16, 4), "micro_batch": (8, 2), "prompt_tokens": (128, 16), "new_tokens": (256, 16)
-    }.items():  # fmt: skip
-        if getattr(args, key) is None:
-            setattr(args, key, on_cpu if args.cpu else on_gpu)
-    if args.cpu and not SMOLLM2.exists():
-        parser.error(f"{SMOLLM2} does not exist: `make model` fetches and converts it")
-    if not args.cpu and torch.cuda.device_count() == 0:
-        parser.error("no GPU found; --cpu runs the script without one")
-    args.fusion &= not args.cpu and "distributed" in args.optimizer
+    args = parse_and_fill_in(parser, prompts=(16, 4))
     args.rows = args.prompts  # what a step trains on
     return args
 

@@ -287,35 +287,40 @@ def one_replica_and_both(args) -> None:
         args.save.write_text(json.dumps({"machine": hardware(), "rollouts_per_s": rates}, indent=2) + "\n")
 
 
-def add_no_fusion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-fusion", dest="fusion", action="store_false", help="gradients not accumulated in place")
-
-
-def parsed_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_common_arguments(parser: argparse.ArgumentParser, new_tokens: str) -> None:
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--devices", type=int, default=1, help="replicas to compare with one; 0: as launched")
     parser.add_argument("--optimizer", default="distributed_fused_adam", help="on a CPU always adamw")
-    add_no_fusion(parser)
-    parser.add_argument("--rows", type=int, help="rollouts of each replica: 64, on a CPU 8")
+    parser.add_argument("--no-fusion", dest="fusion", action="store_false", help="gradients not accumulated in place")
     parser.add_argument("--micro-batch", type=int, help="rows: 8, on a CPU 2")
     parser.add_argument("--prompt-tokens", type=int, help="of the longest prompt, the shortest has half: 128 or 16")
-    parser.add_argument("--new-tokens", type=int, help="256, on a CPU 16")
-    parser.add_argument("--repeats", type=int, default=5, help="measured passes after one of warm-up")
-    parser.add_argument("--only", nargs="*", choices=("packed", "plain", "vocabulary"), help="what to measure")
+    parser.add_argument("--new-tokens", type=int, help=new_tokens)
     parser.add_argument("--save", type=Path, help="file for the results, as JSON")
+
+
+def parse_and_fill_in(parser: argparse.ArgumentParser, **sizes: tuple[int, int]) -> argparse.Namespace:
+    """The arguments, of which `sizes`, and those that both scripts have, are by default what they give: (GPU, CPU)."""
     args = parser.parse_args()
-    for key, (on_gpu, on_cpu) in {
-        "rows": (64, 8), "micro_batch": (8, 2), "prompt_tokens": (128, 16), "new_tokens": (256, 16)
-    }.items():  # fmt: skip
+    sizes |= {"micro_batch": (8, 2), "prompt_tokens": (128, 16), "new_tokens": (256, 16)}
+    for key, (on_gpu, on_cpu) in sizes.items():
         if getattr(args, key) is None:
             setattr(args, key, on_cpu if args.cpu else on_gpu)
     args.fusion &= not args.cpu and "distributed" in args.optimizer
     if args.cpu and not SMOLLM2.exists():
         parser.error(f"{SMOLLM2} does not exist: `make model` fetches and converts it")
-    if not args.cpu and torch.cuda.device_count() < max(args.devices, 1):
-        parser.error(f"{torch.cuda.device_count()} GPU(s) found; --cpu runs the script without one")
+    num_gpus, needed = torch.cuda.device_count(), max(getattr(args, "devices", 1), 1)
+    if not args.cpu and num_gpus < needed:
+        parser.error(f"{num_gpus} GPU(s) found; --cpu runs the script without one")
     return args
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, new_tokens="256, on a CPU 16")
+    parser.add_argument("--devices", type=int, default=1, help="replicas to compare with one; 0: as launched")
+    parser.add_argument("--rows", type=int, help="rollouts of each replica: 64, on a CPU 8")
+    parser.add_argument("--repeats", type=int, default=5, help="measured passes after one of warm-up")
+    parser.add_argument("--only", nargs="*", choices=("packed", "plain", "vocabulary"), help="what to measure")
+    return parse_and_fill_in(parser, rows=(64, 8))
 
 
 def main() -> None:
