@@ -13,6 +13,7 @@ def apply() -> None:
         adam_step,
         adapters,
         checkpoint_writer,
+        communicators,
         cpu,
         device,
         gradient_fusion,
@@ -37,6 +38,7 @@ def apply() -> None:
     adam_step.apply()
     virtual_stages.apply()
     mcore_optimizer.apply()
+    communicators.apply()
     log_noise.apply()
     if device.on_cpu():
         cpu.redirect_nemo()

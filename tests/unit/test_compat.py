@@ -33,6 +33,8 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.core.optim import optimizer_with_main_params
 from nemo.utils import exp_manager
 from omegaconf import OmegaConf
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy, ddp
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -167,7 +169,7 @@ def everything_that_is_replaced() -> list:
         *(getattr(module, name, None) for module, name in APEX_NAMES),
         filesystem_async._write_item, megatron_init._set_random_seed, schedules.torch, torch.Tensor.cuda,
         torch.cuda.current_device, nlp_overrides.HAVE_APEX, list(log_noise_filters()),
-        layers.linear_with_grad_accumulation_and_async_allreduce,
+        layers.linear_with_grad_accumulation_and_async_allreduce, ddp._init_dist_connection,
     ]  # fmt: skip
 
 
@@ -487,6 +489,21 @@ def test_megatrons_linear_layers_do_not_warn_of_themselves(groups, kind):
 def test_megatrons_linear_layers_still_give_a_deprecated_argument():
     """When this fails, compat/log_noise.py has nothing to leave out."""
     assert "async_grad_allreduce=allreduce_dgrad" in inspect.getsource(layers.RowParallelLinear)
+
+
+def test_process_groups_are_bound_to_no_device(monkeypatch):
+    received = {}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: received.update(kwargs))
+    strategy = nlp_overrides.NLPDDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    DDPStrategy.setup_distributed(strategy)
+    assert received["world_size"] == 1 and "device_id" not in received
+
+
+def test_lightning_still_binds_process_groups_to_a_device():
+    """Red: compat/communicators.py has nothing to leave out."""
+    assert 'kwargs["device_id"] = self.root_device' in inspect.getsource(DDPStrategy.setup_distributed)
 
 
 def test_adam_steps_as_ever_after_a_checkpoint_before_its_first_step():
