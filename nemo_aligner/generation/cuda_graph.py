@@ -11,13 +11,13 @@ class StepGraphs:
     """Runs `step(num_rows)`: eagerly the first time, which also compiles what it needs, then as a captured graph.
 
     `step` reads and writes memory that stays where it is and takes nothing from the host. Whoever moves that memory
-    begins with a new object: `reads` are the addresses that the graphs hold, and `are_valid_for` compares.
+    begins with a new object: `reads` are the addresses that the graphs hold, and `are_valid_for` compares. What has been
+    compiled is still there then: `warm` are the numbers of rows for which it is, and is added to.
     """
 
-    def __init__(self, step: Callable[[int], None], reads: tuple):
-        self._step, self._reads = step, reads
+    def __init__(self, step: Callable[[int], None], reads: tuple, warm: set[int]):
+        self._step, self._reads, self._warm = step, reads, warm
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._warm: set[int] = set()
         self._pool = None
         self._is_refused = False
 
@@ -54,8 +54,9 @@ class StepGraphs:
 
 
 def graph_size(num_rows: int) -> int:
-    """The number of rows that a step is captured for, at least `num_rows`: few sizes, little waste."""
-    for limit, multiple in ((2, 1), (8, 4), (64, 8), (256, 32)):
-        if num_rows <= limit:
-            return -(-num_rows // multiple) * multiple
-    return -(-num_rows // 64) * 64
+    """The number of rows that a step is captured for, at least `num_rows`.
+
+    Few sizes, as a capture takes as long as several steps, and rows too many cost little: they have no positions to
+    attend to, and the products with few rows take the time in which the weights are read.
+    """
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 64 else -(-num_rows // 64) * 64

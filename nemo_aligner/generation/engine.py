@@ -69,6 +69,7 @@ class Engine:
         # How far the host runs ahead, in steps. On a CPU it is the device itself.
         self._steps_between_looks, self._looks_behind = (2, 1) if self._on_gpu else (1, 0)
         self._in_flight: list[Row] = []
+        self._warm_sizes: dict[tuple[int, Decoding], set[int]] = {}
         self.release()
 
     @torch.no_grad()
@@ -128,7 +129,8 @@ class Engine:
         self._device_rows.clear_(slice(None))
         reads = (self._weights.pointers(), id(self._device_rows), id(self._cache))
         if self._graphs is None or not self._graphs.are_valid_for(reads):
-            self._graphs = StepGraphs(self._step, reads)
+            warm = self._warm_sizes.setdefault((self._cache.capacity, decoding), set())  # kernels are compiled for both
+            self._graphs = StepGraphs(self._step, reads, warm)
 
     def _make_caches(self, num_rows: int, prompts: Collection[_Prompt], decoding: Decoding) -> None:
         longest = max(len(prompt.tokens) for prompt in prompts)

@@ -59,13 +59,17 @@ def _parse_duration(duration: str) -> float:
 
 
 class ScopedTimer:
-    """Times sections as `with timer("name"):`; arguments as for NeMo's `NamedTimer`.
+    """Times sections as `with timer("name"):`; durations are this rank's own, in seconds; see `max_over_ranks`.
 
-    Durations are this rank's own, in seconds; see `max_over_ranks`.
+    Args:
+        reduction, buffer_size: as for NeMo's `NamedTimer`.
+        sync_cuda: wait at both ends of a section for the current stream. Not, as NeMo does, for the whole device: the
+            optimizer's state may be on its way on a stream of its own.
     """
 
-    def __init__(self, *args, **kwargs):
-        self._timer = NamedTimer(*args, **kwargs)
+    def __init__(self, reduction: str = "mean", sync_cuda: bool = False, buffer_size: int = -1):
+        self._timer = NamedTimer(reduction, buffer_size=buffer_size)
+        self._sync_cuda = sync_cuda
 
     @contextlib.contextmanager
     def __call__(self, name: str):
@@ -76,11 +80,17 @@ class ScopedTimer:
         """
         if name in self._timer.export():
             raise ValueError(f"section {name!r} was timed already: call consume_durations() before timing it again")
+        self._wait()
         self._timer.start(name)
         try:
             yield
         finally:
+            self._wait()
             self._timer.stop(name)
+
+    def _wait(self) -> None:
+        if self._sync_cuda and torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
 
     def consume_durations(self) -> dict[str, float]:
         """The finished sections' durations by name, which are then forgotten."""

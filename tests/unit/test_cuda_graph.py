@@ -38,7 +38,7 @@ def events(monkeypatch):
 
 
 def test_a_size_is_run_once_then_captured_then_replayed(events):
-    graphs = StepGraphs(lambda num_rows: events.append(f"step of {num_rows}"), reads=(1, 2))
+    graphs = StepGraphs(lambda num_rows: events.append(f"step of {num_rows}"), reads=(1, 2), warm=set())
     for num_rows in (4, 4, 8, 4, 8):
         graphs.run(num_rows)
     assert events == [
@@ -57,7 +57,7 @@ def test_what_cannot_be_captured_is_run_one_kernel_at_a_time_and_said_once(event
         if "begins" in events[-2:][0]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphs = StepGraphs(step, reads=())
+    graphs = StepGraphs(step, reads=(), warm=set())
     with caplog.at_level(logging.WARNING, "nemo_logger"):
         for num_rows in (4, 4, 4, 8, 8):
             graphs.run(num_rows)
@@ -67,8 +67,15 @@ def test_what_cannot_be_captured_is_run_one_kernel_at_a_time_and_said_once(event
     assert sum("no CUDA graphs" in message for message in caplog.messages) == 1
 
 
+def test_what_ran_before_memory_moved_is_captured_at_once(events):
+    warm = set()
+    for reads in ((1,), (2,)):
+        graphs = StepGraphs(lambda num_rows: events.append(f"step of {num_rows}"), reads, warm)
+        graphs.run(4)
+    assert events == ["step of 4", "graph 1, pool (), begins", "step of 4", "graph 1 ends", "graph 1 replayed"]
+
+
 def test_few_sizes_cover_all_numbers_of_rows():
-    assert [graph_size(n) for n in (1, 2, 3, 4, 9, 64, 65, 256, 257)] == [1, 2, 4, 4, 16, 64, 96, 256, 320]
-    sizes = {graph_size(n) for n in range(1, 257)}
-    assert len(sizes) <= 18
-    assert all(n <= graph_size(n) <= max(n + 7, 1.5 * n) for n in range(1, 257))
+    assert [graph_size(n) for n in (1, 2, 3, 4, 9, 64, 65, 256, 257)] == [1, 2, 4, 4, 16, 64, 128, 256, 320]
+    assert len({graph_size(n) for n in range(1, 257)}) <= 10
+    assert all(n <= graph_size(n) < 2 * n for n in range(1, 257))

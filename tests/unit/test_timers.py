@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from nemo_aligner.utils import timers
 from nemo_aligner.utils.timers import ScopedTimer, SyncTimer, Timer
@@ -92,6 +93,20 @@ def test_scoped_timer_stops_when_the_body_raises(clock):
         clock.now += 1
         raise KeyError
     assert timer.consume_durations() == {"section": 1.0}
+
+
+def test_scoped_timer_waits_for_the_current_stream_and_for_no_other(clock, monkeypatch):
+    class Stream:
+        def synchronize(self):
+            clock.now += 2
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(clock, "now", clock.now + 100))
+    timer = ScopedTimer(sync_cuda=True)
+    with timer("section"):
+        clock.now += 1
+    assert timer.consume_durations() == {"section": 3.0}
 
 
 def test_sync_timer_is_deprecated_and_averages(clock):
