@@ -11,8 +11,8 @@ class StepGraphs:
     """Runs `step(num_rows)`: eagerly the first time, which also compiles what it needs, then as a captured graph.
 
     `step` reads and writes memory that stays where it is and takes nothing from the host. Whoever moves that memory
-    begins with a new object: `reads` are the addresses that the graphs hold, and `are_valid_for` compares. What has been
-    compiled is still there then: `warm` are the numbers of rows for which it is, and is added to.
+    begins with a new object: `reads` are the addresses that the graphs hold, and `are_valid_for` compares. What was
+    compiled is still there then: `warm` are the numbers of rows for which it was, and is added to.
     """
 
     def __init__(self, step: Callable[[int], None], reads: tuple, warm: set[int]):
