@@ -1,24 +1,34 @@
-"""NCCL communicators of those groups alone that communicate, as NeMo 2.0.0 was written for.
+"""No NCCL communicators for process groups of a single rank.
 
-Lightning 2.5.6 binds the process group to a device, whereupon torch connects every group when it is created. Megatron
-creates some two dozen groups, most of which, in a given layout, never send anything; each connected one takes some
-hundred megabytes of the GPU. Unbound, a group connects with its first collective.
+Lightning 2.5.6 binds the process group to a device, whereupon torch connects every group as it is created. Megatron
+creates some two dozen of them; most have one rank in a given layout and never send anything, but each connected one
+takes a few hundred megabytes of the GPU. They connect with their first collective instead. Groups of several ranks stay
+as they are: where ranks come to their first collectives in different orders, connecting them there could deadlock.
 
 Removal: with a Megatron or NeMo that creates only the groups its layout uses.
 """
 
 import functools
 
+import torch
+
 
 def apply() -> None:
-    from pytorch_lightning.strategies import ddp
-
-    connect = ddp._init_dist_connection
-    if connect.__module__ == __name__:
+    new_group = torch.distributed.new_group
+    if new_group.__module__ == __name__:
         return
 
-    @functools.wraps(connect, assigned=())
-    def connect_unbound(*args, device_id=None, **kwargs):
-        return connect(*args, **kwargs)
+    @functools.wraps(new_group)
+    def new_group_of_one_unconnected(ranks=None, *args, **kwargs):
+        world = torch.distributed.group.WORLD
+        device = None if world is None else world.bound_device_id
+        if device is None or ranks is None or len(ranks) > 1:
+            return new_group(ranks, *args, **kwargs)
+        world.bound_device_id = None
+        try:
+            return new_group(ranks, *args, **kwargs)
+        finally:
+            world.bound_device_id = device
 
-    ddp._init_dist_connection = connect_unbound
+    new_group_of_one_unconnected.__module__ = __name__
+    torch.distributed.new_group = new_group_of_one_unconnected

@@ -33,14 +33,14 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.core.optim import optimizer_with_main_params
 from nemo.utils import exp_manager
 from omegaconf import OmegaConf
-from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.strategies import DDPStrategy, ddp
+from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from nemo_aligner import compat
 from nemo_aligner.compat import (
+    communicators,
     cpu,
     cpu_linear,
     device,
@@ -169,7 +169,7 @@ def everything_that_is_replaced() -> list:
         *(getattr(module, name, None) for module, name in APEX_NAMES),
         filesystem_async._write_item, megatron_init._set_random_seed, schedules.torch, torch.Tensor.cuda,
         torch.cuda.current_device, nlp_overrides.HAVE_APEX, list(log_noise_filters()),
-        layers.linear_with_grad_accumulation_and_async_allreduce, ddp._init_dist_connection,
+        layers.linear_with_grad_accumulation_and_async_allreduce, torch.distributed.new_group,
     ]  # fmt: skip
 
 
@@ -491,18 +491,19 @@ def test_megatrons_linear_layers_still_give_a_deprecated_argument():
     assert "async_grad_allreduce=allreduce_dgrad" in inspect.getsource(layers.RowParallelLinear)
 
 
-def test_process_groups_are_bound_to_no_device(monkeypatch):
-    received = {}
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: received.update(kwargs))
-    strategy = nlp_overrides.NLPDDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-    strategy.parallel_devices = [torch.device("cuda", 0)]
-    DDPStrategy.setup_distributed(strategy)
-    assert received["world_size"] == 1 and "device_id" not in received
+@pytest.mark.parametrize(("ranks", "bound"), [([3], None), ([0, 3], "cuda:3"), (None, "cuda:3")])
+def test_groups_of_one_rank_are_not_connected_when_they_are_created(monkeypatch, ranks, bound):
+    world = types.SimpleNamespace(bound_device_id="cuda:3")
+    seen = []
+    monkeypatch.setattr(torch.distributed.distributed_c10d._world, "_default_pg", world, raising=False)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks, **_: seen.append((ranks, world.bound_device_id)))
+    communicators.apply()
+    torch.distributed.new_group(ranks, timeout=None)
+    assert seen == [(ranks, bound)] and world.bound_device_id == "cuda:3"
 
 
 def test_lightning_still_binds_process_groups_to_a_device():
-    """Red: compat/communicators.py has nothing to leave out."""
+    """Red: torch connects no group when it is created, and compat/communicators.py has nothing to do."""
     assert 'kwargs["device_id"] = self.root_device' in inspect.getsource(DDPStrategy.setup_distributed)
 
 
