@@ -22,6 +22,7 @@ class RotaryTable:
     """
 
     def __init__(self, weights: Weights, capacity: int):
+        self.capacity = capacity
         self.cos_TD = self.sin_TD = None
         if weights.rotary is not None:
             angles_TD = weights.rotary(capacity)[:, 0, 0].to(weights.device)

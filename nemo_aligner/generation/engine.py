@@ -69,6 +69,9 @@ class Engine:
         # How far the host runs ahead, in steps. On a CPU it is the device itself.
         self._steps_between_looks, self._looks_behind = (2, 1) if self._on_gpu else (1, 0)
         self._in_flight: list[Row] = []
+        self._rotary: RotaryTable | None = None
+        self._device_rows: DeviceRows | None = None
+        self._graphs: StepGraphs | None = None
         self._warm_sizes: dict[tuple[int, Decoding], set[int]] = {}
         self.release()
 
@@ -111,25 +114,29 @@ class Engine:
                 check()
 
     def release(self) -> None:
-        """Give the memory of keys and values back, and the graphs that point there."""
+        """Give the memory of keys and values back.
+
+        The graphs stay, and the little that they need besides: they are valid again when the same memory comes back, as
+        it does from one training step to the next.
+        """
         self._cache: KVCache | None = None
         self._is_limited = False  # by memory
         self._prompts: KVCache | None = None
-        self._rotary: RotaryTable | None = None
-        self._device_rows: DeviceRows | None = None
-        self._graphs: StepGraphs | None = None
 
     # Memory
 
     def _make_room(self, num_rows: int, prompts: Collection[_Prompt], decoding: Decoding) -> None:
         """Have a cache for as many rows as may be in flight, a store for prompts, and what goes with them."""
         self._make_caches(num_rows, prompts, decoding)
-        if self._device_rows is None or self._device_rows.decoding != decoding:
-            self._device_rows = DeviceRows(self._cache.num_rows, self._cache.capacity, decoding, self._device)
+        size = (self._cache.num_rows, self._cache.capacity)
+        if self._rotary is None or self._rotary.capacity != self._cache.capacity:
+            self._rotary = RotaryTable(self._weights, self._cache.capacity)
+        if self._device_rows is None or not self._device_rows.are_for(*size, decoding):
+            self._device_rows = DeviceRows(*size, decoding, self._device)
         self._device_rows.clear_(slice(None))
-        reads = (self._weights.pointers(), id(self._device_rows), id(self._cache))
+        reads = (self._weights.pointers(), self._cache.pointers(), size, self._device_rows, self._rotary)
         if self._graphs is None or not self._graphs.are_valid_for(reads):
-            warm = self._warm_sizes.setdefault((self._cache.capacity, decoding), set())  # kernels are compiled for both
+            warm = self._warm_sizes.setdefault((self._cache.capacity, decoding), set())  # what kernels are compiled for
             self._graphs = StepGraphs(self._step, reads, warm)
 
     def _make_caches(self, num_rows: int, prompts: Collection[_Prompt], decoding: Decoding) -> None:
@@ -172,7 +179,6 @@ class Engine:
                 f"rollouts: memory for keys and values of {num_rows} rows in flight instead of {wanted}; "
                 "the others wait for their turn"
             )
-        self._rotary = RotaryTable(weights, capacity)
         logging.info(
             f"rollouts: {(self._cache.num_bytes + self._prompts.num_bytes) / 2**20:.0f} MiB for keys and values of "
             f"{num_rows} rows in flight, {capacity} tokens each, and of {num_prompts} prompts"

@@ -31,6 +31,10 @@ class KVCache:
     def num_bytes(self) -> int:
         return 2 * self.keys_LRGTD.numel() * self.keys_LRGTD.element_size()
 
+    def pointers(self) -> tuple[int, int]:
+        """Where it lies in memory."""
+        return self.keys_LRGTD.data_ptr(), self.values_LRGTD.data_ptr()
+
     def copy_row_(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
         """Make the first `length` positions of `row` those of a row of `source`, which may be this cache."""
         for ours, theirs in ((self.keys_LRGTD, source.keys_LRGTD), (self.values_LRGTD, source.values_LRGTD)):

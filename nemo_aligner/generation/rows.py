@@ -72,6 +72,10 @@ class DeviceRows:
         self.end_ids = torch.tensor(decoding.end_ids, device=device)
         self.is_end_V = torch.zeros(max(decoding.num_tokens, *decoding.end_ids) + 1, dtype=torch.bool, device=device)
         self.is_end_V[self.end_ids] = True
+        self.copies = torch.cuda.Stream() if device.type == "cuda" else None  # to the host
+
+    def are_for(self, num_rows: int, capacity: int, decoding: Decoding) -> bool:
+        return self.decoding == decoding and self.tokens_RT.shape == (num_rows, capacity)
 
     def put_(self, places: list[int], rows: list[Row]) -> None:
         """Let `rows` begin in `places`: the last token of their prompts goes through the model next."""
@@ -154,7 +158,8 @@ class Snapshot:
     """What the rows in the first places had generated at one moment, on its way to the host.
 
     On a GPU the copy is queued behind the steps so far and read later, when the next steps are queued already: neither
-    side waits for the other.
+    side waits for the other. It has a stream of its own: a piece of the optimizer's state may be in its way, which need
+    not be in that of the next steps.
     """
 
     def __init__(self, device_rows: DeviceRows, rows: list[Row], num_steps: int):
@@ -168,9 +173,12 @@ class Snapshot:
         self._event = None
         if seen.is_cuda:
             self._on_host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
-            self._on_host.copy_(seen, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            copies = device_rows.copies
+            copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(copies):
+                self._on_host.copy_(seen, non_blocking=True)
+            seen.record_stream(copies)
+            self._event = copies.record_event()
         else:
             self._on_host = seen
 
