@@ -7,7 +7,6 @@ import torch
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.algorithms.rs import check_sizes
 from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.rewards.build import check_rewards
 from nemo_aligner.utils.errors import ConfigError
@@ -15,6 +14,7 @@ from nemo_aligner.utils.nemo_archive import check_archive
 from nemo_aligner.utils.parallel_checks import check_parallel
 from nemo_aligner.utils.peft_checks import check_peft
 from nemo_aligner.utils.step_profile import check_profile
+from nemo_aligner.utils.trainer_utils import check_sizes
 
 TRAINER_RS_KEYS = {
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
