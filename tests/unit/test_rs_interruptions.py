@@ -296,6 +296,16 @@ def test_rollouts_are_on_disk_after_an_interrupt_in_the_middle(tmp_path):
     assert {line["response"] for line in lines} == {"50"}
 
 
+def test_rollouts_are_on_disk_after_a_failure_in_their_selection(tmp_path):
+    trainer = make_trainer(rollout_dir=tmp_path)
+    trainer.top_n_rollouts = 3  # of 2
+    with pytest.raises(ValueError, match="num_select=3 exceeds"):
+        trainer.fit()
+    assert [(line["reward"], line["kept"]) for line in logged_rollouts(tmp_path)] == [(50, False)] * 2 + [
+        (None, False)
+    ] * 2
+
+
 def test_the_log_has_every_rollout_with_reward_and_choice(tmp_path):
     answers = {0: ([20, EOS], [30, 31, 32]), 1: ([99, EOS], [40, EOS])}
     trainer = make_trainer(prompts=((1,), (2, 2)), answers=answers, rollout_dir=tmp_path, val_check_interval=1)
