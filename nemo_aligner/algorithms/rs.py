@@ -195,10 +195,7 @@ class RSTrainer:
     def _catch_up(self) -> None:
         """Finish what an earlier start left; validate before the first step if asked to."""
         if self.step > 0 and self.unscored.is_pending("val", self.step):
-            _, is_save_due, is_train_end = check_progress(
-                self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0
-            )
-            self._finish_step({}, True, is_save_due, is_train_end)
+            self._finish_step({}, is_validation_pending=True)
         elif self.step >= self.max_steps > 0 and hasattr(self.ckpt_callback, "write_missing_archive"):
             self.ckpt_callback.write_missing_archive()
         elif self.step == 0 and self.cfg.get("val_at_start", False):
@@ -220,18 +217,18 @@ class RSTrainer:
         self.step += 1
 
         run_time_exceeded = self.run_timer.is_finished()
-        run_val, save_model, is_train_end = check_progress(
-            self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0, run_time_exceeded
-        )
-        val_metrics = self._finish_step(train_metrics, run_val, save_model, is_train_end)
+        val_metrics = self._finish_step(train_metrics, run_time_exceeded)
         return _summary(train_metrics, val_metrics), run_time_exceeded
 
     def _finish_step(
-        self, train_metrics: dict, run_val: bool, save_model: bool, is_train_end: bool = False
+        self, train_metrics: dict, run_time_exceeded: bool = False, is_validation_pending: bool = False
     ) -> dict[str, float]:
-        """Validate, log timings, save, and log the phases, as asked for; returns the validation's metrics."""
+        """Validate and save if that is due, log timings and phases; returns the metrics of the validation, if any."""
+        run_val, save_model, is_train_end = check_progress(
+            self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0, run_time_exceeded
+        )
         val_metrics = {}
-        if run_val:
+        if run_val or is_validation_pending:
             with self.timer("validation_time"), self.phases("validation"):
                 val_metrics = self.run_validation()
             self.log_rollouts(val_metrics, "val")

@@ -59,9 +59,10 @@ class UnscoredRollouts:
         return bool(verdict.item())
 
     def load(self, split: str, step: int, batches: list[dict], num_rollouts: int) -> list[dict | None]:
-        """For each batch of prompts its rollouts as an earlier start left them, or None. Collective over the job.
+        """For each batch of prompts its rollouts, on the device, as an earlier start left them, or None.
 
-        Those made with other settings than this run's, or of other prompts, are left out, with a warning.
+        Those made with other settings than this run's, or of other prompts, are left out, with a warning. Collective
+        over the job.
 
         Args:
             batches: collated prompts, as the dataloader gives them.
