@@ -1,5 +1,6 @@
 """Run the suite on the CPU, one thread of work at a time; tests in tests/gpu skip themselves without a GPU."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -35,6 +36,22 @@ def tiny_nemo(tiny_hf, tmp_path_factory):
         script = Path(__file__).parent.parent / "examples/nlp/gpt/convert_hf_to_nemo.py"
         subprocess.run([sys.executable, script, "--input", tiny_hf, "--output", path], check=True)
     return path
+
+
+@pytest.fixture
+def log_lines(monkeypatch):
+    """What goes to NeMo's log from warnings upwards, also what is said once only and has been said before."""
+    from nemo.utils import logging as nemo_logging
+
+    lines = []
+
+    def note(level, message, *args, **kwargs):
+        if level >= logging.WARNING:
+            lines.append(message)
+
+    monkeypatch.setattr(nemo_logging, "once_logged", set())
+    monkeypatch.setattr(nemo_logging._logger, "_log", note)
+    return lines
 
 
 @pytest.fixture(scope="module", autouse=True)

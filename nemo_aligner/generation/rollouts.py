@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from nemo.utils import logging
+from nemo.utils import logging, logging_mode
 
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
@@ -51,7 +51,6 @@ class RolloutGenerator:
         self._model, self._settings = model, settings
         self._engine: Engine | None = None
         self._end_strings: dict[tuple[str, ...], EndStrings] = {}
-        self._has_told = False
 
     def rollouts(
         self, batches: Iterable[PromptBatch], check: Callable[[], object] | None = None
@@ -92,9 +91,9 @@ class RolloutGenerator:
         if self._settings.backend == "nemo":
             return False
         reason = self._why_not_engine()
-        if reason is not None and not self._has_told:
-            logging.warning(f"rollouts: {reason}, which the generation engine does not know: the slower way is taken")
-            self._has_told = True
+        if reason is not None:
+            message = f"rollouts: {reason}, which the generation engine does not know: the slower way is taken"
+            logging.warning(message, mode=logging_mode.ONCE)
         return reason is None
 
     def _why_not_engine(self) -> str | None:

@@ -4,10 +4,10 @@ import difflib
 import importlib.util
 
 import torch
+from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.algorithms.rs import check_sizes
 from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.rewards.build import check_rewards
 from nemo_aligner.utils.errors import ConfigError
@@ -15,6 +15,7 @@ from nemo_aligner.utils.nemo_archive import check_archive
 from nemo_aligner.utils.parallel_checks import check_parallel
 from nemo_aligner.utils.peft_checks import check_peft
 from nemo_aligner.utils.step_profile import check_profile
+from nemo_aligner.utils.trainer_utils import check_sizes
 
 TRAINER_RS_KEYS = {
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
@@ -107,13 +108,16 @@ def _check_machine(cfg: DictConfig) -> None:
 
 
 def _check_unsupported(cfg: DictConfig) -> None:
-    model = cfg.model
-    if str(cfg.trainer.precision) in ("16", "16-mixed"):
-        raise ConfigError(f"trainer.precision={cfg.trainer.precision} is not supported; use bf16 or 32")
-    is_float32 = str(cfg.trainer.precision) in ("32", "32-true")
-    if cfg.trainer.accelerator == "cpu" and not is_float32 and not model.megatron_amp_O2:
+    model, precision = cfg.model, cfg.trainer.precision
+    try:
+        dtype = torch_dtype_from_precision(precision)
+    except ValueError:
+        dtype = None
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ConfigError(f"trainer.precision={precision} is not supported; use bf16 or 32")
+    if cfg.trainer.accelerator == "cpu" and dtype != torch.float32 and not model.megatron_amp_O2:
         raise ConfigError(
-            f"trainer.precision={cfg.trainer.precision} is supported on a CPU only with model.megatron_amp_O2=True; "
+            f"trainer.precision={precision} is supported on a CPU only with model.megatron_amp_O2=True; "
             "set that, or use precision 32"
         )
     if (model.get("context_parallel_size") or 1) > 1:

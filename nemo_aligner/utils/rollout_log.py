@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX
 from nemo_aligner.rewards.python_reward import decode_rollouts
 from nemo_aligner.utils.server_utils import is_replica_source
+from nemo_aligner.utils.tensors import cpu_dict
 
 
 class RolloutLog:
@@ -19,16 +20,18 @@ class RolloutLog:
     run had not saved is done again, and then has its lines twice.
     """
 
-    def __init__(self, folder: str | Path, tokenizer, end_strings=(), rank: int = 0):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | None, tokenizer, end_strings=(), rank: int = 0):
+        """`folder`: None writes nothing."""
+        self.folder = None if folder is None else Path(folder)
         self.tokenizer = tokenizer
         self.end_strings = end_strings
         self.rank = rank
 
     def write(self, split: str, step: int, rollouts: dict, kept_rows=()) -> None:
         """Append a batch of rollouts (tensors with one leading size; `rewards` may be missing) and flush it to disk."""
-        if not is_replica_source():
+        if self.folder is None or not is_replica_source():
             return
+        rollouts = cpu_dict(rollouts)
         kept = set(kept_rows)
         padding = rollouts.get("is_padding")
         texts = decode_rollouts(rollouts, self.tokenizer, self.end_strings)

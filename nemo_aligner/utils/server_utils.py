@@ -1,4 +1,5 @@
-"""What reward clients and the reward server share: request checks, batch padding, and one answer for a whole replica.
+"""What reward clients and the reward server share: request checks, batch padding, one answer for a whole replica, and
+one failure for the whole job.
 
 Symbols: B rows of a request, S token width. A replica is the model-parallel group; its source rank speaks for it.
 """
@@ -69,6 +70,26 @@ def share_from_source(compute: Callable[[], Any]) -> Any:
     value, message = outcome[0]
     if message is not None:
         raise error or RewardError(message)
+    return value
+
+
+def fail_on_all_ranks(compute: Callable[[], Any]) -> Any:
+    """The value of `compute` on this rank; where it raises `RewardError`, every rank raises one, so that all stop.
+
+    Collective over the job. `compute` must raise on all ranks of a replica or on none, as with `share_from_source`.
+    Ranks without a failure of their own raise that of the first replica that has one.
+    """
+    value = failure = None
+    try:
+        value = compute()
+    except RewardError as error:
+        failure = error
+    messages = [None] * parallel_state.get_data_parallel_world_size()
+    group = parallel_state.get_data_parallel_group()
+    torch.distributed.all_gather_object(messages, None if failure is None else str(failure), group=group)
+    message = next((message for message in messages if message is not None), None)
+    if message is not None:
+        raise failure or RewardError(message)
     return value
 
 

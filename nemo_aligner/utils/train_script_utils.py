@@ -39,10 +39,18 @@ DISTRIBUTED_OPTIMIZER_KEYS = (
 
 
 def with_profile_as_override(arguments: list[str]) -> list[str]:
-    """A command line in which `--profile` and `--profile=<steps>` are the Hydra override that they stand for."""
-    setting = "++trainer.rs.profile="
-    spelt_out = [setting + "true" if argument == "--profile" else argument for argument in arguments]
-    return [re.sub("^--profile=", setting, argument) for argument in spelt_out]
+    """A command line in which `--profile`, `--profile=<steps>` and `--profile <steps>` are the Hydra override meant.
+
+    A word or number behind `--profile` can be nothing but its value: overrides have a `=` or a `~`, flags a `-`.
+    """
+    joined = []
+    for argument in arguments:
+        if joined[-1:] == ["--profile"] and re.fullmatch(r"\w+|-?\d+(\.\d*)?", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    spelt_out = ["--profile=true" if argument == "--profile" else argument for argument in joined]
+    return [re.sub("^--profile=", "++trainer.rs.profile=", argument) for argument in spelt_out]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,61 @@
-"""Step arithmetic of a training run: how many steps an epoch has, and what is due after a step."""
+"""Step arithmetic of a training run: which sizes fit, how many steps an epoch has, and what is due after a step."""
+
+from megatron.core import parallel_state
+
+from nemo_aligner.utils.errors import ConfigError
+
+
+def check_sizes(
+    *,
+    num_rollouts_per_prompt: int,
+    top_n_rollouts: int,
+    num_rollout_samples: int,
+    rollout_micro_batch_size: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+) -> None:
+    """Refuse sizes that do not fit each other.
+
+    Raises:
+        ConfigError: naming the keys, their values and what must hold.
+    """
+    n, k, dp = num_rollouts_per_prompt, top_n_rollouts, data_parallel_size
+    if not 1 <= k <= n:
+        raise ConfigError(
+            f"model.rs.top_n_rollouts={k} must be between 1 and model.rs.num_rollouts_per_prompt={n}, from which the "
+            "best are chosen"
+        )
+    if num_rollout_samples * k % global_batch_size:
+        raise ConfigError(
+            f"model.rs.num_rollout_samples={num_rollout_samples} * model.rs.top_n_rollouts={k} must be a multiple of "
+            f"model.global_batch_size={global_batch_size}, the rows of an optimizer step"
+        )
+    if global_batch_size % (micro_batch_size * dp):
+        raise ConfigError(
+            f"model.global_batch_size={global_batch_size} must be a multiple of model.micro_batch_size="
+            f"{micro_batch_size} * {dp} data-parallel replicas"
+        )
+    if num_rollout_samples % (rollout_micro_batch_size * dp):
+        raise ConfigError(
+            f"model.rs.num_rollout_samples={num_rollout_samples} must be a multiple of "
+            f"model.rs.rollout_micro_batch_size={rollout_micro_batch_size} * {dp} data-parallel replicas"
+        )
+
+
+def compute_num_rollout_microbatches(dataloader) -> int:
+    """Rollout micro-batches per replica and pass: global batch / (micro-batch * data-parallel size), exactly.
+
+    Raises:
+        AssertionError: if that is not a whole number.
+    """
+    sampler = dataloader.batch_sampler
+    per_microbatch = sampler.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    assert sampler.global_batch_size % per_microbatch == 0, (
+        f"{sampler.global_batch_size} prompts cannot be split into micro-batches of {sampler.micro_batch_size} on "
+        f"{parallel_state.get_data_parallel_world_size()} replicas"
+    )
+    return sampler.global_batch_size // per_microbatch
 
 
 def compute_limit_batches(number_of_batches: int, limit_batches: int | float | None) -> int:

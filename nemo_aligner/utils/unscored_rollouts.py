@@ -1,12 +1,15 @@
 """Rollouts that a run had no time to score, or could not have scored, kept on disk for its next start."""
 
 import os
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
 from nemo.utils import logging
 
-from nemo_aligner.utils.server_utils import is_replica_source, share_from_source
+from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.server_utils import fail_on_all_ranks, is_replica_source, share_from_source
+from nemo_aligner.utils.tensors import cpu_dict
 
 
 class UnscoredRollouts:
@@ -15,35 +18,67 @@ class UnscoredRollouts:
     r is the replica's source rank, which alone reads and writes.
     """
 
-    def __init__(self, folder: str | Path, rank: int, made_with: dict):
-        """`made_with`: the settings that rollouts depend on, plain values; those made with others are not taken up."""
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | None, rank: int, made_with: dict):
+        """
+        Args:
+            folder: None keeps nothing.
+            made_with: the settings that rollouts depend on, plain values; those made with others are not taken up.
+        """
+        self.folder = None if folder is None else Path(folder)
         self.rank = rank
         self.made_with = made_with
 
-    def save(self, split: str, step: int, rollout_batches: list[dict]) -> Path:
-        """Write the phase's rollout micro-batches (dicts of CPU tensors), scored or not, and sync them to disk. Local.
+    def save(self, split: str, step: int, rollout_batches: list[dict]) -> str:
+        """Write the phase's rollout micro-batches (dicts of tensors), scored or not, and sync them to disk. Local.
 
         Returns:
-            The file, the same on all ranks of a replica.
+            What there is to add to the message that the run ends with, the same on all ranks of a replica.
         """
+        if self.folder is None:
+            return ""
         path = self._path(split, step)
         if is_replica_source():
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             with open(partial, "wb") as file:
-                torch.save({"made_with": self.made_with, "rollout_batches": rollout_batches}, file)
+                batches = [cpu_dict(rollouts) for rollouts in rollout_batches]
+                torch.save({"made_with": self.made_with, "rollout_batches": batches}, file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        return path
+        return f"; the rollouts are in {path}; the same command started again scores them first"
 
-    def load(self, split: str, step: int) -> list[dict] | None:
-        """The micro-batches kept of this phase; None if it did not end early. Collective over the replica.
+    def is_pending(self, split: str, step: int) -> bool:
+        """Whether an earlier start left this phase unfinished, on any replica. Collective over the job.
 
-        Those made with other settings than this run's are left out, with a warning.
+        Raises:
+            RewardError: on every rank of the job, if a replica could not read its file.
         """
-        return share_from_source(lambda: self._read(self._path(split, step)))
+        verdict = torch.tensor([self._load(split, step) is not None], dtype=torch.int64, device=current_device())
+        torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)
+        return bool(verdict.item())
+
+    def load(self, split: str, step: int, batches: list[dict], num_rollouts: int) -> list[dict | None]:
+        """For each batch of prompts its rollouts, on the device, as an earlier start left them, or None.
+
+        Those made with other settings than this run's, or of other prompts, are left out, with a warning. Collective
+        over the job.
+
+        Args:
+            batches: collated prompts, as the dataloader gives them.
+            num_rollouts: neighbouring rows for each prompt.
+
+        Raises:
+            RewardError: on every rank of the job, if a replica could not read its file.
+        """
+        stored = chain(self._load(split, step) or (), repeat(None))
+        pairs = zip(batches, stored, strict=False)
+        return [_if_answering(batch, rollouts, num_rollouts, step) for batch, rollouts in pairs]
+
+    def _load(self, split: str, step: int) -> list[dict] | None:
+        if self.folder is None:
+            return fail_on_all_ranks(lambda: None)
+        return fail_on_all_ranks(lambda: share_from_source(lambda: self._read(self._path(split, step))))
 
     def _read(self, path: Path) -> list[dict] | None:
         if not path.exists():
@@ -58,24 +93,18 @@ class UnscoredRollouts:
 
     def remove(self, split: str, step: int) -> None:
         """Forget the phase, as its rollouts have been scored. Local."""
-        if is_replica_source():
+        if self.folder is not None and is_replica_source():
             self._path(split, step).unlink(missing_ok=True)
 
     def _path(self, split: str, step: int) -> Path:
         return self.folder / f"unscored_{split}_step{step}_rank{self.rank}.pt"
 
 
-class NoRolloutFolder:
-    """In the place of `UnscoredRollouts`, and of a `RolloutLog`, in a run that has no folder for them."""
-
-    def write(self, split: str, step: int, rollouts: dict, kept_rows=()) -> None:
-        """Nothing to do."""
-
-    def save(self, split: str, step: int, rollout_batches: list[dict]) -> None:
-        """Nothing to do."""
-
-    def load(self, split: str, step: int) -> None:
-        """Nothing is there."""
-
-    def remove(self, split: str, step: int) -> None:
-        """Nothing to do."""
+def _if_answering(batch: dict, rollouts: dict | None, num_rollouts: int, step: int) -> dict | None:
+    """The rollouts, on the device, if they answer the prompts of `batch`."""
+    if rollouts is None:
+        return None
+    if not torch.equal(rollouts["prompt_tokens"], batch["text"].repeat_interleave(num_rollouts, dim=0)):
+        logging.warning(f"unscored rollouts of step {step} answer other prompts; rolling out anew")
+        return None
+    return {key: value.to(current_device()) for key, value in rollouts.items()}

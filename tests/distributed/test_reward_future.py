@@ -1,6 +1,10 @@
-"""Rewards and failures reach every rank of a replica, and no rank of another one: four ranks, two replicas of two."""
+"""Rewards and failures reach every rank of a replica, and of another one only where the job is to stop.
+
+Four ranks, two replicas of two.
+"""
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from megatron.core import parallel_state
 
 from nemo_aligner.models.nlp.gpt.reward_critic_clients import RMFutureResult, get_future_result
 from nemo_aligner.rewards.python_reward import PythonRewardModel
-from nemo_aligner.utils.server_utils import RewardError, share_from_source
+from nemo_aligner.utils.server_utils import RewardError, fail_on_all_ranks, share_from_source
 from tests.distributed.launch import run_ranks
 
 
@@ -105,10 +109,20 @@ def remote_rewards(rank, source, replica):
     }
 
 
+def failures_of_the_job(rank, source, replica):
+    def compute(*failing):
+        if replica in failing:
+            raise RewardError(f"no reward in replica {replica}")
+        return rank
+
+    calls = (partial(compute), partial(compute, 1), partial(compute, 0, 1))
+    return [outcome_of(partial(fail_on_all_ranks, call)) for call in calls]
+
+
 def one_rank(rank):
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     source, replica = rank // 2 * 2, rank // 2
-    cases = (python_rewards, python_failure, missing_records, remote_rewards)
+    cases = (python_rewards, python_failure, missing_records, remote_rewards, failures_of_the_job)
     found = {case.__name__: case(rank, source, replica) for case in cases}
     found["shared"] = share_from_source(lambda: f"from {rank}")
     return found
@@ -163,6 +177,13 @@ def test_a_failed_request_stops_its_whole_replica(ranks):
     failures = [found["remote_rewards"]["failure"] for found in ranks]
     assert failures[:2] == [[[0.5], [0.0]]] * 2
     assert failures[2:] == [(message, "ConnectionError"), (message, "NoneType")]
+
+
+def test_a_failure_in_one_replica_stops_the_job_with_its_own_message_where_there_is_one(ranks):
+    assert [found["failures_of_the_job"][0] for found in ranks] == [0, 1, 2, 3]
+    assert [found["failures_of_the_job"][1][0] for found in ranks] == ["no reward in replica 1"] * 4
+    own = [f"no reward in replica {replica}" for replica in (0, 0, 1, 1)]
+    assert [found["failures_of_the_job"][2][0] for found in ranks] == own
 
 
 def test_a_reply_without_the_key_names_what_it_has(ranks):

@@ -92,7 +92,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 @pytest.fixture(scope="module")
 def finished_run(workplace):
     """The folder that a run of two steps, the second one traced, leaves behind."""
-    process = run_script(workplace, "finished", "--profile")
+    process = run_script(workplace, "finished", "--profile", "1")
     assert process.returncode == 0, process.stderr[-3000:]
     return workplace / "finished"
 

@@ -114,6 +114,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
     [
         (["trainer.precision=16"], ["trainer.precision=16 is not supported", "bf16 or 32"]),
         (["trainer.precision=16-mixed"], ["trainer.precision=16-mixed is not supported"]),
+        (["trainer.precision=bf16-true"], ["trainer.precision=bf16-true is not supported", "bf16 or 32"]),
         (
             ["trainer.precision=bf16", "model.megatron_amp_O2=False"],
             ["trainer.precision=bf16", "on a CPU only with model.megatron_amp_O2=True"],

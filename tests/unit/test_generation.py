@@ -196,6 +196,17 @@ def test_greedy_tokens_with_document_resets_equal_a_forward_pass_without_cache(t
             row.append(token)
 
 
+def test_what_the_engine_does_not_know_is_generated_for_in_nemos_way_with_one_line(tiny, log_lines, monkeypatch):
+    monkeypatch.setitem(tiny._length_params, "max_length", 2)
+    monkeypatch.setitem(tiny.resets, "reset_position_ids", True)
+    monkeypatch.setattr(rollouts, "Engine", None)
+    batch = prompt_batch(RAGGED, tiny.tokenizer.eos_id, 16)
+    for _ in range(2):
+        assert len(responses_of(tiny.infer(batch))) == len(RAGGED)
+    (line,) = log_lines
+    assert "reset_position_ids" in line and "the slower way" in line
+
+
 # Where responses end
 
 

@@ -233,10 +233,8 @@ def test_the_model_is_left_as_it_was(llama, monkeypatch):
     assert not llama.model.rotary_pos_emb._forward_hooks
 
 
-def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives, monkeypatch):
+def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives, log_lines, monkeypatch):
     batch = make_batch(ROWS)
-    told = []
-    monkeypatch.setattr(megatron_gpt_rs_actor.logging, "warning", told.append)
     monkeypatch.setattr(megatron_gpt_rs_actor, "packed_forward", None)
 
     class WithItsOwnWay(MegatronGPTRSModel):
@@ -247,7 +245,7 @@ def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives
     training_step(llama, batch, 4)
     training_step(llama, batch, 4)
     monkeypatch.setattr(llama, "__class__", MegatronGPTRSModel)
-    (line,) = told
+    (line,) = log_lines
     assert "WithItsOwnWay.get_actor_forward_output_and_loss_func" in line and "padded" in line
     with monkeypatch.context() as patch:
         patch.setattr(llama, "get_actor_forward_output_and_loss_func", lambda *args: None, raising=False)

@@ -181,11 +181,11 @@ def test_sigterm_is_answered_in_the_middle_of_a_microbatch(tmp_path):
     """It arrives while the second one is generated: the first is kept, and the next start makes the second."""
 
     class Model(FakeModel):
-        num_checks = 5
-
-        def infer(self, batch):
+        def infer_each(self, batches, check):
+            yield self.infer(batches[0])
             trainer.termination._remember(None, None)
-            return super().infer(batch)
+            check()
+            yield self.infer(batches[1])
 
     trainer = make_trainer(model=Model(), rollout_dir=tmp_path, g=4, mbs=1)
     with pytest.raises(StopRequested, match=r"the rollouts are in .*unscored_train_step0_rank0\.pt"):
@@ -294,6 +294,15 @@ def test_rollouts_are_on_disk_after_an_interrupt_in_the_middle(tmp_path):
     lines = logged_rollouts(tmp_path)
     assert len(lines) == 4 and not any(line["kept"] for line in lines)
     assert {line["response"] for line in lines} == {"50"}
+
+
+def test_rollouts_are_on_disk_after_a_failure_in_their_selection(tmp_path):
+    trainer = make_trainer(rollout_dir=tmp_path)
+    trainer.top_n_rollouts = 3  # of 2
+    with pytest.raises(ValueError, match="num_select=3 exceeds"):
+        trainer.fit()
+    written = [(line["reward"], line["kept"]) for line in logged_rollouts(tmp_path)]
+    assert written == [(50, False), (50, False), (None, False), (None, False)]
 
 
 def test_the_log_has_every_rollout_with_reward_and_choice(tmp_path):

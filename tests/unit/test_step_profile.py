@@ -82,4 +82,10 @@ def test_the_flag_is_an_override():
         "script.py", "a=1", "++trainer.rs.profile=true", "b=2",
     ]  # fmt: skip
     assert with_profile_as_override(["--profile=3"]) == ["++trainer.rs.profile=3"]
+    assert with_profile_as_override(["--profile", "3", "b=2"]) == ["++trainer.rs.profile=3", "b=2"]
+    assert with_profile_as_override(["--profile", "-c", "job"]) == ["++trainer.rs.profile=true", "-c", "job"]
+    assert with_profile_as_override(["--profile", "three"]) == [
+        "++trainer.rs.profile=three"
+    ]  # and check_profile refuses
+    assert with_profile_as_override(["--profile", "~b"]) == ["++trainer.rs.profile=true", "~b"]
     assert with_profile_as_override(["--profiles", "x=--profile"]) == ["--profiles", "x=--profile"]

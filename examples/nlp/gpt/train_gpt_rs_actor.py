@@ -4,7 +4,7 @@
         "model.data.data_prefix={train: [train.jsonl], validation: [val.jsonl], test: [val.jsonl]}" \
         model.rs.reward.target=rewards.py:reward
 
-With `--profile` one RS step after one of warm-up is traced, with `--profile=3` three of them: `trainer.rs.profile`.
+With `--profile` one RS step after one of warm-up is traced, with `--profile 3` three of them: `trainer.rs.profile`.
 """
 
 import sys

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
+import torch
 from megatron.core import ModelParallelConfig
+from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
 from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 
@@ -36,7 +38,7 @@ def fill_missing_keys(cfg: DictConfig) -> None:
 
 def switch_off_O2_in_float32(cfg: DictConfig) -> None:
     """Weights in float32 are their own master weights; NeMo would fail for want of half-precision ones."""
-    if cfg.get("megatron_amp_O2", False) and str(cfg.precision) in ("32", "32-true"):
+    if cfg.get("megatron_amp_O2", False) and torch_dtype_from_precision(cfg.precision) == torch.float32:
         logging.info(f"model.megatron_amp_O2=True has nothing to do with precision {cfg.precision}; it is switched off")
         with open_dict(cfg):
             cfg.megatron_amp_O2 = False

@@ -17,7 +17,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
-from nemo.utils import logging
+from nemo.utils import logging, logging_mode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.trainer.trainer import Trainer
 
@@ -71,7 +71,6 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._inference_mode = InferenceMode(self)
         self._rollout_generator = RolloutGenerator(self, GenerationSettings(**(cfg.rs.get("generation") or {})))
         self._training = TrainingSettings(**(cfg.rs.get("training") or {}))
-        self._has_told = False
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
         self._is_saving_archive = False
@@ -192,9 +191,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         if not self._training.packing:
             return False
         reason = self._why_not_packed()
-        if reason is not None and not self._has_told:
-            logging.warning(f"training: {reason} goes with padded rows only: the slower way is taken")
-            self._has_told = True
+        if reason is not None:
+            message = f"training: {reason} goes with padded rows only: the slower way is taken"
+            logging.warning(message, mode=logging_mode.ONCE)
         return reason is None
 
     def _why_not_packed(self) -> str | None:

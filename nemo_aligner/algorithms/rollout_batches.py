@@ -1,0 +1,88 @@
+"""Rollout micro-batches: prompts, repeated and answered, and what scoring and selection want to know of each row.
+
+Legend: B prompts of a micro-batch, N rollouts per prompt.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from nemo_aligner.utils.text_generation_utils import has_content
+
+
+def take_up_or_generate(
+    model, batches: list[dict], stored: list[dict | None], num_rollouts: int, meet: Callable[[bool], bool], step: int
+) -> Iterator[tuple[dict, dict]]:
+    """Each micro-batch and its rollouts, as soon as they exist: the stored ones, or else new ones.
+
+    The ranks meet before each, and also while it is generated, some replicas more often than others.
+
+    Args:
+        model: the policy; see `infer_each`.
+        batches: collated prompts, as the dataloader gives them.
+        stored: for each batch what `UnscoredRollouts` had of it, or None.
+        num_rollouts: N.
+        meet: called with False, as this rank is not done; collective over the job, and what it raises ends all of this.
+        step: that an error names.
+
+    Yields:
+        The batch, and tensors with B * N rows, N neighbouring ones for each prompt, on the model's device: what `infer`
+        returns, `prompt_tokens`, `prompt_index`, `is_padding` (bool, the row only fills up the batch) and `is_fit`
+        (bool, the row may be trained on).
+
+    Raises:
+        FloatingPointError: if the model's weights give no finite logits.
+    """
+    unanswered = [batch for batch, rollouts in zip(batches, stored, strict=True) if rollouts is None]
+    new = _generate(model, unanswered, num_rollouts, check=lambda: meet(False))
+    try:
+        for batch, rollouts in zip(batches, stored, strict=True):
+            meet(False)
+            yield batch, next(new) if rollouts is None else rollouts
+    except FloatingPointError as error:
+        raise FloatingPointError(f"RS step {step}: {error}") from error
+
+
+def _generate(model, batches: list[dict], num_rollouts: int, check: Callable[[], object]) -> Iterator[dict]:
+    """The model gets all batches at once, so that rows of one take the place of those of an earlier one that end."""
+    repeated = [_repeated(batch, num_rollouts) for batch in batches]
+    for batch, output in zip(repeated, model.infer_each(repeated, check=check), strict=True):
+        yield _with_inputs(output, batch, num_rollouts, model.tokenizer, model._sampling_params["end_strings"])
+
+
+def _repeated(batch: dict, num_rollouts: int) -> dict:
+    """The batch with `num_rollouts` neighbouring rows for each of its own, and an id for each that is the same in any
+    batch.
+    """
+    repeated = {
+        key: value.repeat_interleave(num_rollouts, dim=0)
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.size(0) == batch["length"].size(0)
+    }
+    if "prompt_index" in batch:
+        repeated["rollout_id"] = _rollout_ids(batch["prompt_index"], num_rollouts)
+    return repeated
+
+
+def _rollout_ids(prompt_index: torch.Tensor, num_rollouts: int) -> torch.Tensor:
+    """int64 [B * N, 2]: each rollout's prompt in the dataset, and its number among those of the prompt."""
+    number = torch.arange(num_rollouts).repeat(len(prompt_index))
+    return torch.stack([prompt_index.repeat_interleave(num_rollouts), number], dim=1)
+
+
+def _with_inputs(output: dict, repeated: dict, num_rollouts: int, tokenizer, end_strings) -> dict:
+    """What was generated, with what scoring and selection want to know of its prompts."""
+    device = output["response_tokens"].device
+    num_rows = repeated["length"].size(0)
+    rows = {
+        **output,
+        "prompt_tokens": repeated["text"].to(device),
+        "prompt_index": repeated.get("prompt_index", torch.arange(num_rows) // num_rollouts).to(device),
+        "is_padding": repeated.get("is_padding", torch.zeros(num_rows, dtype=torch.bool)).to(device),
+    }
+    may_train = repeated.get("loss_multiplier", torch.ones(num_rows, dtype=torch.bool)).to(device)
+    ended_with_content = output["is_end"] & has_content(
+        output["response_tokens"], output["prompt_lengths"], output["response_lengths"], tokenizer, end_strings
+    )
+    rows["is_fit"] = ended_with_content & may_train
+    return rows

@@ -1,0 +1,64 @@
+"""Rewards of rollouts: asked for while the next ones are generated, and awaited by all ranks together."""
+
+from collections.abc import Callable
+
+from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX
+from nemo_aligner.utils.server_utils import fail_on_all_ranks
+
+# While one replica waits for rewards, all ranks meet this often: their process groups give up on a rank that stays away
+# from a collective for some minutes, and schedulers on a job that does not end soon when asked to.
+MEETING_INTERVAL_S = 5.0
+
+
+def ask_for_rewards(rm, rollouts: dict, batch: dict, dataset):
+    """The future of a micro-batch's rewards, or None if it has them from an earlier start.
+
+    Args:
+        batch: the collated prompts of `dataset` that the rollouts answer.
+    """
+    if "rewards" in rollouts:
+        return None
+    return rm.infer_rm({**rollouts, "records": _records(dataset, batch, len(rollouts["prompt_index"]))})
+
+
+def add_rewards_(rollouts: dict, future, meet: Callable[[bool], bool]) -> None:
+    """Wait for a micro-batch's `rewards` [rows], and its parts if it is a sum; without a future it has them.
+
+    Rows without a reward are no longer fit for training. Collective over the job, so that a replica may have taken up
+    scored rollouts where another has not.
+
+    Args:
+        meet: see `wait_on_all_ranks`.
+
+    Raises:
+        RewardError: on every rank of the job.
+    """
+    wait_on_all_ranks(meet, future)
+    rewards = fail_on_all_ranks(lambda: None if future is None else future.result())
+    if future is None:
+        return
+    parts = {f"{PART_PREFIX}{name}": part for name, part in getattr(future, "parts", {}).items()}
+    for name, part in {"rewards": rewards, **parts}.items():
+        rollouts[name] = part.flatten().to(rollouts["response_tokens"].device)
+    rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
+
+
+def wait_on_all_ranks(meet: Callable[[bool], bool], future=None) -> None:
+    """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`.
+
+    Without a future: when every replica has come here, however often it has met on the way.
+
+    Args:
+        meet: takes whether this rank is done, and returns whether all are. Collective over the job.
+    """
+    wait = getattr(future, "wait", lambda timeout_s: True)
+    while not meet(wait(MEETING_INTERVAL_S)):
+        pass
+
+
+def _records(dataset, batch: dict, num_rows: int) -> list[dict]:
+    """Each row's line of the prompt file; rollouts of a prompt share one. Foreign datasets have none: empty dicts."""
+    if "prompt_index" not in batch or not hasattr(dataset, "record"):
+        return [{}] * num_rows
+    records = [dataset.record(index) for index in batch["prompt_index"].tolist()]
+    return [record for record in records for _ in range(num_rows // len(records))]
