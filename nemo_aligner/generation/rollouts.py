@@ -77,7 +77,6 @@ class RolloutGenerator:
         """Give memory that only generation needs back to the device."""
         if self._engine is not None:
             self._engine.release()
-            self._engine = None
 
     def _explained(self, error: NoTokenError) -> str:
         text = self._model.tokenizer.ids_to_text(error.prompt)

@@ -105,6 +105,25 @@ def test_weights_that_changed_in_place_or_moved_are_seen_through_captured_graphs
     assert rollouts("engine") == rollouts("nemo") != stepped
 
 
+@pytest.mark.parametrize("memory", ["the same", "other"])
+def test_graphs_are_captured_anew_only_if_other_memory_comes_back(actor, monkeypatch, memory):
+    captured, capture = [], StepGraphs._capture
+    monkeypatch.setattr(StepGraphs, "_capture", lambda self, size: captured.append(size) or capture(self, size))
+    batch = batch_of(actor, ragged_prompts(8))
+    expected = responses_of(actor.infer(batch))
+    actor.infer(batch)  # what ran for the first time is captured now
+    num_bytes = actor._rollout_generator._engine._cache.keys_LRGTD.nbytes
+    actor.finish_inference()
+    if memory == "other":
+        taken = [torch.full((num_bytes,), 7, dtype=torch.uint8, device="cuda") for _ in range(32)]
+    actor.prepare_for_inference()
+    captured.clear()
+    assert responses_of(actor.infer(batch)) == expected
+    assert bool(captured) == (memory == "other")
+    if memory == "other":
+        assert all((tensor == 7).all() for tensor in taken)
+
+
 @pytest.mark.parametrize("use_greedy", [True, False])
 def test_weights_that_are_nan_end_the_run_through_captured_graphs(actor, replays, use_greedy):
     actor._sampling_params["use_greedy"] = use_greedy
