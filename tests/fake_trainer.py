@@ -65,9 +65,12 @@ class FakeModel:
 
     def __getattr__(self, name):
         if name in ("prepare_for_inference", "finish_inference", "prepare_for_training", "finish_training",
-                    "prepare_for_training_step", "finish_training_step", "prefetch_adam_states"):  # fmt: skip
+                    "prepare_for_training_step", "finish_training_step"):  # fmt: skip
             return lambda: self.events.append(name)
         raise AttributeError(name)
+
+    def prefetch_adam_states(self, beside_rollouts=False):
+        self.events.append("prefetch_adam_states" + " beside rollouts" * beside_rollouts)
 
     def seed_step(self, step):
         pass
@@ -97,8 +100,10 @@ class FakeModel:
             "is_end": torch.tensor([answer[-1] == EOS for _, answer in rows]),
         }
 
-    def infer_each(self, batches, check):
-        for batch in batches:
+    def infer_each(self, batches, check, on_last_rows):
+        for number, batch in enumerate(batches, 1):
+            if number == len(batches) and on_last_rows is not None:
+                on_last_rows()
             for _ in range(self.num_checks):
                 check()
             yield self.infer(batch)

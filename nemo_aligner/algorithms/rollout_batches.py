@@ -11,7 +11,13 @@ from nemo_aligner.utils.text_generation_utils import has_content
 
 
 def take_up_or_generate(
-    model, batches: list[dict], stored: list[dict | None], num_rollouts: int, meet: Callable[[bool], bool], step: int
+    model,
+    batches: list[dict],
+    stored: list[dict | None],
+    num_rollouts: int,
+    meet: Callable[[bool], bool],
+    on_last_rows: Callable[[], object] | None,
+    step: int,
 ) -> Iterator[tuple[dict, dict]]:
     """Each micro-batch and its rollouts, as soon as they exist: the stored ones, or else new ones.
 
@@ -23,6 +29,7 @@ def take_up_or_generate(
         stored: for each batch what `UnscoredRollouts` had of it, or None.
         num_rollouts: N.
         meet: called with False, as this rank is not done; collective over the job, and what it raises ends all of this.
+        on_last_rows: called once, when but few of the rows that are generated are left; see `infer_each`.
         step: that an error names.
 
     Yields:
@@ -34,7 +41,7 @@ def take_up_or_generate(
         FloatingPointError: if the model's weights give no finite logits.
     """
     unanswered = [batch for batch, rollouts in zip(batches, stored, strict=True) if rollouts is None]
-    new = _generate(model, unanswered, num_rollouts, check=lambda: meet(False))
+    new = _generate(model, unanswered, num_rollouts, check=lambda: meet(False), on_last_rows=on_last_rows)
     try:
         for batch, rollouts in zip(batches, stored, strict=True):
             meet(False)
@@ -43,10 +50,10 @@ def take_up_or_generate(
         raise FloatingPointError(f"RS step {step}: {error}") from error
 
 
-def _generate(model, batches: list[dict], num_rollouts: int, check: Callable[[], object]) -> Iterator[dict]:
+def _generate(model, batches: list[dict], num_rollouts: int, **hooks: Callable[[], object] | None) -> Iterator[dict]:
     """The model gets all batches at once, so that rows of one take the place of those of an earlier one that end."""
     repeated = [_repeated(batch, num_rollouts) for batch in batches]
-    for batch, output in zip(repeated, model.infer_each(repeated, check=check), strict=True):
+    for batch, output in zip(repeated, model.infer_each(repeated, **hooks), strict=True):
         yield _with_inputs(output, batch, num_rollouts, model.tokenizer, model._sampling_params["end_strings"])
 
 

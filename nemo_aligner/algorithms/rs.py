@@ -7,6 +7,7 @@ replica trains on per RS step, S padded token width, P padded prompt width.
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -291,7 +292,8 @@ class RSTrainer:
         stored = self.unscored.load(split, self.step, batches, num_rollouts)
         made, futures, kept = [], [], []
         try:
-            done = take_up_or_generate(self.model, batches, stored, num_rollouts, self._meet, self.step)
+            bring_states = None if is_validation else partial(self._bring_optimizer_states, beside_rollouts=True)
+            done = take_up_or_generate(self.model, batches, stored, num_rollouts, self._meet, bring_states, self.step)
             done = _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False)
             with self.phases("rollout"):
                 for batch, rollouts in done:
@@ -299,8 +301,7 @@ class RSTrainer:
                         futures.append(ask_for_rewards(self.rm, rollouts, batch, dataset))
                     made.append(rollouts)
             if not is_validation:
-                with self.phases("load_state"):
-                    self.model.prefetch_adam_states()  # while the last rollouts are scored
+                self._bring_optimizer_states()  # while the last rollouts are scored
             with self.phases("rollout"):
                 wait_on_all_ranks(self._meet)  # those of the replicas that still generate meet meanwhile
             for rollouts, future in zip(made, futures, strict=True):
@@ -325,6 +326,10 @@ class RSTrainer:
             metrics["table"] = example(kept[0], self.model.tokenizer)
         self.unscored.remove(split, self.step)
         return kept, metrics
+
+    def _bring_optimizer_states(self, **options) -> None:
+        with self.phases("load_state"):
+            self.model.prefetch_adam_states(**options)
 
     def _select(self, rollouts: dict) -> dict:
         rows = torch.arange(rollouts["rewards"].size(0), device=rollouts["rewards"].device)

@@ -82,6 +82,7 @@ class Engine:
         decoding: Decoding,
         end_strings: EndStrings,
         check: Callable[[], object] | None = None,
+        on_last_rows: Callable[[], object] | None = None,
     ) -> Iterator[Row]:
         """Continue all `rows`, of which the first join first; yields each as it finishes.
 
@@ -90,6 +91,7 @@ class Engine:
         Args:
             check: called every LOOKS_BETWEEN_CHECKS looks, between the same steps on all of them: it may hold a
                 collective. What it raises ends the generation.
+            on_last_rows: called once, when no row waits any more and at most half of the places are taken.
 
         Raises:
             NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
@@ -103,6 +105,10 @@ class Engine:
         looks, num_looks = deque(), 0
         while waiting or stored or self._in_flight:
             self._admit(waiting, stored)
+            are_last = not (waiting or stored) and 2 * len(self._in_flight) <= self._cache.num_rows
+            if on_last_rows is not None and are_last:
+                on_last_rows()
+                on_last_rows = None
             ahead = self._steps_between_looks * len(looks)
             are_needed = any(len(row.generated) + ahead < decoding.max_length for row in self._in_flight)
             if are_needed:

@@ -53,12 +53,16 @@ class RolloutGenerator:
         self._end_strings: dict[tuple[str, ...], EndStrings] = {}
 
     def rollouts(
-        self, batches: Iterable[PromptBatch], check: Callable[[], object] | None = None
+        self,
+        batches: Iterable[PromptBatch],
+        check: Callable[[], object] | None = None,
+        on_last_rows: Callable[[], object] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """What `infer` returns, for each batch in order, as soon as it is complete.
 
         Args:
             check: called by the engine, which works on all batches at once, as `Engine.generate` says.
+            on_last_rows: called by the engine alone; the same.
 
         Raises:
             FloatingPointError: on all ranks of the replica, when a row cannot be continued as its logits are NaN or
@@ -66,7 +70,7 @@ class RolloutGenerator:
         """
         try:
             if self._use_engine():
-                yield from self._from_engine(list(batches), check)
+                yield from self._from_engine(list(batches), check, on_last_rows)
             else:
                 yield from map(self._from_schedule, batches)
         except NoTokenError as error:
@@ -111,7 +115,10 @@ class RolloutGenerator:
     # The engine
 
     def _from_engine(
-        self, batches: list[PromptBatch], check: Callable[[], object] | None
+        self,
+        batches: list[PromptBatch],
+        check: Callable[[], object] | None,
+        on_last_rows: Callable[[], object] | None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         if not batches:
             return
@@ -122,7 +129,8 @@ class RolloutGenerator:
         rows_of = [_rows(batch, number) for number, batch in enumerate(batches)]
         num_unfinished = [len(rows) for rows in rows_of]
         complete = 0
-        for row in self._engine.generate([row for rows in rows_of for row in rows], decoding, end_strings, check):
+        all_rows = [row for rows in rows_of for row in rows]
+        for row in self._engine.generate(all_rows, decoding, end_strings, check, on_last_rows):
             num_unfinished[row.batch] -= 1
             while complete < len(batches) and num_unfinished[complete] == 0:
                 yield self._result(rows_of[complete])

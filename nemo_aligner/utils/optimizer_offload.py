@@ -69,6 +69,11 @@ class OptimizerOffload:
             on_gpu.record_stream(self._stream)  # the allocator keeps the memory until the copy has been made
             self._away.append((storage, storage.nbytes(), host_copy))
             storage.resize_(0)
+        return self.num_bytes_away
+
+    @property
+    def num_bytes_away(self) -> int:
+        """What the state will take on the GPU when it comes back."""
         return sum(num_bytes for _, num_bytes, _ in self._away)
 
     def start_onload(self) -> None:

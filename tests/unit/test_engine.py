@@ -5,6 +5,7 @@ What `infer` promises, whichever backend generates, is in test_generation.py.
 
 import logging
 import string
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerato
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
 from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
 from nemo_aligner.generation.weights import find_weights, unsupported_part
+from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy, ends_with_text
 from tests.tiny import load_actor, prompt_batch
 from tests.unit.test_sampling import PROBABILITIES, assert_drawn_from, uniforms
@@ -354,7 +356,35 @@ def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     engine = actor._rollout_generator._engine
     assert engine._cache.num_bytes > 0
     actor.finish_inference()
-    assert engine._cache is None and engine._prompts is None and actor._rollout_generator._engine is None
+    assert engine._cache is None and engine._prompts is None
+
+
+def test_whoever_waits_for_the_last_rows_hears_of_them_once(generating):
+    actor = generating(max_rows=4)
+    batches, calls = [batch_of(actor, ragged_prompts(3)), batch_of(actor, ragged_prompts(6)[3:])], []
+
+    def on_last_rows():
+        engine = actor._rollout_generator._engine
+        calls.append((len(engine._in_flight), sum(not row.is_finished for row in engine._in_flight)))
+
+    found = [responses_of(rollouts) for rollouts in actor.infer_each(batches, on_last_rows=on_last_rows)]
+    # six rows, four at a time: two are left when four have come to their ends
+    assert calls == [(2, 2)] and found == [responses_of(rollouts) for rollouts in actor.infer_each(batches)]
+
+
+@pytest.mark.parametrize(("room", "comes"), [(99, False), (100, True)])
+def test_optimizer_states_come_back_beside_rollouts_if_there_is_room(generating, monkeypatch, room, comes):
+    actor, calls = generating(max_rows=3), []
+    actor.infer(batch_of(actor, ragged_prompts(3)))
+    offload = SimpleNamespace(num_bytes_away=100, start_onload=lambda: calls.append("onload"))
+    monkeypatch.setattr(actor, "_optimizer_offload", offload)
+    monkeypatch.setattr(actor, "distributed_adam_offload_manager", offload)
+    monkeypatch.setattr(megatron_gpt_rs_actor, "usable_memory", lambda device: room)
+    actor.prefetch_adam_states(beside_rollouts=True)
+    assert calls == ["onload"] * comes and actor._rollout_generator._engine._cache is not None
+    calls.clear()
+    actor.prefetch_adam_states()
+    assert calls == ["onload"] and actor._rollout_generator._engine._cache is None
 
 
 def test_what_is_checked_between_tokens_can_end_the_generation(generating):

@@ -181,7 +181,7 @@ def test_sigterm_is_answered_in_the_middle_of_a_microbatch(tmp_path):
     """It arrives while the second one is generated: the first is kept, and the next start makes the second."""
 
     class Model(FakeModel):
-        def infer_each(self, batches, check):
+        def infer_each(self, batches, check, on_last_rows):
             yield self.infer(batches[0])
             trainer.termination._remember(None, None)
             check()

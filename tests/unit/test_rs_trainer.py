@@ -156,11 +156,20 @@ def test_rewards_are_requested_at_once_and_awaited_when_all_are_under_way():
     trainer.generate_rollouts(iter(trainer.train_dataloader), 4)
     assert trainer.model.events == [
         "prepare_for_inference",
-        *["infer", "reward requested"] * 4,
+        *["infer", "reward requested"] * 3,
+        "prefetch_adam_states beside rollouts",
+        *["infer", "reward requested"],
         "prefetch_adam_states",
         *["reward awaited"] * 4,
         "finish_inference",
     ]
+
+
+def test_optimizer_states_stay_away_during_validation():
+    trainer = make_trainer()
+    trainer.run_validation()
+    assert "infer" in trainer.model.events
+    assert not any(event.startswith("prefetch") for event in trainer.model.events)
 
 
 def test_the_reward_sees_every_rollout_with_its_record():

@@ -24,6 +24,7 @@ from pytorch_lightning.trainer.trainer import Trainer
 from nemo_aligner import compat
 from nemo_aligner.compat import device, mcore_optimizer, virtual_stages
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation.kv_cache import usable_memory
 from nemo_aligner.generation.rollouts import GenerationSettings, PromptBatch, RolloutGenerator
 from nemo_aligner.generation.sampling import random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
@@ -418,16 +419,21 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return rollouts
 
     def infer_each(
-        self, inference_batches: Iterable[dict], check: Callable[[], object] | None = None
+        self,
+        inference_batches: Iterable[dict],
+        check: Callable[[], object] | None = None,
+        on_last_rows: Callable[[], object] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """What `infer` returns, for each batch in order, as soon as it is complete.
 
         Rows of later batches take the place of those that have ended: it costs what the tokens cost, not what the
         longest row of each batch does. `check` is called every few dozen tokens; what it raises drops unfinished rows.
+        `on_last_rows` is called once, when but few rows are left, where rows leave as they end.
         """
         if type(self).infer is not MegatronGPTRSModel.infer:  # a subclass has its own way
             return map(self.infer, inference_batches)
-        return self._rollout_generator.rollouts([self._prompt_batch(batch) for batch in inference_batches], check)
+        prompt_batches = [self._prompt_batch(batch) for batch in inference_batches]
+        return self._rollout_generator.rollouts(prompt_batches, check, on_last_rows)
 
     def _prompt_batch(self, inference_batch: dict) -> PromptBatch:
         max_length = self._length_params["max_length"]
@@ -469,14 +475,20 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.distributed_adam_offload_manager.__enter__()
         self._is_prefetching_states = False
 
-    def prefetch_adam_states(self) -> None:
+    def prefetch_adam_states(self, beside_rollouts: bool = False) -> None:
         """Begin to bring the optimizer states back, if they were sent away.
 
         For when the last rollouts exist: the memory of keys and values goes first. If there still is no room for the
         states, they stay where they are. Nobody may read them before `onload_adam_states` or `finish_training_step`.
+
+        Args:
+            beside_rollouts: rollouts are still under way; only if there is room for both.
         """
         self._is_prefetching_states = True
-        self._rollout_generator.release()
+        if not beside_rollouts:
+            self._rollout_generator.release()
+        elif self._optimizer_offload.num_bytes_away > usable_memory(current_device()):
+            return
         if self.distributed_adam_offload_manager is not None:
             with contextlib.suppress(torch.OutOfMemoryError):
                 self._optimizer_offload.start_onload()
