@@ -81,6 +81,7 @@ def run_script(workplace: Path, name: str, *overrides: str) -> Path:
     environment["NVIDIA_TF32_OVERRIDE"] = "0"
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert finished.returncode == 0, finished.stderr[-5000:]
+    assert "no CUDA graphs" not in finished.stdout + finished.stderr  # also not with tensor parallelism
     return workplace / name
 
 
@@ -156,3 +157,18 @@ def test_bf16_on_two_gpus(workplace, check_losses, optimizer, layout):
         f"model.optim.name={optimizer}", *PRECISIONS["bf16_O2"], *LAYOUTS[layout],
     )  # fmt: skip
     check_losses(folder, 1, 0.1)
+
+
+@pytest.mark.parametrize("layout", ["one", pytest.param("tp2", marks=needs_two_gpus)])
+def test_adapters_train_and_generate(workplace, record_property, layout):
+    """The engine's graphs with adapters, whose weights change in every step, against NeMo's way of decoding."""
+    found = {}
+    for backend in ("engine", "nemo"):
+        found[backend] = losses(run_script(
+            workplace, f"lora_{backend}_{layout}", f"trainer.rs.max_steps={NUM_STEPS}", "model.optim.name=adamw",
+            "model.peft.peft_scheme=lora", f"model.rs.generation.backend={backend}", *PRECISIONS["fp32"],
+            *LAYOUTS[layout],
+        ))  # fmt: skip
+    deviation = max(abs(a / b - 1) for a, b in zip(found["engine"], found["nemo"], strict=True))
+    record_property("largest relative deviation", deviation)
+    assert len(found["engine"]) == NUM_STEPS and deviation <= 1e-5
