@@ -94,9 +94,9 @@ def test_only_trained_vectors_get_sums_each_its_own(normal):
     first, frozen, last, absent = sums.parts
     assert frozen is None and absent is None
     first.copy_(torch.tensor([1.0, 2.0])), last.copy_(torch.tensor([3.0, 4.0, 5.0, 6.0]))
-    of_first, frozen, of_last, absent = sums.finish()
+    of_first, frozen, of_last, absent = sums.finish(fuse=False)
     assert of_first.tolist() == [1, 2] and of_last.tolist() == [3, 4, 5, 6] and frozen is None and absent is None
-    assert ColumnSums([vectors[1], None], normal(5, 8)).finish() == [None, None]
+    assert ColumnSums([vectors[1], None], normal(5, 8)).finish(fuse=False) == [None, None]
 
 
 def test_half_precision_is_summed_in_float32_and_rounded_only_for_parameters_in_half_precision(normal):
@@ -106,4 +106,25 @@ def test_half_precision_is_summed_in_float32_and_rounded_only_for_parameters_in_
         sums = ColumnSums(vectors, grad)
         for room in sums.parts:
             room.fill_(value)
-        assert sums.finish()[-1].tolist() == [expected] * 2
+        assert sums.finish(fuse=False)[-1].tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False], ids=["megatron-core's wrapper", "others"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_added_to_the_optimizers_buffers(normal, is_wrapped, dtype):
+    vectors = [torch.nn.Parameter(normal(size).to(dtype)) for size in (2, 3)]
+    for vector in vectors:
+        vector.main_grad = torch.full(vector.shape, 3.0)
+        if is_wrapped:
+            vector.grad_added_to_main_grad = False
+    sums = ColumnSums([vectors[0], None, vectors[1]], normal(5, 8).to(dtype))
+    for room, value in zip((sums.parts[0], sums.parts[2]), (1.0, 2**-12), strict=True):
+        room.fill_(value)
+    returned = sums.finish(fuse=True)
+    assert [vector.main_grad.tolist() for vector in vectors] == [[4.0] * 2, [3.0 + 2**-12] * 3]
+    assert [x is None for x in returned] == ([False, True, False] if is_wrapped else [True] * 3)
+    assert not is_wrapped or all(vector.grad_added_to_main_grad for vector in vectors)
+
+    del vectors[0].main_grad
+    assert sums.finish(fuse=True)[0].tolist() == [1.0] * 2
+    assert vectors[1].main_grad.tolist() == [3.0 + 2**-12] * 3

@@ -74,8 +74,9 @@ class _FusedLayer(torch.autograd.Function):
         layer, (qkv, context_TND) = ctx.layer, ctx.attention
         del ctx.attention  # the layer's graph lives on with its tensors' last reference
 
+        fuse = layer.config.gradient_accumulation_fusion
+
         def of_weight(weight, grad_TO, x_TI):
-            fuse = layer.config.gradient_accumulation_fusion
             return weight_gradient(weight, grad_TO, x_TI, fuse) if weight.requires_grad else None
 
         grad_TH = grad_TH.contiguous()
@@ -103,7 +104,7 @@ class _FusedLayer(torch.autograd.Function):
             layer.input_layernorm, hidden_TH, matmul(grad_TP, qkv_w), grad_middle_TH, *of_input_norm
         )
         of_qkv_w = of_weight(qkv_w, grad_TP, normed_TH)
-        return None, grad_hidden_TH, None, None, of_qkv_w, of_proj_w, of_fc1_w, of_fc2_w, *sums.finish()
+        return None, grad_hidden_TH, None, None, of_qkv_w, of_proj_w, of_fc1_w, of_fc2_w, *sums.finish(fuse)
 
 
 def _by_heads(layer: TransformerLayer, qkv_TP: torch.Tensor) -> torch.Tensor:

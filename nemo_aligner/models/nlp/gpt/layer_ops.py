@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nemo_aligner.models.nlp.gpt.activation import Activation, activate
+from nemo_aligner.utils.weight_gradients import stand_in_gradient
 
 
 class ColumnSums:
@@ -27,29 +28,39 @@ class ColumnSums:
 
     def __init__(self, vectors: Sequence[torch.Tensor | None], grad_TH: torch.Tensor):
         """`grad_TH` has the device and the dtype of what will be summed."""
-        self._widths = [0 if vector is None or not vector.requires_grad else vector.numel() for vector in vectors]
+        self._vectors = [vector if vector is not None and vector.requires_grad else None for vector in vectors]
+        self._widths = [0 if vector is None else vector.numel() for vector in self._vectors]
         # where vectors have different dtypes, autograd rounds to each one's
-        self._dtype = functools.reduce(torch.promote_types, (v.dtype for v in vectors if v is not None), grad_TH.dtype)
+        trained = (vector.dtype for vector in self._vectors if vector is not None)
+        self._dtype = functools.reduce(torch.promote_types, trained, grad_TH.dtype)
         self._parts_ZC = torch.empty(
             _num_parts(grad_TH.device),
             sum(self._widths),
             dtype=torch.promote_types(grad_TH.dtype, torch.float32),
             device=grad_TH.device,
         )
-        self.parts = self._trained(self._parts_ZC.split(self._widths, dim=1))
+        self.parts = self._of_trained(self._parts_ZC.split(self._widths, dim=1))
 
-    def finish(self) -> list[torch.Tensor | None]:
-        """The gradient of each vector."""
-        if self._parts_ZC.is_cuda:
-            from nemo_aligner.models.nlp.gpt import layer_kernels
+    def finish(self, fuse: bool) -> list[torch.Tensor | None]:
+        """What a backward pass returns for each vector; `fuse` means what it does for `weight_gradient`."""
+        trained = [vector for vector in self._vectors if vector is not None]
+        # NeMo's optimizer for half precision has no buffer for a parameter in float32
+        if not (fuse and all(hasattr(vector, "main_grad") for vector in trained)):
+            return self._of_trained(self._added_up(self._dtype).split(self._widths))
+        if trained:
+            sums = self._of_trained(self._added_up(self._parts_ZC.dtype).split(self._widths))
+            torch._foreach_add_([vector.main_grad for vector in trained], [x for x in sums if x is not None])
+        return [vector if vector is None else stand_in_gradient(vector) for vector in self._vectors]
 
-            sums_C = layer_kernels.add_up(self._parts_ZC, self._dtype)
-        else:
-            sums_C = self._parts_ZC.sum(0).to(self._dtype)
-        return self._trained(sums_C.split(self._widths))
+    def _added_up(self, dtype: torch.dtype) -> torch.Tensor:
+        if not self._parts_ZC.is_cuda:
+            return self._parts_ZC.sum(0).to(dtype)
+        from nemo_aligner.models.nlp.gpt import layer_kernels
 
-    def _trained(self, of_vectors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        return [x if width > 0 else None for x, width in zip(of_vectors, self._widths, strict=True)]
+        return layer_kernels.add_up(self._parts_ZC, dtype)
+
+    def _of_trained(self, of_vectors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        return [None if vector is None else x for vector, x in zip(self._vectors, of_vectors, strict=True)]
 
 
 @functools.cache
