@@ -65,7 +65,10 @@ class ColumnSums:
 
 @functools.cache
 def _num_parts(device: torch.device) -> int:
-    """As many as there are programs that a GPU runs at once and that keep its memory busy."""
+    """One for each program that shares the tokens: as many of a norm's gradient as a GPU has registers for at once.
+
+    By calculation, not by trial: for 2048 channels on an H100 two of 256 threads, which need 116 registers each.
+    """
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
