@@ -11,12 +11,16 @@ import pytest
 import torch
 from filelock import FileLock
 
+# Kernels in Triton's interpreter, on a CPU; modules that say so can be tested like that.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU")
         for item in items:
-            if "tests/gpu" in str(item.path):
+            is_interpreted = INTERPRETED and getattr(item.module, "RUNS_INTERPRETED", False)
+            if "tests/gpu" in str(item.path) and not is_interpreted:
                 item.add_marker(skip)
 
 
@@ -53,8 +57,9 @@ def pytest_terminal_summary(terminalreporter):
     ]
     if not reports:
         return
-    terminalreporter.section("measured on GPUs")
-    terminalreporter.write_line(_machine())
+    terminalreporter.section("measured on GPUs" if torch.cuda.is_available() else "measured in Triton's interpreter")
+    if torch.cuda.is_available():
+        terminalreporter.write_line(_machine())
     for report in sorted(reports, key=lambda report: report.nodeid):
         values = ", ".join(f"{name} {value:.1e}" for name, value in report.user_properties)
         terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]:<84} {values:<40} {report.outcome}")

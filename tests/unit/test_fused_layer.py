@@ -42,11 +42,12 @@ def angles(num_channels: int) -> torch.Tensor:
 def outcome(layer, forward=layer_spec.Layer.forward) -> dict[str, torch.Tensor]:
     """Output and gradients of everything, for a random input and a random gradient of the output."""
     generator = torch.Generator().manual_seed(1)
-    hidden_T1H, grad_T1H = torch.randn(2, sum(LENGTHS), 1, 64, generator=generator)
+    device = layer.pre_mlp_layernorm.weight.device
+    hidden_T1H, grad_T1H = torch.randn(2, sum(LENGTHS), 1, 64, generator=generator).to(device)
     hidden_T1H.requires_grad_()
     layer.zero_grad()
     # 16 channels a head, half of them turned in the second model
-    turned = angles(16 if layer.config.normalization == "RMSNorm" else 8)
+    turned = angles(16 if layer.config.normalization == "RMSNorm" else 8).to(device)
     output_T1H, context = forward(
         layer, hidden_T1H, None, rotary_pos_emb=turned, packed_seq_params=PackedSequences.of(LENGTHS)
     )

@@ -1,10 +1,13 @@
 """Rotary positions (arXiv:2104.09864) of a whole query-key-value product, and of its gradient.
 
 Legend: T tokens, N heads, G key/value groups, Q query heads of a group, N = G * Q, X = Q + 2 heads of a group in the
-product (its queries, its key, its value), D channels per head, A turned channels, A <= D.
+product (its queries, its key, its value), D channels per head, A turned channels, A <= D, P = G * X * D, Z parts of a
+sum.
 """
 
 import torch
+
+from nemo_aligner.models.nlp.gpt.layer_ops import put_column_sums_
 
 
 def apply_rotary_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
@@ -25,17 +28,25 @@ def apply_rotary_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
 
 
 def qkv_gradient(
-    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, angles_TA: torch.Tensor | None
+    query_TND: torch.Tensor,
+    key_TGD: torch.Tensor,
+    value_TGD: torch.Tensor,
+    angles_TA: torch.Tensor | None,
+    of_bias_ZP: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient [T, G, X, D] of the product, from those of queries and keys that were turned, and of the values."""
+    """The gradient [T, G, X, D] of the product, from those of queries and keys that were turned, and of the values.
+
+    `of_bias_ZP` gets its sums over tokens, for `layer_ops.ColumnSums`.
+    """
     if query_TND.is_cuda and angles_TA is not None:
         from nemo_aligner.models.nlp.gpt import rotary_kernels
 
-        return rotary_kernels.qkv_gradient(query_TND, key_TGD, value_TGD, angles_TA)
+        return rotary_kernels.qkv_gradient(query_TND, key_TGD, value_TGD, angles_TA, of_bias_ZP)
     query_TGQD = query_TND.unflatten(1, (key_TGD.size(1), -1))
     grad_TGXD = torch.cat([query_TGQD, key_TGD.unsqueeze(2), value_TGD.unsqueeze(2)], dim=2)
     if angles_TA is not None:
         _turn_(grad_TGXD, -angles_TA)
+    put_column_sums_(of_bias_ZP, grad_TGXD.flatten(1))
     return grad_TGXD
 
 

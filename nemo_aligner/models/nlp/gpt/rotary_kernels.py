@@ -33,46 +33,64 @@ def _turn_kernel(
 
 
 def qkv_gradient(
-    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, angles_TA: torch.Tensor
+    query_TND: torch.Tensor,
+    key_TGD: torch.Tensor,
+    value_TGD: torch.Tensor,
+    angles_TA: torch.Tensor,
+    of_bias_ZP: torch.Tensor | None = None,
 ) -> torch.Tensor:
     query_TND, key_TGD, value_TGD = (part.contiguous() for part in (query_TND, key_TGD, value_TGD))
     num_tokens, num_groups, head_dim = key_TGD.shape
     num_queries = query_TND.size(1) // num_groups
     grad_TGXD = query_TND.new_empty(num_tokens, num_groups, num_queries + 2, head_dim)
-    _qkv_gradient_kernel[(num_tokens,)](
-        query_TND, key_TGD, value_TGD, angles_TA, grad_TGXD, angles_TA.stride(0), num_groups, head_dim,
-        angles_TA.size(1) // 2, Q=num_queries, BLOCK_N=triton.next_power_of_2(num_groups * num_queries),
-        BLOCK_G=triton.next_power_of_2(num_groups), BLOCK_D=triton.next_power_of_2(head_dim),
+    has_bias = of_bias_ZP is not None
+    _qkv_gradient_kernel[(of_bias_ZP.size(0) if has_bias else num_tokens,)](
+        query_TND, key_TGD, value_TGD, angles_TA, grad_TGXD, of_bias_ZP, num_tokens, angles_TA.stride(0),
+        of_bias_ZP.stride(0) if has_bias else 0, num_groups, head_dim, angles_TA.size(1) // 2, Q=num_queries,
+        BLOCK_N=triton.next_power_of_2(num_groups * num_queries), BLOCK_G=triton.next_power_of_2(num_groups),
+        BLOCK_D=triton.next_power_of_2(head_dim),
     )  # fmt: skip
     return grad_TGXD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _qkv_gradient_kernel(
-    query, key, value, angles, grad, angle_stride, num_groups, head_dim, half,
+    query, key, value, angles, grad, of_bias, num_tokens, angle_stride, bias_stride, num_groups, head_dim, half,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, :]
     is_turned = d < 2 * half
-    angle = tl.load(angles + token * angle_stride + d, mask=is_turned, other=0.0).to(tl.float32)
-    cos = tl.cos(angle)
-    sin = tl.where(d < half, tl.sin(angle), -tl.sin(angle))  # backwards
     partner = tl.where(is_turned, tl.where(d < half, d + half, d - half), d)
+    n, g = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_G)[:, None]
+    is_query, is_group = (n < num_groups * Q) & (d < head_dim), (g < num_groups) & (d < head_dim)
+    # where they are in the product
+    at_query = (n // Q * (Q + 2) + n % Q) * head_dim + d
+    at_key = (g * (Q + 2) + Q) * head_dim + d
+    at_value = at_key + head_dim
+    of_queries = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    of_keys, of_values = tl.zeros([BLOCK_G, BLOCK_D], tl.float32), tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
 
-    n = tl.arange(0, BLOCK_N)[:, None]
-    inside = (n < num_groups * Q) & (d < head_dim)
-    start = query + (token * num_groups * Q + n) * head_dim
-    turned = _turned(start, d, partner, inside, cos, sin)
-    out = grad + token * num_groups * (Q + 2) * head_dim + d
-    tl.store(out + (n // Q * (Q + 2) + n % Q) * head_dim, turned.to(grad.dtype.element_ty), mask=inside)
+    for step in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        token = tl.cast(step, tl.int64)
+        angle = tl.load(angles + token * angle_stride + d, mask=is_turned, other=0.0).to(tl.float32)
+        cos = tl.cos(angle)
+        sin = tl.where(d < half, tl.sin(angle), -tl.sin(angle))  # backwards
+        queries = _turned(query + (token * num_groups * Q + n) * head_dim, d, partner, is_query, cos, sin)
+        keys = _turned(key + (token * num_groups + g) * head_dim, d, partner, is_group, cos, sin)
+        values = tl.load(value + (token * num_groups + g) * head_dim + d, mask=is_group, other=0.0).to(tl.float32)
+        out = grad + token * num_groups * (Q + 2) * head_dim
+        tl.store(out + at_query, queries.to(grad.dtype.element_ty), mask=is_query)
+        tl.store(out + at_key, keys.to(grad.dtype.element_ty), mask=is_group)
+        tl.store(out + at_value, values.to(grad.dtype.element_ty), mask=is_group)
+        of_queries += queries
+        of_keys += keys
+        of_values += values
 
-    g = tl.arange(0, BLOCK_G)[:, None]
-    inside = (g < num_groups) & (d < head_dim)
-    turned = _turned(key + (token * num_groups + g) * head_dim, d, partner, inside, cos, sin)
-    tl.store(out + (g * (Q + 2) + Q) * head_dim, turned.to(grad.dtype.element_ty), mask=inside)
-    values = tl.load(value + (token * num_groups + g) * head_dim + d, mask=inside, other=0.0)
-    tl.store(out + (g * (Q + 2) + Q + 1) * head_dim, values, mask=inside)
+    if of_bias is not None:
+        out = of_bias + tl.program_id(0) * bias_stride
+        tl.store(out + at_query, of_queries, mask=is_query)
+        tl.store(out + at_key, of_keys, mask=is_group)
+        tl.store(out + at_value, of_values, mask=is_group)
 
 
 @triton.jit
