@@ -59,7 +59,7 @@ class RolloutGenerator:
         """What `infer` returns, for each batch in order, as soon as it is complete.
 
         Args:
-            check: called by the engine, which works on all batches at once, as `Engine.generate` says.
+            check: called while rows are under way, as `Engine.generate` and `decode.generate` say.
 
         Raises:
             FloatingPointError: on all ranks of the replica, when a row cannot be continued as its logits are NaN or
@@ -69,7 +69,7 @@ class RolloutGenerator:
             if self._use_engine():
                 yield from self._from_engine(list(batches), check)
             else:
-                yield from map(self._from_schedule, batches)
+                yield from (self._from_schedule(batch, check) for batch in batches)
         except NoTokenError as error:
             self.release()  # keys and values may be NaN as well
             raise FloatingPointError(self._explained(error)) from None
@@ -158,9 +158,9 @@ class RolloutGenerator:
         }
         return {key: tensor.to(current_device()) for key, tensor in result.items()}
 
-    # Megatron's schedule
+    # Pipeline stages, and the reference
 
-    def _from_schedule(self, batch: PromptBatch) -> dict[str, torch.Tensor]:
+    def _from_schedule(self, batch: PromptBatch, check: Callable[[], object] | None) -> dict[str, torch.Tensor]:
         lengths_B = batch.lengths_B.to(current_device())
         strategy = self._strategy(lengths_B)
         tokens_BW = generate(
@@ -173,6 +173,7 @@ class RolloutGenerator:
             end_strings=self._model._sampling_params["end_strings"],
             sampling_params=SamplingParams.of(self._model._sampling_params),
             uniform_BL=batch.uniform_BL.to(current_device()),
+            check=check,
         )
         response_lengths_B = strategy.get_lengths()
         return {
