@@ -75,7 +75,7 @@ def generate(
 def _decode(at_work: dict[int, "_Group"], pipeline: Pipeline, check: Callable[[], object] | None) -> None:
     """Decode the groups to their ends; those that are there leave `at_work`."""
     tick, last_drawing, hidden_SRH = 0, 0, None
-    # A stage hears that the last group is done in one of so many ticks; all stop, and check, at the same one.
+    # One stage after the other hears of the last group's end, but all stop at the same tick: they check equally often.
     while at_work or tick < last_drawing + pipeline.num_stages:
         drawing = pipeline.drawing_group(tick)
         turn, output = pipeline.turn(tick), None
@@ -154,8 +154,7 @@ class _Group:
         self._is_done_R = torch.zeros_like(self._prompt_lengths_R, dtype=torch.bool)
         # one for each chunk, as attention layers count from their chunk's first
         self._caches = [
-            InferenceParams(max_batch_size=num_rows, max_sequence_length=self.width)
-            for _ in range(pipeline.num_chunks)
+            InferenceParams(max_batch_size=num_rows, max_sequence_length=self.width) for _ in range(pipeline.num_chunks)
         ]
         # the newest tokens, and whether all rows are done with them, int64 [R + 1]; None once they are taken in
         self._news = None
@@ -209,10 +208,10 @@ class _Group:
         self._news_under_way = self._pipeline.spread(self._news)
 
     def take_in_news(self) -> bool:
-        """Wait for the newest tokens, if they are not known yet, and go on to the next position, unless they are the last.
+        """Wait for the newest tokens, if some have been drawn, and go on to the next position.
 
         Returns:
-            whether the group is done, be it as a row is broken.
+            whether there is none, as all rows are done or one is broken.
         """
         if self._news is None:
             return False

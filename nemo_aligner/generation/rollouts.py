@@ -1,4 +1,4 @@
-"""Responses to batches of prompts, from the engine or, as the reference, through Megatron's pipeline schedule.
+"""Responses to batches of prompts, from the engine or, through pipeline stages and as the reference, in NeMo's way.
 
 Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
 """
@@ -27,7 +27,7 @@ class GenerationSettings:
     """The section `model.rs.generation`, which existing configurations may lack.
 
     Attributes:
-        backend: `engine`, or `nemo` for Megatron's schedule with NeMo's way of decoding.
+        backend: `engine`, or `nemo` for NeMo's way of decoding, which is that of pipeline stages.
         max_rows_in_flight: rows that the engine decodes side by side.
     """
 
@@ -69,7 +69,7 @@ class RolloutGenerator:
             if self._use_engine():
                 yield from self._from_engine(list(batches), check)
             else:
-                yield from (self._from_schedule(batch, check) for batch in batches)
+                yield from (self._in_nemos_way(batch, check) for batch in batches)
         except NoTokenError as error:
             self.release()  # keys and values may be NaN as well
             raise FloatingPointError(self._explained(error)) from None
@@ -158,9 +158,9 @@ class RolloutGenerator:
         }
         return {key: tensor.to(current_device()) for key, tensor in result.items()}
 
-    # Pipeline stages, and the reference
+    # NeMo's way
 
-    def _from_schedule(self, batch: PromptBatch, check: Callable[[], object] | None) -> dict[str, torch.Tensor]:
+    def _in_nemos_way(self, batch: PromptBatch, check: Callable[[], object] | None) -> dict[str, torch.Tensor]:
         lengths_B = batch.lengths_B.to(current_device())
         strategy = self._strategy(lengths_B)
         tokens_BW = generate(

@@ -3,10 +3,12 @@
 Each launch of processes runs several layouts, one after the other, as importing NeMo takes longer than a tiny model.
 """
 
+import contextlib
 import datetime
 import os
 import signal
 import string
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -68,7 +70,8 @@ def load(archive: str, layout: Layout, world_size: int):
     actor = load_actor(
         archive, world_size, rs={"length_params.max_length": MAX_LENGTH, "sampling_params.temperature": 3.0},
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.virtual, micro_batch_size=1, global_batch_size=4, **layout.overrides,
+        virtual_pipeline_model_parallel_size=layout.virtual, micro_batch_size=1, global_batch_size=4,
+        **layout.overrides,
     )  # fmt: skip
     actor._rollout_generator._settings = GenerationSettings("nemo")
     actor.prepare_for_inference()
@@ -78,6 +81,48 @@ def load(archive: str, layout: Layout, world_size: int):
 def batch_of(actor, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
     actor.seed_sampling(1)
     return prompt_batch(prompts, actor.tokenizer.eos_id, MAX_LENGTH)
+
+
+@contextlib.contextmanager
+def recorded_exchanges():
+    """What this rank takes part in, in order: sets of what is begun together, each as (what, ranks, number)."""
+    exchanges, counts = [], Counter()
+    batch, broadcast = torch.distributed.batch_isend_irecv, torch.distributed.broadcast
+    rank = torch.distributed.get_rank()
+
+    def begin(what: str, *ranks: int) -> tuple:
+        counts[what, ranks] += 1
+        return what, ranks, counts[what, ranks]
+
+    def recording_batch(messages):
+        is_send = [message.op is torch.distributed.isend for message in messages]
+        ends = [(rank, m.peer) if sends else (m.peer, rank) for m, sends in zip(messages, is_send, strict=True)]
+        exchanges.append({begin("message", *pair) for pair in ends})
+        return batch(messages)
+
+    def recording_broadcast(*args, **options):
+        exchanges.append({begin("broadcast", *torch.distributed.get_process_group_ranks(options["group"]))})
+        return broadcast(*args, **options)
+
+    with (
+        mock.patch.object(torch.distributed, "batch_isend_irecv", recording_batch),
+        mock.patch.object(torch.distributed, "broadcast", recording_broadcast),
+    ):
+        yield exchanges
+
+
+def num_stuck(exchanges_of_ranks: list[list[set]]) -> int:
+    """Exchanges that never end if each rank handles its own one after the other, and none without all of its ranks.
+
+    So do NCCL's communicators, where a send ends with its receive.
+    """
+    queues, met = [deque(exchanges) for exchanges in exchanges_of_ranks], set()
+    while True:
+        heads = [queue[0] if queue else set() for queue in queues]
+        met |= {one for head in heads for one in head if all(one in heads[rank] for rank in one[1])}
+        ended = [queue.popleft() for queue in queues if queue and queue[0] <= met]
+        if not ended:
+            return sum(map(len, queues))
 
 
 def rollouts_of(actor) -> dict[str, dict[str, list]]:
@@ -97,7 +142,7 @@ def rollouts_of(actor) -> dict[str, dict[str, list]]:
 
 
 def error_of(actor) -> str:
-    """Of rows that break in different groups: that in an even row comes first in ticks, that in an odd one in tokens."""
+    """Of rows that break in several groups: in ticks an even row is the first to break, by position an odd one."""
     prompts = [[5 + row] * (1 if row % 2 else 12) for row in range(8)]
     uniform_BL = actor._random_streams(batch_of(actor, prompts), MAX_LENGTH)
     is_broken = uniform_BL[[0, 4, 3, 7, 5], [0, 0, 9, 8, 8]]
@@ -107,9 +152,12 @@ def error_of(actor) -> str:
         return drawn_B.masked_fill(torch.isin(uniform_B, is_broken), NO_TOKEN)
 
     sample = decode.sample
-    with mock.patch.object(decode, "sample", spoiling), mock.patch.dict(actor._length_params, min_length=MAX_LENGTH):
-        with pytest.raises(FloatingPointError) as error:
-            actor.infer(batch_of(actor, prompts))
+    with (
+        mock.patch.object(decode, "sample", spoiling),
+        mock.patch.dict(actor._length_params, min_length=MAX_LENGTH),
+        pytest.raises(FloatingPointError) as error,
+    ):
+        actor.infer(batch_of(actor, prompts))
     return str(error.value)
 
 
@@ -168,8 +216,11 @@ def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Lay
     for name, layout in layouts.items():
         parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.virtual)
         actor = load(archive, layout, world_size)
+        with recorded_exchanges() as exchanges:
+            rollouts = rollouts_of(actor)
         outcomes[name] = {
-            "rollouts": rollouts_of(actor),
+            "rollouts": rollouts,
+            "exchanges": exchanges,
             "error": error_of(actor),
             "ticks and turns": ticks_and_turns(actor, layout),
             "checks": checks_of(actor, is_asked=rank == 1),
@@ -216,6 +267,8 @@ def test_four_processes_decode_as_one(of_one, of_four, name):
 
 def check(layout: Layout, outcomes: list[dict], of_one: dict) -> None:
     rollouts, error = of_one[bool(layout.overrides)]
+    exchanges = [outcome["exchanges"] for outcome in outcomes]
+    assert sum(map(len, exchanges)) > 4 * MAX_LENGTH and num_stuck(exchanges) == 0
     for outcome in outcomes:
         assert outcome["rollouts"] == rollouts
         assert outcome["error"] == error
