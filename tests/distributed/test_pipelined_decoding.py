@@ -47,10 +47,10 @@ RESETS = {"data.reset_attention_mask": True, "data.reset_position_ids": True}
 OF_TWO = {
     "PP=2": Layout(pp=2),
     "PP=2 VPP=2": Layout(pp=2, virtual=2),
-    "PP=2 resets": Layout(pp=2, overrides=RESETS),
 }
 OF_FOUR = {
     "PP=4": Layout(pp=4),
+    "PP=4 resets": Layout(pp=4, overrides=RESETS),
     "TP=2 PP=2": Layout(tp=2, pp=2),
     "TP=2 PP=2 VPP=2": Layout(tp=2, pp=2, virtual=2),
 }
@@ -231,9 +231,11 @@ def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Lay
 
 @pytest.fixture(scope="module")
 def of_one(tiny_nemo):
-    """What one process generates, without resets and with them."""
+    """What one process generates and fails with, without resets and with them; rollouts from the engine if it can."""
     plain, resetting = (load(str(tiny_nemo), Layout(overrides=overrides), 1) for overrides in ({}, RESETS))
-    return {False: (rollouts_of(plain), error_of(plain)), True: (rollouts_of(resetting), error_of(resetting))}
+    errors = error_of(plain), error_of(resetting)
+    plain._rollout_generator._settings = GenerationSettings("engine")
+    return {False: (rollouts_of(plain), errors[0]), True: (rollouts_of(resetting), errors[1])}
 
 
 @pytest.fixture(scope="module")
