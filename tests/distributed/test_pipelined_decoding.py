@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_aligner.generation import decode
+from nemo_aligner.generation import rollouts as rollouts_module
 from nemo_aligner.generation.rollouts import GenerationSettings
 from nemo_aligner.generation.sampling import NO_TOKEN
 from nemo_aligner.generation.stages import Pipeline
@@ -138,6 +139,10 @@ def rollouts_of(actor) -> dict[str, dict[str, list]]:
         with mock.patch.dict(actor._sampling_params, sampling):
             rollouts = actor.infer(batch_of(actor, prompts_of(num_rows, actor.tokenizer.eos_id)))
         found[name] = {key: value.tolist() for key, value in rollouts.items()}
+    with mock.patch.dict(actor._sampling_params, sampling):
+        batches = [batch_of(actor, prompts_of(num_rows, actor.tokenizer.eos_id)) for num_rows in (2, 7, 4, 1, 6)]
+        for number, rollouts in enumerate(actor.infer_each(batches)):
+            found[f"batch {number}"] = {key: value.tolist() for key, value in rollouts.items()}
     return found
 
 
@@ -162,9 +167,9 @@ def error_of(actor) -> str:
 
 
 def ticks_and_turns(actor, layout: Layout) -> tuple[int, int]:
-    """How many there are of each until eight rows have all their tokens; what all stages do in some ticks takes all.
+    """How many there are of each until a batch for each stage has all its tokens.
 
-    In these, no stage is done with its turn before all of them have begun theirs.
+    Now and then no stage is done with its turn before all of them have begun theirs.
     """
     ticks, turns, pass_on, forward = [], [], Pipeline.pass_on, decode._Group.forward
 
@@ -183,8 +188,27 @@ def ticks_and_turns(actor, layout: Layout) -> tuple[int, int]:
         mock.patch.object(decode._Group, "forward", meeting),
         mock.patch.dict(actor._length_params, min_length=MAX_LENGTH),
     ):
-        actor.infer(batch_of(actor, [[5, 6, 7]] * 8))
+        list(actor.infer_each([batch_of(actor, [[5, 6, 7]] * 8)] * layout.pp))
     return len(ticks), len(turns)
+
+
+def sizes_of_groups(actor, layout: Layout, memory: int) -> set[int]:
+    """Rows in the groups of a batch of `pp` rows for each stage, with `memory` for so many tokens."""
+    sizes, init = set(), decode._Group.__init__
+
+    def noting(self, model, strategy, prompts_RP, *args):
+        sizes.add(prompts_RP.size(0))
+        init(self, model, strategy, prompts_RP, *args)
+
+    config, layers = actor.cfg, actor.cfg.num_layers // layout.pp
+    bytes_per_token = 2 * layers * (config.num_query_groups // layout.tp) * config.kv_channels * 4
+    batch = batch_of(actor, [[5, 6, 7]] * layout.pp)
+    with (
+        mock.patch.object(decode._Group, "__init__", noting),
+        mock.patch.object(rollouts_module, "usable_memory", lambda device: memory * bytes_per_token),
+    ):
+        list(actor.infer_each([batch] * layout.pp))
+    return sizes
 
 
 def checks_of(actor, is_asked: bool) -> tuple[int, int, int]:
@@ -223,6 +247,10 @@ def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Lay
             "exchanges": exchanges,
             "error": error_of(actor),
             "ticks and turns": ticks_and_turns(actor, layout),
+            "sizes": [
+                sizes_of_groups(actor, layout, memory if rank == 1 else 10**6)
+                for memory in (0, layout.pp * layout.pp * (3 + MAX_LENGTH) - 1, 10**6)
+            ],
             "checks": checks_of(actor, is_asked=rank == 1),
         }
         parallel_state.destroy_model_parallel()
@@ -277,6 +305,9 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict) -> None:
         num_ticks, num_turns = outcome["ticks and turns"]
         assert num_turns == MAX_LENGTH * layout.ticks_per_position
         assert num_ticks - num_turns == 2 * (layout.pp - 1)  # until all stages have work, and when it ends
+        # of a batch when one has room, of all but one of them, and of all
+        assert outcome["sizes"][0] == {1} and max(outcome["sizes"][1]) == layout.pp - 1
+        assert outcome["sizes"][2] == {layout.pp}
         assert outcome["checks"] == outcomes[0]["checks"]
     num_undisturbed, num_checks, num_complete = outcomes[0]["checks"]
     assert num_checks == NUM_CHECKS_BEFORE_SIGNAL + 1 < num_undisturbed and num_complete == 0
