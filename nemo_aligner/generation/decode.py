@@ -1,16 +1,22 @@
 """Generate responses token by token with megatron-core's key/value cache, through all pipeline stages.
 
-Legend: B rows, P longest prompt, W = P + max_length columns, t the position that is being decided, V vocabulary.
-Rows are right-padded. The loop starts behind the shortest prompt: at position t a row whose prompt is longer copies
-its prompt token, the others draw one (as NeMo's `generate` does, whose tokens these are, in greedy decoding exactly).
+Legend: B rows, dealt into groups of R, one for each pipeline stage; P longest prompt, W = P + max_length columns, both
+of a group or of all rows; L tokens that a row may generate; t the position that a group is deciding, S positions in
+front of it that the cache lacks, V vocabulary. Rows are right-padded. A group starts behind its shortest prompt: at
+position t a row whose prompt is longer copies its prompt token, the others draw one (as NeMo's `generate` does, whose
+tokens these are, in greedy decoding exactly). What a row draws does not depend on its group.
 """
 
+from collections.abc import Callable
+
 import torch
-from megatron.core import InferenceParams, parallel_state
+from megatron.core import InferenceParams
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from nemo_aligner.generation.engine import LOOKS_BETWEEN_CHECKS
+from nemo_aligner.generation.rows import Decoding
 from nemo_aligner.generation.sampling import NO_TOKEN, NoTokenError, SamplingParams, sample
-from nemo_aligner.generation.stages import forward_through_stages
+from nemo_aligner.generation.stages import Pipeline, Turn
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 
 
@@ -26,96 +32,198 @@ def generate(
     end_strings: list[str],
     sampling_params: SamplingParams,
     uniform_BL: torch.Tensor,
+    check: Callable[[], object] | None = None,
 ) -> torch.Tensor:
     """Prompts with their responses, int64 [B, W] on every rank of the replica; a row's tail holds the end-of-text id.
 
-    All ranks of a replica call it together with the same arguments. The strategy is told of every position and knows
-    afterwards where each row ended.
+    All ranks of a replica call it together with the same arguments. The strategy is told of every position, group by
+    group, and knows afterwards where each row ended.
 
     Args:
         model: a `MegatronGPTModel`, prepared for inference.
         prompts_BP: int64 [B, at least P] on the device; not modified.
         prompt_lengths_B: int64 [B] on the device.
+        strategy: a `TrackLengthGPTModelTextGenerationStrategy` of these rows.
         min_length: tokens that a row generates before it may end; the strategy has to know it too.
         uniform_BL: float64 [B, max_length] on the device, from which each row's tokens are drawn; `random_streams`.
+        check: called every LOOKS_BETWEEN_CHECKS positions, between the same ticks on all ranks of the replica: it may
+            hold a collective. What it raises ends the generation.
 
     Raises:
-        NoTokenError: on all ranks of the replica, when the logits of a row are NaN or infinite.
+        NoTokenError: on all ranks of the replica, when the logits of a row are NaN or infinite; of several such rows it
+            names the first. The other groups are decoded to their end before.
     """
     eod_id = model.tokenizer.eos_id
-    width = int(prompt_lengths_B.max()) + max_length
-    tokens_BW = _widened(prompts_BP, width, eod_id)
-    stepper = _CachedForward(model, tokens_BW, eod_id)
-    is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    end_ids = strategy.end_token_ids(eod_id, end_strings)
-    is_done_B = torch.zeros_like(prompt_lengths_B, dtype=torch.bool)
-    for t in range(int(prompt_lengths_B.min()), width):
-        logits_BV = stepper.next_logits(tokens_BW, t)
-        generated_B = t - prompt_lengths_B
-        if is_last_stage:
-            logits_BV[:, model.tokenizer.vocab_size :] = -torch.inf
-            too_short_B = generated_B < min_length
-            logits_BV[:, end_ids] = logits_BV[:, end_ids].masked_fill(too_short_B[:, None], -torch.inf)
-            uniform_B = uniform_BL.gather(1, generated_B.clamp(min=0, max=max_length - 1)[:, None]).squeeze(1)
-            drawn_B = sample(logits_BV, tokens_BW[:, :t], sampling_params, uniform_B)
-            drawn_B = torch.where(is_done_B, eod_id, drawn_B)
-            tokens_BW[:, t] = torch.where(generated_B >= 0, drawn_B, tokens_BW[:, t])
-        tokens_BW[:, t] = _from_last_stage(tokens_BW[:, t])
-        for row in (tokens_BW[:, t] == NO_TOKEN).nonzero().flatten().tolist():
-            length = int(prompt_lengths_B[row])
-            raise NoTokenError(tokens_BW[row, :length].tolist(), t - length)
-        if is_last_stage:
-            is_end_B = strategy.end_of_generation_condition(tokens_BW[:, : t + 1], tokens_BW[:, t], eod_id, end_strings)
-            is_done_B |= (generated_B >= 0) & (is_end_B | (generated_B + 1 >= max_length))
-        if _from_last_stage(is_done_B.all()):
-            break
+    end_ids = tuple(strategy.end_token_ids(eod_id, end_strings))
+    decoding = Decoding(sampling_params, max_length, min_length, end_ids, model.tokenizer.vocab_size)
+    pipeline = Pipeline(model.model if isinstance(model.model, list) else [model.model])
+    num_rows = prompt_lengths_B.numel()
+    # like cards, so that the groups come to their ends at about the same time
+    hands = [slice(first, None, pipeline.num_stages) for first in range(min(num_rows, pipeline.num_stages))]
+    groups = [
+        _Group(model, strategy.of_rows(hand), prompts_BP[hand], uniform_BL[hand], decoding, end_strings, pipeline)
+        for hand in hands
+    ]
+    _decode(dict(enumerate(groups)), pipeline, check)
+    _raise_first_error(groups, hands, num_rows)
+    tokens_BW = prompts_BP.new_full((num_rows, max(group.width for group in groups)), eod_id)
+    for group, hand in zip(groups, hands, strict=True):
+        tokens_BW[hand, : group.width] = group.tokens_RW
     return tokens_BW
 
 
-def _widened(prompts_BP: torch.Tensor, width: int, eod_id: int) -> torch.Tensor:
-    tokens_BW = prompts_BP.new_full((prompts_BP.size(0), width), eod_id)
-    shared = min(width, prompts_BP.size(1))
-    tokens_BW[:, :shared] = prompts_BP[:, :shared]
-    return tokens_BW
+def _decode(at_work: dict[int, "_Group"], pipeline: Pipeline, check: Callable[[], object] | None) -> None:
+    """Decode the groups to their ends; those that are there leave `at_work`."""
+    tick, last_drawing, hidden_SRH = 0, 0, None
+    # One stage after the other hears of the last group's end, but all stop at the same tick: they check equally often.
+    while at_work or tick < last_drawing + pipeline.num_stages:
+        drawing = pipeline.drawing_group(tick)
+        turn, output = pipeline.turn(tick), None
+        group = _unless_done(at_work, turn)
+        if group is not None:
+            output = group.forward(turn.chunk, hidden_SRH)
+            if pipeline.is_last_stage and turn.group == drawing:
+                group.draw(output)
+                output = None
+        hidden_SRH = pipeline.pass_on(output, _shape_of_next(at_work, pipeline, tick + 1))
+        if drawing in at_work:
+            at_work[drawing].spread_news()
+            last_drawing = tick
+        tick += 1
+        if check is not None and tick % (LOOKS_BETWEEN_CHECKS * pipeline.ticks_per_position) == 0:
+            check()
 
 
-class _CachedForward:
-    """Runs the model over the positions it has not seen yet and keeps their keys and values."""
+def _unless_done(at_work: dict[int, "_Group"], turn: Turn | None) -> "_Group | None":
+    """The group whose turn it is, with its newest tokens; None, and it leaves, if these have been its last."""
+    group = None if turn is None else at_work.get(turn.group)
+    if group is None or not group.take_in_news():
+        return group
+    del at_work[turn.group]
+    return None
 
-    def __init__(self, model, tokens_BW: torch.Tensor, eod_id: int):
-        self.model = model
-        self.eod_id = eod_id
-        self.chunks = model.model if isinstance(model.model, list) else [model.model]
-        rows, width = tokens_BW.shape
+
+def _shape_of_next(at_work: dict[int, "_Group"], pipeline: Pipeline, tick: int) -> tuple[int, int] | None:
+    """Positions and rows of the hidden states with which this stage begins its turn of `tick`, if it does."""
+    turn = pipeline.turn(tick)
+    if turn is None or not pipeline.begins_with_hidden_states(turn):
+        return None
+    group = _unless_done(at_work, turn)
+    return None if group is None else group.shape_of_input(turn.chunk)
+
+
+def _raise_first_error(groups: list["_Group"], hands: list[slice], num_rows: int) -> None:
+    """Raise the error that would come first if all rows were decoded side by side."""
+    errors = [
+        (group.t, range(num_rows)[hand][group.broken_row], group.error)
+        for group, hand in zip(groups, hands, strict=True)
+        if group.error is not None
+    ]
+    if errors:
+        raise min(errors)[2]
+
+
+class _Group:
+    """Rows that are decoded side by side, as far as this stage has a part in it.
+
+    Attributes:
+        t: the position of the next token; behind a broken row, of the token that cannot be drawn.
+        error: of the first broken row.
+    """
+
+    def __init__(
+        self,
+        model,
+        strategy,
+        prompts_RP: torch.Tensor,
+        uniform_RL: torch.Tensor,
+        decoding: Decoding,
+        end_strings: list[str],
+        pipeline: Pipeline,
+    ):
+        self._model, self._strategy, self._uniform_RL = model, strategy, uniform_RL
+        self._decoding, self._end_strings, self._pipeline = decoding, end_strings, pipeline
+        self._eod_id = model.tokenizer.eos_id
+        self._prompt_lengths_R = strategy.context_lengths
+        self.t = int(self._prompt_lengths_R.min())
+        self.width = int(self._prompt_lengths_R.max()) + decoding.max_length
+        num_rows = prompts_RP.size(0)
+        self.tokens_RW = prompts_RP.new_full((num_rows, self.width), self._eod_id)
+        shared = min(self.width, prompts_RP.size(1))
+        self.tokens_RW[:, :shared] = prompts_RP[:, :shared]
+        self._is_done_R = torch.zeros_like(self._prompt_lengths_R, dtype=torch.bool)
         # one for each chunk, as attention layers count from their chunk's first
-        self.caches = [InferenceParams(max_batch_size=rows, max_sequence_length=width) for _ in self.chunks]
+        self._caches = [
+            InferenceParams(max_batch_size=num_rows, max_sequence_length=self.width) for _ in range(pipeline.num_chunks)
+        ]
+        # the newest tokens, and whether all rows are done with them, int64 [R + 1]; None once they are taken in
+        self._news = None
+        self._news_under_way = None
+        self.broken_row, self.error = None, None
 
-    def next_logits(self, tokens_BW: torch.Tensor, t: int) -> torch.Tensor | None:
-        """Logits of the token at position t, float32 [B, V] on the last pipeline stage, None on the others."""
-        seen = self.caches[0].sequence_len_offset
-        mask, position_ids = attention_mask_and_position_ids(tokens_BW[:, :t], self.eod_id, **self.model.resets)
+    def shape_of_input(self, chunk: int) -> tuple[int, int]:
+        """S and R of the chunk's next pass."""
+        return self.t - self._caches[chunk].sequence_len_offset, self.tokens_RW.size(0)
+
+    def forward(self, chunk: int, hidden_SRH: torch.Tensor | None) -> torch.Tensor:
+        """The chunk's output for the positions that it has not seen yet, whose keys and values it keeps."""
+        cache, t = self._caches[chunk], self.t
+        seen = cache.sequence_len_offset
+        tokens_RT = self.tokens_RW[:, :t]
+        mask, position_ids = attention_mask_and_position_ids(tokens_RT, self._eod_id, **self._model.resets)
         mask = None if mask is None else mask[:, :, seen:]
+        inputs = (tokens_RT[:, seen:], position_ids[:, seen:], mask)
+        output = self._pipeline.run(chunk, hidden_SRH, inputs, inference_params=cache)
+        cache.sequence_len_offset = t
+        return output
 
-        def forward(number, chunk):
-            cache = self.caches[number]
-            output = chunk(tokens_BW[:, seen:t], position_ids[:, seen:], mask, inference_params=cache)
-            cache.sequence_len_offset = t
-            return output
+    def draw(self, logits_RSV: torch.Tensor) -> None:
+        """Draw the tokens at position t from the last chunk's output; on the last stage."""
+        t, decoding = self.t, self._decoding
+        generated_R = t - self._prompt_lengths_R
+        logits_RV = self._next_logits(logits_RSV)
+        logits_RV[:, decoding.num_tokens :] = -torch.inf
+        too_short_R = generated_R < decoding.min_length
+        logits_RV[:, decoding.end_ids] = logits_RV[:, decoding.end_ids].masked_fill(too_short_R[:, None], -torch.inf)
+        uniform_R = self._uniform_RL.gather(1, generated_R.clamp(0, decoding.max_length - 1)[:, None]).squeeze(1)
+        drawn_R = sample(logits_RV, self.tokens_RW[:, :t], decoding.sampling, uniform_R)
+        drawn_R = torch.where(self._is_done_R, self._eod_id, drawn_R)
+        newest_R = torch.where(generated_R >= 0, drawn_R, self.tokens_RW[:, t])
+        self.tokens_RW[:, t] = newest_R
+        if not (newest_R == NO_TOKEN).any():  # which has no text
+            is_end_R = self._strategy.end_of_generation_condition(
+                self.tokens_RW[:, : t + 1], newest_R, self._eod_id, self._end_strings
+            )
+            self._is_done_R |= (generated_R >= 0) & (is_end_R | (generated_R + 1 >= decoding.max_length))
+        self._news = torch.cat((newest_R, self._is_done_R.all()[None]))
 
-        logits_BSV = forward_through_stages(self.chunks, forward, num_rows=tokens_BW.size(0), num_positions=t - seen)
-        if logits_BSV is None:
-            return None
-        return gather_from_tensor_model_parallel_region(logits_BSV[:, -1]).float()
+    def _next_logits(self, logits_RSV: torch.Tensor) -> torch.Tensor:
+        """float32 [R, V] on every tensor-parallel rank."""
+        return gather_from_tensor_model_parallel_region(logits_RSV[:, -1]).float()
 
+    def spread_news(self) -> None:
+        """Let the last stage's news come to the others, on all of them."""
+        if self._news is None:
+            self._news = self.tokens_RW.new_empty(self.tokens_RW.size(0) + 1)
+        self._news_under_way = self._pipeline.spread(self._news)
 
-def _from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
-    """The last pipeline stage's values, whose shape and dtype all stages know: no header precedes them."""
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return tensor
-    tensor = tensor.contiguous()
-    torch.distributed.broadcast(
-        tensor,
-        parallel_state.get_pipeline_model_parallel_last_rank(),
-        group=parallel_state.get_pipeline_model_parallel_group(),
-    )
-    return tensor
+    def take_in_news(self) -> bool:
+        """Wait for the newest tokens, if some have been drawn, and go on to the next position.
+
+        Returns:
+            whether there is none, as all rows are done or one is broken.
+        """
+        if self._news is None:
+            return False
+        if self._news_under_way is not None:
+            self._news_under_way.wait()
+        self.tokens_RW[:, self.t] = self._news[:-1]
+        *newest, is_done = self._news.tolist()
+        self._news = self._news_under_way = None
+        if NO_TOKEN in newest:
+            self.broken_row = newest.index(NO_TOKEN)
+            length = int(self._prompt_lengths_R[self.broken_row])
+            self.error = NoTokenError(self.tokens_RW[self.broken_row, :length].tolist(), self.t - length)
+            return True
+        self.t += 1
+        return bool(is_done)

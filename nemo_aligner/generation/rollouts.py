@@ -1,4 +1,4 @@
-"""Responses to batches of prompts, from the engine or, as the reference, through Megatron's pipeline schedule.
+"""Responses to batches of prompts, from the engine or, through pipeline stages and as the reference, in NeMo's way.
 
 Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
 """
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from nemo.utils import logging, logging_mode
+from torch.nn import functional as F
 
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.kv_cache import bytes_per_position, usable_memory
 from nemo_aligner.generation.rows import Decoding, Row
 from nemo_aligner.generation.sampling import NoTokenError, SamplingParams
 from nemo_aligner.generation.weights import unsupported_part
@@ -27,7 +29,7 @@ class GenerationSettings:
     """The section `model.rs.generation`, which existing configurations may lack.
 
     Attributes:
-        backend: `engine`, or `nemo` for Megatron's schedule with NeMo's way of decoding.
+        backend: `engine`, or `nemo` for NeMo's way of decoding, which is that of pipeline stages.
         max_rows_in_flight: rows that the engine decodes side by side.
     """
 
@@ -61,8 +63,8 @@ class RolloutGenerator:
         """What `infer` returns, for each batch in order, as soon as it is complete.
 
         Args:
-            check: called by the engine, which works on all batches at once, as `Engine.generate` says.
-            on_last_rows: called by the engine alone; the same.
+            check: called while rows are under way, as `Engine.generate` and `decode.generate` say.
+            on_last_rows: called by the engine alone, as `Engine.generate` says.
 
         Raises:
             FloatingPointError: on all ranks of the replica, when a row cannot be continued as its logits are NaN or
@@ -72,7 +74,7 @@ class RolloutGenerator:
             if self._use_engine():
                 yield from self._from_engine(list(batches), check, on_last_rows)
             else:
-                yield from map(self._from_schedule, batches)
+                yield from self._in_nemos_way(list(batches), check)
         except NoTokenError as error:
             self.release()  # keys and values may be NaN as well
             raise FloatingPointError(self._explained(error)) from None
@@ -164,9 +166,54 @@ class RolloutGenerator:
         }
         return {key: tensor.to(current_device()) for key, tensor in result.items()}
 
-    # Megatron's schedule
+    # NeMo's way
 
-    def _from_schedule(self, batch: PromptBatch) -> dict[str, torch.Tensor]:
+    def _in_nemos_way(
+        self, batches: list[PromptBatch], check: Callable[[], object] | None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        num_together = self._num_batches_together(batches)
+        for first in range(0, len(batches), num_together):
+            together = batches[first : first + num_together]
+            columns = self._generate(_joined(together, self._model.tokenizer.eos_id), check)
+            sizes = [batch.lengths_B.numel() for batch in together]
+            for parts in zip(*(column.split(sizes) for column in columns.values()), strict=True):
+                result = dict(zip(columns, parts, strict=True))
+                width = int(result["response_lengths"].max())
+                yield {**result, "response_tokens": result["response_tokens"][:, :width]}
+
+    def _num_batches_together(self, batches: list[PromptBatch]) -> int:
+        """As many as there are pipeline stages, so that each works on the rows of one, if memory allows.
+
+        A stage then keeps as many keys and values as the whole model would for one batch. Collective over the replica.
+        """
+        wanted = min(parallel_state.get_pipeline_model_parallel_world_size(), len(batches))
+        if wanted <= 1:
+            return 1
+        chunks = self._model.get_model_module_list()
+        config = chunks[0].config
+        bytes_per_token = bytes_per_position(
+            sum(len(chunk.decoder.layers) for chunk in chunks),
+            config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size(),
+            config.kv_channels,
+            next(chunks[0].parameters()).dtype,
+        )
+        max_length = self._model._length_params["max_length"]
+        num_tokens = max(batch.lengths_B.numel() * (int(batch.lengths_B.max()) + max_length) for batch in batches)
+        fitting = torch.tensor(
+            usable_memory(current_device()) // (num_tokens * bytes_per_token), device=current_device()
+        )
+        torch.distributed.all_reduce(
+            fitting, torch.distributed.ReduceOp.MIN, group=parallel_state.get_model_parallel_group()
+        )
+        num_together = max(1, min(wanted, int(fitting)))
+        if num_together < wanted:
+            logging.warning(
+                f"rollouts: memory for keys and values of {num_together} micro-batches at a time instead of {wanted}; "
+                "pipeline stages work on smaller groups of rows"
+            )
+        return num_together
+
+    def _generate(self, batch: PromptBatch, check: Callable[[], object] | None) -> dict[str, torch.Tensor]:
         lengths_B = batch.lengths_B.to(current_device())
         strategy = self._strategy(lengths_B)
         tokens_BW = generate(
@@ -179,14 +226,25 @@ class RolloutGenerator:
             end_strings=self._model._sampling_params["end_strings"],
             sampling_params=SamplingParams.of(self._model._sampling_params),
             uniform_BL=batch.uniform_BL.to(current_device()),
+            check=check,
         )
-        response_lengths_B = strategy.get_lengths()
         return {
-            "response_tokens": tokens_BW[:, : int(response_lengths_B.max())],
-            "response_lengths": response_lengths_B,
+            "response_tokens": tokens_BW,
+            "response_lengths": strategy.get_lengths(),
             "prompt_lengths": lengths_B,
             "is_end": strategy.get_is_end(),
         }
+
+
+def _joined(batches: list[PromptBatch], eod_id: int) -> PromptBatch:
+    """The rows of all of them."""
+    width = max(batch.prompts_BP.size(1) for batch in batches)
+    prompts = [F.pad(batch.prompts_BP, (0, width - batch.prompts_BP.size(1)), value=eod_id) for batch in batches]
+    return PromptBatch(
+        torch.cat(prompts),
+        torch.cat([batch.lengths_B for batch in batches]),
+        torch.cat([batch.uniform_BL for batch in batches]),
+    )
 
 
 def _rows(batch: PromptBatch, number: int) -> list[Row]:

@@ -1,46 +1,128 @@
-"""One forward pass through a pipeline of stages, virtual ones included.
+"""Who works on what in a pipeline of stages, virtual ones included, and how it gets to the next stage.
 
-Megatron's interleaved schedule wants a multiple of PP micro-batches. Decoding has one, which visits each stage's first
-chunk, then each stage's second, and so on.
+Rows are dealt into as many groups as there are stages. In every tick each stage has one turn: one of its chunks of the
+model over one group. The groups take turns, then the stage's next chunk does, then the next position. Each stage is a
+tick behind the one before. With three stages (numbers are groups, a stroke marks the next position):
+
+    tick      0   1   2   3   4   5
+    stage 0   0   1   2   0'  1'  2'
+    stage 1       0   1   2   0'  1'
+    stage 2           0   1   2   0'
+
+So what a stage puts out in a tick is what the next one, or behind the last stage the first one's next chunk, works on
+in the tick that follows; and a group's tokens are drawn in the tick before the first stage needs them.
+
+Stages tell each other everything at the end of a tick: first all pass on what they have put out, in one batch of sends
+and receives, then the last one spreads the tokens. That is one order for all ranks, so none waits for another in a
+circle, also where a communicator handles one thing after the other, as NCCL's do.
 """
 
 import contextlib
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.p2p_communication import recv_forward, send_forward
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from torch import distributed
+
+from nemo_aligner.compat.device import current_device
 
 
-def forward_through_stages(
-    chunks: list[torch.nn.Module],
-    forward: Callable[[int, torch.nn.Module], torch.Tensor],
-    num_rows: int,
-    num_positions: int,
-) -> torch.Tensor | None:
-    """Call `forward` on every chunk of the model in its order; all pipeline ranks of a replica call this together.
+class Turn(NamedTuple):
+    """Numbers of the group, and of the chunk among this stage's, without virtual stages 0."""
 
-    Args:
-        chunks: this rank's chunks of the model, one without virtual stages.
-        forward: from a chunk, and its number on this rank, to its output. Chunks behind the model's first take hidden
-            states [num_positions, num_rows, H], which are set here, instead of tokens.
+    group: int
+    chunk: int
 
-    Returns:
-        the last chunk's output on the last stage, None on the others.
-    """
-    config = get_model_config(chunks[0])
-    shape = (num_positions, num_rows, config.hidden_size)
-    autocast = contextlib.nullcontext()
-    if config.enable_autocast:
-        autocast = torch.autocast("cuda", dtype=config.autocast_dtype)
-    for number, chunk in enumerate(chunks):
-        if len(chunks) > 1:
-            parallel_state.set_virtual_pipeline_model_parallel_rank(number)
-        get_attr_wrapped_model(chunk, "set_input_tensor")(recv_forward(shape, config))
+
+class Pipeline:
+    """This rank's stage of the pipeline, and its `chunks` of the model in their order, one without virtual stages."""
+
+    def __init__(self, chunks: list[torch.nn.Module]):
+        self._chunks = chunks
+        self._config = get_model_config(chunks[0])
+        self._stage = parallel_state.get_pipeline_model_parallel_rank()
+        self.num_stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self._sends: list[distributed.Work] = []
+        if self.num_stages > 1:
+            # NCCL connects a group in its first exchange, which all of its ranks have to join: not so the first tick's
+            distributed.barrier(group=parallel_state.get_pipeline_model_parallel_group())
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._chunks)
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self._stage == self.num_stages - 1
+
+    @property
+    def ticks_per_position(self) -> int:
+        return self.num_stages * self.num_chunks
+
+    def turn(self, tick: int) -> Turn | None:
+        """This stage's, None as long as nothing can have come to it."""
+        return self._turn(tick - self._stage)
+
+    def drawing_group(self, tick: int) -> int | None:
+        """The group whose tokens the last stage draws in this tick; the same on all stages."""
+        turn = self._turn(tick - (self.num_stages - 1))
+        return turn.group if turn is not None and turn.chunk == self.num_chunks - 1 else None
+
+    def begins_with_hidden_states(self, turn: Turn) -> bool:
+        """Whether this stage needs for its `turn` what the stage before has put out, and not tokens."""
+        return self._stage > 0 or turn.chunk > 0
+
+    def run(self, chunk: int, hidden: torch.Tensor | None, inputs: tuple, **options) -> torch.Tensor:
+        """The output of a chunk called with `inputs` and `options`; all but the model's first work on `hidden`."""
+        if self.num_chunks > 1:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)
+        get_attr_wrapped_model(self._chunks[chunk], "set_input_tensor")(hidden)
+        autocast = contextlib.nullcontext()
+        if self._config.enable_autocast:
+            autocast = torch.autocast("cuda", dtype=self._config.autocast_dtype)
         with autocast:
-            output = forward(number, chunk)
-        if parallel_state.is_pipeline_last_stage():
-            return output
-        send_forward(output.to(config.pipeline_dtype), config)  # the dtype in which it is received
-    return None
+            return self._chunks[chunk](*inputs, **options)
+
+    def pass_on(self, output: torch.Tensor | None, received_shape: tuple[int, int] | None) -> torch.Tensor | None:
+        """Send this tick's output to the next stage, and return what this one works on in the next tick.
+
+        Args:
+            output: None if there is nothing for another stage.
+            received_shape: positions and rows of the hidden states to be received; None if none are sent.
+        """
+        messages, received = [], None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if output is not None:
+            output = output.to(self._config.pipeline_dtype)  # the dtype in which it is received
+            next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
+            messages.append(distributed.P2POp(distributed.isend, output, next_rank, group))
+        if received_shape is not None:
+            shape = (*received_shape, self._config.hidden_size)
+            received = torch.empty(shape, dtype=self._config.pipeline_dtype, device=current_device())
+            previous_rank = parallel_state.get_pipeline_model_parallel_prev_rank()
+            messages.append(distributed.P2POp(distributed.irecv, received, previous_rank, group))
+        under_way = distributed.batch_isend_irecv(messages) if messages else []
+        if received is not None:
+            under_way.pop().wait()  # the last message's, or, from NCCL, the only one for the batch
+        # A send has time until the next tick: the stage that receives it may still be at work.
+        for send in self._sends:
+            send.wait()
+        self._sends = under_way
+        return received
+
+    def spread(self, tensor: torch.Tensor) -> distributed.Work | None:
+        """Begin to overwrite a contiguous tensor with the last stage's; nothing is under way in a pipeline of one."""
+        if self.num_stages == 1:
+            return None
+        return distributed.broadcast(
+            tensor,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+            async_op=True,
+        )
+
+    def _turn(self, number: int) -> Turn | None:
+        if number < 0:
+            return None
+        return Turn(number % self.num_stages, number // self.num_stages % self.num_chunks)

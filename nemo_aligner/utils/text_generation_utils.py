@@ -3,6 +3,8 @@
 Legend: B rows; t the position of the newest token; a row's budget is its `max_length`, the tokens it may generate.
 """
 
+import copy
+
 import torch
 from megatron.core import parallel_state
 from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
@@ -28,6 +30,12 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
         self.min_length = min_length
         self._end_position = torch.full_like(context_lengths, -1)
 
+    def of_rows(self, rows: slice) -> "TrackLengthGPTModelTextGenerationStrategy":
+        """A strategy of these rows alone. What it comes to know of where they end, this one knows as well."""
+        part = copy.copy(self)
+        part.context_lengths, part._end_position = self.context_lengths[rows], self._end_position[rows]
+        return part
+
     def end_of_generation_condition(
         self, tokens: torch.Tensor, prev: torch.Tensor, eod_id: int, end_strings: list[str]
     ) -> torch.Tensor:
@@ -47,7 +55,7 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
         may_end = (num_generated >= self.min_length) & (num_generated < self.max_length)
         undecided = may_end & (self._end_position < 0)
         is_end = self._ends_with_token_or_string(tokens, prev, undecided, eod_id, end_strings)
-        self._end_position = torch.where(undecided & is_end, position, self._end_position)
+        self._end_position.masked_fill_(undecided & is_end, position)
         return is_end
 
     def get_lengths(self) -> torch.Tensor:

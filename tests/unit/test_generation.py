@@ -59,8 +59,8 @@ def scripted(configured, monkeypatch):
                 logits_V[responses[row][step] if 0 <= step < len(responses[row]) else 99] = 10.0
             return logits_BV
 
-        def of_schedule(self, tokens_BW, t):
-            return logits_at([(row, t - len(prompt)) for row, prompt in enumerate(prompts)])
+        def of_group(self, output):
+            return logits_at([(row, self.t - len(prompt)) for row, prompt in enumerate(prompts)])
 
         def of_engine(self, num_rows, num_looked_at):
             return logits_at([(all_rows.index(row), len(row.generated)) for row in self._in_flight])
@@ -70,7 +70,7 @@ def scripted(configured, monkeypatch):
             return engine_generate(self, rows, *options)
 
         all_rows, engine_generate = [], Engine.generate
-        monkeypatch.setattr(decode._CachedForward, "next_logits", of_schedule)
+        monkeypatch.setattr(decode._Group, "_next_logits", of_group)
         monkeypatch.setattr(Engine, "_next_logits", of_engine)
         monkeypatch.setattr(Engine, "generate", generate)
         return actor.infer(prompt_batch(prompts, actor.tokenizer.eos_id, actor._length_params["max_length"]))

@@ -225,8 +225,9 @@ def test_stages_send_what_the_next_one_expects(actor, monkeypatch):
     step = actor.get_actor_forward_output_and_loss_func()
     output, _ = step(iter([make_batch(ROWS)]), lambda *args, **kwargs: hidden)
     sent = []
-    monkeypatch.setattr(stages, "send_forward", lambda tensor, config: sent.append(tensor.dtype))
-    assert stages.forward_through_stages([actor.model], lambda number, chunk: hidden, 2, 1) is None
+    monkeypatch.setattr(stages.distributed, "P2POp", lambda _, tensor, *where: sent.append(tensor.dtype))
+    monkeypatch.setattr(stages.distributed, "batch_isend_irecv", lambda messages: [])
+    assert stages.Pipeline([actor.model]).pass_on(hidden, received_shape=None) is None
     assert [output.dtype, *sent] == [torch.bfloat16] * 2
 
     batch = make_batch(ROWS)
