@@ -61,7 +61,9 @@ class OptimizerOffload:
             storages = self._storages()
         host_copies = self._host.parts([storage.nbytes() for storage in storages])
         if self._stream is None:
-            self._stream, self._number = torch.cuda.Stream(), torch.zeros(1, device="cuda")
+            # Streams share a few hardware queues, in which what waits holds up what is behind it; but not those of
+            # another priority.
+            self._stream, self._number = torch.cuda.Stream(priority=-1), torch.zeros(1, device="cuda")
         self._stream.wait_stream(torch.cuda.current_stream())
         for storage, host_copy in zip(storages, host_copies, strict=True):
             on_gpu = _as_bytes(storage)
