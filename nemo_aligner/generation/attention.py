@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nemo_aligner.generation import torch_ops
 from nemo_aligner.generation.kv_cache import KVCache
 from nemo_aligner.generation.weights import Weights
+from nemo_aligner.utils.tensors import sent
 
 
 class RotaryTable:
@@ -52,7 +53,7 @@ class PromptAttention:
         lengths_P = torch.tensor(lengths)
         row_M = torch.arange(len(lengths)).repeat_interleave(lengths_P)
         position_M = torch.cat([torch.arange(length) for length in lengths])
-        self.row_M, self.position_M = row_M.to(device), position_M.to(device)
+        self.row_M, self.position_M = sent(row_M, device), sent(position_M, device)
         self.num_prompts, self.longest = len(lengths), max(lengths)
         self.angles = rotary.at(self.position_M)
 

@@ -34,6 +34,7 @@ from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, usable
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
 from nemo_aligner.generation.sampling import NoTokenError
 from nemo_aligner.generation.weights import find_weights
+from nemo_aligner.utils.tensors import sent
 
 # Prompts that are prefilled together: few enough for their activations, many enough to fill the device.
 MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
@@ -234,7 +235,7 @@ class Engine:
             return
         make_attention = FusedPromptAttention if self._on_gpu else PromptAttention
         attention = make_attention(self._weights, self._rotary, self._prompts, list(map(len, prompts)))
-        tokens_M = torch.tensor([token for prompt in prompts for token in prompt]).to(self._device)
+        tokens_M = sent(torch.tensor([token for prompt in prompts for token in prompt]), self._device)
         forward(self._weights, tokens_M, attention.position_M, attention, self._ops)
 
     # Rows are decoded

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams, sample
+from nemo_aligner.utils.tensors import sent
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class DeviceRows:
         tokens_BP = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
         for tokens, row in zip(tokens_BP, rows, strict=True):
             tokens[: len(row.prompt)] = torch.tensor(row.prompt)
-        index_B, lengths_B = _to_device(torch.tensor(places), device), _to_device(torch.tensor(lengths), device)
-        self.tokens_RT[index_B, : tokens_BP.size(1)] = _to_device(tokens_BP, device)
-        self.uniform_RL[index_B] = _to_device(torch.stack([row.uniform_L for row in rows]), device)
+        index_B, lengths_B = sent(torch.tensor(places), device), sent(torch.tensor(lengths), device)
+        self.tokens_RT[index_B, : tokens_BP.size(1)] = sent(tokens_BP, device)
+        self.uniform_RL[index_B] = sent(torch.stack([row.uniform_L for row in rows]), device)
         self.position_R[index_B] = lengths_B - 1
         self.prompt_length_R[index_B] = lengths_B
         self.is_done_R[index_B] = False
@@ -192,9 +193,3 @@ class Snapshot:
             if (num_new > 0 or is_broken) and not row.is_finished:
                 news.append((row, recent[len(recent) - num_new :], bool(is_broken)))
         return news
-
-
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -98,6 +98,11 @@ def move_to_device_if_tensor(device: torch.device | str, item):
     return item.to(device) if torch.is_tensor(item) else item
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the CPU, on `device`; the host does not wait for the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def cpu_dict(dictionary: dict) -> dict:
     """A new dict whose tensors lie on the CPU; other values are left as they are."""
     return apply_func_to_dict(functools.partial(move_to_device_if_tensor, "cpu"), dictionary)

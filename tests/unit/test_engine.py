@@ -430,7 +430,7 @@ def test_a_row_without_finite_logits_ends_the_run_with_its_prompt_and_token(gene
         patch.setattr(Engine, "_next_logits", spoiling)
         with pytest.raises(FloatingPointError, match=r"token 5 of a response to 'one two three' are NaN .*optim.lr"):
             actor.infer(batch_of(actor, prompts))
-    assert actor._rollout_generator._engine is None  # and with it keys and values that may be NaN
+    assert actor._rollout_generator._engine._cache is None  # keys and values that may be NaN
     assert len(responses_of(actor.infer(batch_of(actor, prompts)))[-1]) > 4
 
 

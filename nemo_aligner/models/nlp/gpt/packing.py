@@ -13,6 +13,7 @@ import torch
 
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.utils.masks import trained_lengths
+from nemo_aligner.utils.tensors import sent
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,13 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The same on `device`; the host does not wait for the copies."""
-
-        def send(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
         return Pack(
-            tokens_1T=send(self.tokens_1T),
-            position_ids_1T=send(self.position_ids_1T),
-            sequences=replace(self.sequences, bounds=send(self.sequences.bounds)),
-            places_R=send(self.places_R),
-            targets_R=send(self.targets_R),
-            weights_R=send(self.weights_R),
+            tokens_1T=sent(self.tokens_1T, device),
+            position_ids_1T=sent(self.position_ids_1T, device),
+            sequences=replace(self.sequences, bounds=sent(self.sequences.bounds, device)),
+            places_R=sent(self.places_R, device),
+            targets_R=sent(self.targets_R, device),
+            weights_R=sent(self.weights_R, device),
         )
 
 
