@@ -65,7 +65,7 @@ class FakeModel:
 
     def __getattr__(self, name):
         if name in ("prepare_for_inference", "finish_inference", "prepare_for_training", "finish_training",
-                    "prepare_for_training_step", "finish_training_step"):  # fmt: skip
+                    "prepare_for_training_step", "finish_training_step", "onload_adam_states"):  # fmt: skip
             return lambda: self.events.append(name)
         raise AttributeError(name)
 

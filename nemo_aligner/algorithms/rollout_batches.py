@@ -29,7 +29,7 @@ def take_up_or_generate(
         stored: for each batch what `UnscoredRollouts` had of it, or None.
         num_rollouts: N.
         meet: called with False, as this rank is not done; collective over the job, and what it raises ends all of this.
-        on_last_rows: called once, when but few of the rows that are generated are left; see `infer_each`.
+        on_last_rows: see `infer_each`.
         step: that an error names.
 
     Yields:

@@ -317,8 +317,9 @@ class RSTrainer:
             where = self.unscored.save(split, self.step, made + not_reached)
             raise type(error)(f"{error}{where}") from error
         except BaseException:
-            for rollouts in made[len(kept) :]:
-                self.rollout_log.write(split, self.step, rollouts)
+            for rollouts, future in zip(made[len(kept) :], futures[len(kept) :], strict=False):
+                if future is not None:
+                    self.rollout_log.write(split, self.step, rollouts)
             raise
         metrics = self.compute_global_rollout_metrics(made)
         if not is_validation:
@@ -451,7 +452,8 @@ class RSTrainer:
         Its name and the choice of the best come from the counters and `extra_candidates`.
         """
         with self.phases("checkpoint"):
-            self.model.prepare_for_training()  # optimizer states belong to the checkpoint
+            self.model.prepare_for_training()
+            self.model.onload_adam_states()  # which belong to the checkpoint
             torch.cuda.synchronize()
             torch.distributed.barrier()
             counters = {key: torch.tensor(value, dtype=torch.int64) for key, value in self.state_dict().items()}

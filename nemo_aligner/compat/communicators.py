@@ -5,7 +5,7 @@ creates some two dozen of them; most have one rank in a given layout and never s
 takes a few hundred megabytes of the GPU. They connect with their first collective instead. Groups of several ranks stay
 as they are: where ranks come to their first collectives in different orders, connecting them there could deadlock.
 
-Removal: with a Megatron or NeMo that creates only the groups its layout uses.
+Removal: with a Lightning that binds to no device, or a Megatron that creates only the groups its layout uses.
 """
 
 import functools

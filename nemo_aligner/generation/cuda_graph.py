@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from nemo.utils import logging
+from nemo.utils import logging, logging_mode
 
 
 class StepGraphs:
@@ -22,7 +22,8 @@ class StepGraphs:
         self._is_refused = False
 
     def are_valid_for(self, reads: tuple) -> bool:
-        return reads == self._reads
+        """Not so where something could not be captured: there may have been no memory, and is now."""
+        return reads == self._reads and not self._is_refused
 
     def run(self, num_rows: int) -> None:
         if num_rows not in self._graphs and num_rows in self._warm and not self._is_refused:
@@ -46,7 +47,8 @@ class StepGraphs:
                 with contextlib.suppress(RuntimeError):  # what has failed cannot be ended in order
                     graph.capture_end()
                 self._is_refused = True
-                logging.warning(f"rollouts: no CUDA graphs, steps are launched one kernel at a time: {error}")
+                message = f"rollouts: no CUDA graphs, steps are launched one kernel at a time: {error}"
+                logging.warning(message, mode=logging_mode.ONCE)
         torch.cuda.current_stream().wait_stream(stream)
         if not self._is_refused:
             self._pool = graph.pool()

@@ -36,8 +36,8 @@ def generate(
 ) -> torch.Tensor:
     """Prompts with their responses, int64 [B, W] on every rank of the replica; a row's tail holds the end-of-text id.
 
-    All ranks of a replica call it together with the same arguments. The strategy is told of every position, group by
-    group, and knows afterwards where each row ended.
+    All ranks of a replica call it together with the same arguments. The last stage's strategy is told of every
+    position, group by group, and knows afterwards where each row ended; the others learn it in `get_lengths`.
 
     Args:
         model: a `MegatronGPTModel`, prepared for inference.

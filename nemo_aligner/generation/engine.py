@@ -30,7 +30,7 @@ from nemo_aligner.generation.attention import (
 from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.forward import forward, vocabulary_logits
-from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, usable_memory
+from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, least_of_all_ranks, usable_memory
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
 from nemo_aligner.generation.sampling import NoTokenError
 from nemo_aligner.generation.weights import find_weights
@@ -92,7 +92,7 @@ class Engine:
         Args:
             check: called every LOOKS_BETWEEN_CHECKS looks, between the same steps on all of them: it may hold a
                 collective. What it raises ends the generation.
-            on_last_rows: called once, when no row waits any more and at most half of the places are taken.
+            on_last_rows: called at most once, when no row waits any more and at most half of the places are taken.
 
         Raises:
             NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
@@ -123,9 +123,12 @@ class Engine:
     def release(self) -> None:
         """Give the memory of keys and values back.
 
-        The graphs stay, and the little that they need besides: they are valid again when the same memory comes back, as
-        it does from one training step to the next.
+        The graphs stay, with the logits and what else a step needs: they are valid again when the same memory comes
+        back, as it does from one training step to the next while prompts are about as long. With tensor parallelism
+        they go: NCCL does not end a communicator before the graphs that hold its collectives.
         """
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            self._graphs = None
         self._cache: KVCache | None = None
         self._is_limited = False  # by memory
         self._prompts: KVCache | None = None
@@ -154,12 +157,14 @@ class Engine:
         if self._has_room(wanted, capacity, prompt_capacity):
             return
         self.release()
+        if self._device_rows is not None and not self._device_rows.are_for(wanted, capacity, decoding):
+            self._graphs = None  # what they hold cannot be of use any more, and may be needed
         weights = self._weights
         sizes = {"num_layers": len(weights.layers), "num_groups": weights.num_groups, "head_dim": weights.head_dim}
         bytes_per_token = bytes_per_position(**sizes, dtype=weights.dtype)
         num_prompts = max(1, min(len(prompts), MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL // prompt_capacity))
         memory = usable_memory(self._device) - num_prompts * prompt_capacity * bytes_per_token
-        fitting = _least_of_all_ranks(memory // (capacity * bytes_per_token), self._device)
+        fitting = least_of_all_ranks(memory // (capacity * bytes_per_token))
         num_rows = max(1, min(wanted, fitting))
         where = {"dtype": weights.dtype, "device": self._device}
 
@@ -169,7 +174,7 @@ class Engine:
                 KVCache(**sizes, num_rows=num_prompts, capacity=prompt_capacity, **where),
             )
 
-        while (made := _unless_out_of_memory(caches, self._device)) is None:
+        while (made := _unless_out_of_memory(caches)) is None:
             if num_rows == 1:
                 needed = (capacity + prompt_capacity) * bytes_per_token / 2**20
                 raise torch.OutOfMemoryError(
@@ -317,20 +322,9 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _unless_out_of_memory(make: Callable, device: torch.device):
+def _unless_out_of_memory(make: Callable):
     """What `make` makes, or None on all tensor-parallel ranks if one of them has no memory for it."""
     made = None
     with contextlib.suppress(torch.OutOfMemoryError):
         made = make()
-    return made if _least_of_all_ranks(int(made is not None), device) else None
-
-
-def _least_of_all_ranks(number: int, device: torch.device) -> int:
-    """The smallest `number` among the tensor-parallel ranks, which must have the same rows in flight."""
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return number
-    least = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(
-        least, torch.distributed.ReduceOp.MIN, group=parallel_state.get_tensor_model_parallel_group()
-    )
-    return int(least)
+    return made if least_of_all_ranks(int(made is not None)) else None

@@ -5,6 +5,9 @@ Legend: L layers, R rows, G key/value groups of this rank, T positions that a ro
 
 import psutil
 import torch
+from megatron.core import parallel_state
+
+from nemo_aligner.compat.device import current_device
 
 # What is left to activations, logits and the allocator's own gaps.
 _USABLE_SHARE = 0.85
@@ -53,3 +56,12 @@ def usable_memory(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int((free + cached) * _USABLE_SHARE)
+
+
+def least_of_all_ranks(number: int) -> int:
+    """The smallest `number` among the ranks of a replica, which must generate the same rows. Collective over them."""
+    if parallel_state.get_model_parallel_group().size() == 1:
+        return number
+    least = torch.tensor(number, device=current_device())
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
+    return int(least)

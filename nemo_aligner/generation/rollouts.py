@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from nemo.utils import logging, logging_mode
-from torch.nn import functional as F
 
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
-from nemo_aligner.generation.kv_cache import bytes_per_position, usable_memory
+from nemo_aligner.generation.kv_cache import bytes_per_position, least_of_all_ranks, usable_memory
 from nemo_aligner.generation.rows import Decoding, Row
 from nemo_aligner.generation.sampling import NoTokenError, SamplingParams
 from nemo_aligner.generation.weights import unsupported_part
+from nemo_aligner.utils.distributed import pad_list
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 
 _SHOWN_CHARACTERS = 80  # of a prompt, in an error
@@ -61,6 +61,8 @@ class RolloutGenerator:
         on_last_rows: Callable[[], object] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """What `infer` returns, for each batch in order, as soon as it is complete.
+
+        With pipeline stages several batches are decoded together, and are complete together.
 
         Args:
             check: called while rows are under way, as `Engine.generate` and `decode.generate` say.
@@ -190,22 +192,21 @@ class RolloutGenerator:
         if wanted <= 1:
             return 1
         chunks = self._model.get_model_module_list()
-        config = chunks[0].config
+        config, dtype = chunks[0].config, next(chunks[0].parameters()).dtype
+        num_ranks = parallel_state.get_tensor_model_parallel_world_size()
+        vocabulary = self._model.cfg.get("override_vocab_size", self._model.padded_vocab_size) // num_ranks
         bytes_per_token = bytes_per_position(
             sum(len(chunk.decoder.layers) for chunk in chunks),
-            config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size(),
+            config.num_query_groups // num_ranks,
             config.kv_channels,
-            next(chunks[0].parameters()).dtype,
+            dtype,
         )
         max_length = self._model._length_params["max_length"]
         num_tokens = max(batch.lengths_B.numel() * (int(batch.lengths_B.max()) + max_length) for batch in batches)
-        fitting = torch.tensor(
-            usable_memory(current_device()) // (num_tokens * bytes_per_token), device=current_device()
-        )
-        torch.distributed.all_reduce(
-            fitting, torch.distributed.ReduceOp.MIN, group=parallel_state.get_model_parallel_group()
-        )
-        num_together = max(1, min(wanted, int(fitting)))
+        # megatron-core gives logits for all positions that go through the model, with the first step a whole prompt
+        num_logits = max(batch.lengths_B.numel() * int(batch.lengths_B.min()) for batch in batches) * vocabulary
+        memory = usable_memory(current_device()) - num_logits * dtype.itemsize
+        num_together = max(1, min(wanted, least_of_all_ranks(memory // (num_tokens * bytes_per_token))))
         if num_together < wanted:
             logging.warning(
                 f"rollouts: memory for keys and values of {num_together} micro-batches at a time instead of {wanted}; "
@@ -238,10 +239,8 @@ class RolloutGenerator:
 
 def _joined(batches: list[PromptBatch], eod_id: int) -> PromptBatch:
     """The rows of all of them."""
-    width = max(batch.prompts_BP.size(1) for batch in batches)
-    prompts = [F.pad(batch.prompts_BP, (0, width - batch.prompts_BP.size(1)), value=eod_id) for batch in batches]
     return PromptBatch(
-        torch.cat(prompts),
+        torch.cat(pad_list([batch.prompts_BP for batch in batches], eod_id)),
         torch.cat([batch.lengths_B for batch in batches]),
         torch.cat([batch.uniform_BL for batch in batches]),
     )

@@ -35,7 +35,7 @@ class OptimizerOffload:
         self._away: list[tuple[torch.UntypedStorage, int, list[torch.Tensor]]] = []  # storage, its size, its host copy
         self._arrival: torch.cuda.Event | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._number: torch.Tensor | None = None  # for kernels that are there to be waited for
+        self._gap: torch.Tensor | None = None  # written between two pieces; see `_copy`
 
     def pin_in_background(self) -> None:
         """Begin to page-lock host memory for the state as it is now, so that the first `offload` need not."""
@@ -63,7 +63,7 @@ class OptimizerOffload:
         if self._stream is None:
             # Streams share a few hardware queues, in which what waits holds up what is behind it; but not those of
             # another priority.
-            self._stream, self._number = torch.cuda.Stream(priority=-1), torch.zeros(1, device="cuda")
+            self._stream, self._gap = torch.cuda.Stream(priority=-1), torch.zeros(1, device="cuda")
         self._stream.wait_stream(torch.cuda.current_stream())
         for storage, host_copy in zip(storages, host_copies, strict=True):
             on_gpu = _as_bytes(storage)
@@ -105,7 +105,7 @@ class OptimizerOffload:
         with torch.cuda.stream(self._stream):
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
-                self._number.zero_()
+                self._gap.zero_()
 
     def _allocate(self) -> None:
         """GPU memory for all that is away, or, if there is not enough, for nothing."""

@@ -16,6 +16,7 @@ __all__ = ["workplace"]  # a fixture
 NUM_STEPS = 4
 MCORE = ("model.optim.name=mcore_distributed_optim",)
 OVERLAP = ("model.optim.overlap_grad_sync=True", "+model.optim.overlap_param_sync=True")
+FIRST_LAYOUT = ("trainer.devices=4", "model.tensor_model_parallel_size=2", *OVERLAP)
 LAYOUTS = {
     "one": (),
     "dp2_overlap": ("trainer.devices=2", *OVERLAP),
@@ -47,8 +48,8 @@ def adamw(workplace):
 
 @pytest.fixture(scope="module")
 def half_way(workplace):
-    """A run of two replicas that ended after half of the steps."""
-    process = run_script(workplace, "half_way", *settings(NUM_STEPS // 2), *MCORE, *LAYOUTS["dp2_overlap"])
+    """A run of two replicas of two ranks each that ended after half of the steps."""
+    process = run_script(workplace, "half_way", *settings(NUM_STEPS // 2), *MCORE, *FIRST_LAYOUT)
     assert process.returncode == 0, process.stderr[-3000:]
     assert read_counters(newest_complete_checkpoint(workplace / "half_way/checkpoints"))["step"] == NUM_STEPS // 2
     return workplace / "half_way"

@@ -217,6 +217,7 @@ def test_a_layer(kind, tiny_hf, tiny_nemo, tmp_path, monkeypatch):
         assert called == expected_calls
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one program after the other")
 def test_sums_do_not_depend_on_chance(normal):
     x = on_device(normal(100, 256, dtype=torch.bfloat16))
     module = a_norm(normal, 256, False, False, torch.bfloat16).to(DEVICE)

@@ -65,6 +65,7 @@ def test_what_cannot_be_captured_is_run_one_kernel_at_a_time_and_said_once(event
         "step", "graph 1, pool (), begins", "step", "graph 1 ends", "step", "step", "step", "step"
     ]  # fmt: skip
     assert sum("no CUDA graphs" in message for message in caplog.messages) == 1
+    assert not graphs.are_valid_for(())  # the next phase tries again
 
 
 def test_what_ran_before_memory_moved_is_captured_at_once(events):

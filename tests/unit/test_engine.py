@@ -318,7 +318,7 @@ def test_too_little_memory_on_one_rank_lowers_the_rows_of_all(generating, monkey
     actor, memory = generating(), FakeMemory(num_rows=9)
     monkeypatch.setattr(engine_module, "KVCache", memory)
     of_the_other_rank = iter([9, 0, 0, 1])  # rows that it estimates, then whether there was memory for them
-    monkeypatch.setattr(engine_module, "_least_of_all_ranks", lambda number, _: min(number, next(of_the_other_rank)))
+    monkeypatch.setattr(engine_module, "least_of_all_ranks", lambda number: min(number, next(of_the_other_rank)))
     actor.infer(batch_of(actor, ragged_prompts(9)))
     assert actor._rollout_generator._engine._cache.num_rows == 2 and next(of_the_other_rank, None) is None
 
@@ -349,6 +349,30 @@ def test_memory_cut_for_few_long_rows_is_cut_anew_for_more_shorter_ones(generati
     assert found[1] == found[3] == expected and found[2] == expected[:3]
 
 
+def test_what_was_broken_off_leaves_nothing_behind(generating):
+    """The state of rows on the device outlives a phase."""
+    actor = generating()
+
+    def stop():
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        list(actor.infer_each([batch_of(actor, ragged_prompts(9))], check=stop))
+    rows = actor._rollout_generator._engine._device_rows
+    assert (rows.position_R > 0).all() and not rows.is_done_R.any()
+    places = []
+    put_ = DeviceRows.put_
+
+    def noting(self, *args):
+        places.append((self.position_R.tolist(), self.is_done_R.all().item()))
+        put_(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceRows, "put_", noting)
+        actor.infer(batch_of(actor, ragged_prompts(9)))
+    assert actor._rollout_generator._engine._device_rows is rows and places[0] == ([0] * 9, True)
+
+
 def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     actor = load_actor(tiny_nemo)
     actor.prepare_for_inference()
@@ -360,16 +384,21 @@ def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
 
 
 def test_whoever_waits_for_the_last_rows_hears_of_them_once(generating):
-    actor = generating(max_rows=4)
-    batches, calls = [batch_of(actor, ragged_prompts(3)), batch_of(actor, ragged_prompts(6)[3:])], []
+    """Five rows of 2 to 10 tokens, four at a time: three are left when two have ended, and the call comes at two."""
+    actor, in_flight, calls = generating(max_rows=4), [], []
+    decoding = Decoding(SamplingParams(use_greedy=True), 10, 0, (actor.tokenizer.eos_id,), actor.tokenizer.vocab_size)
+    rows = [Row([5, 6 + number], torch.zeros(10, dtype=torch.float64), 0) for number in range(5)]
 
-    def on_last_rows():
-        engine = actor._rollout_generator._engine
-        calls.append((len(engine._in_flight), sum(not row.is_finished for row in engine._in_flight)))
+    class Ends:
+        """The n-th row ends behind 2 n + 2 tokens."""
 
-    found = [responses_of(rollouts) for rollouts in actor.infer_each(batches, on_last_rows=on_last_rows)]
-    # six rows, four at a time: two are left when four have come to their ends
-    assert calls == [(2, 2)] and found == [responses_of(rollouts) for rollouts in actor.infer_each(batches)]
+        def are_completed_by(self, prompt, generated):
+            return len(generated) == 2 * (prompt[-1] - 6) + 2
+
+    engine = Engine(actor.model, max_rows=4)
+    for _ in engine.generate(rows, decoding, Ends(), on_last_rows=lambda: calls.append(len(engine._in_flight))):
+        in_flight.append(len(engine._in_flight))
+    assert in_flight == [3, 3, 2, 1, 0] and calls == [2]
 
 
 @pytest.mark.parametrize(("room", "comes"), [(99, False), (100, True)])

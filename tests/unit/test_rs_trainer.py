@@ -515,7 +515,7 @@ def test_a_checkpoint_is_offered_counters_and_metrics():
     assert {"rollout_time", "train_time", "validation_time"} <= set(saved)
     assert all(isinstance(value, torch.Tensor) for value in saved.values())
     # optimizer states are brought back before the save
-    assert trainer.model.events[-3:] == ["prepare_for_training", "save", "finish_training"]
+    assert trainer.model.events[-4:] == ["prepare_for_training", "onload_adam_states", "save", "finish_training"]
 
 
 def test_validation_metrics_are_offered_only_if_validation_ran():

@@ -428,7 +428,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         Rows of later batches take the place of those that have ended: it costs what the tokens cost, not what the
         longest row of each batch does. `check` is called every few dozen tokens; what it raises drops unfinished rows.
-        `on_last_rows` is called once, when but few rows are left, where rows leave as they end.
+        `on_last_rows` is called at most once, by the engine, when half of the rows that it has room for are left.
         """
         if type(self).infer is not MegatronGPTRSModel.infer:  # a subclass has its own way
             return map(self.infer, inference_batches)
@@ -484,11 +484,11 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         Args:
             beside_rollouts: rollouts are still under way; only if there is room for both.
         """
-        self._is_prefetching_states = True
         if not beside_rollouts:
             self._rollout_generator.release()
         elif self._optimizer_offload.num_bytes_away > usable_memory(current_device()):
             return
+        self._is_prefetching_states = True
         if self.distributed_adam_offload_manager is not None:
             with contextlib.suppress(torch.OutOfMemoryError):
                 self._optimizer_offload.start_onload()
