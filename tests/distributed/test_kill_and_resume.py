@@ -122,11 +122,20 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(workplace, z
     assert len(names) == 2 and sum(name.endswith("-last") for name in names) == 1, names
 
 
-def test_a_run_killed_before_its_archive_was_written_writes_it(workplace, zygote, undisturbed):
+def test_a_run_killed_before_or_while_its_archive_was_written_writes_it(workplace, zygote, undisturbed):
     shutil.copytree(undisturbed[0], workplace / "no_archive")
-    (workplace / "no_archive/checkpoints/tiny.nemo").unlink()
+    checkpoints = workplace / "no_archive/checkpoints"
+    names = {path.name for path in checkpoints.iterdir()}
+    (checkpoints / "tiny.nemo").unlink()
+    pid = zygote.start(arguments("no_archive"), workplace / "no_archive.log")
+    while not list(checkpoints.glob(".partial-*/*/*")):
+        assert os.path.exists(f"/proc/{pid}/exe"), (workplace / "no_archive.log").read_text()[-3000:]
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert zygote.wait() == -signal.SIGKILL and not (checkpoints / "tiny.nemo").exists()
     run(zygote, workplace, "no_archive")
     assert_equal_runs(workplace / "no_archive", undisturbed[0])
+    assert {path.name for path in checkpoints.iterdir()} == names
 
 
 def test_sigterm_saves_first(workplace, zygote, undisturbed):

@@ -6,6 +6,7 @@ Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabu
 import contextlib
 import functools
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -123,15 +124,22 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         It is there whole or not at all. Collective over the job.
         """
         final = Path(save_path)
-        partial = final.with_name(f".partial-{final.name}")
+        # NeMo writes weights beside an archive, for which there must be nothing of a process that was killed meanwhile
+        folder = final.with_name(f".partial-{final.name}")
+        is_first_rank = torch.distributed.get_rank() == 0
+        if is_first_rank:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        torch.distributed.barrier()
         self._is_saving_archive = True
         try:
-            super().save_to(str(partial))
+            super().save_to(str(folder / final.name))
         finally:
             self._is_saving_archive = False
         torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            partial.replace(final)
+        if is_first_rank:
+            (folder / final.name).replace(final)
+            shutil.rmtree(folder)
         torch.distributed.barrier()
 
     # Training
