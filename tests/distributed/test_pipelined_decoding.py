@@ -202,7 +202,8 @@ def sizes_of_groups(actor, layout: Layout, memory: int) -> set[int]:
 
     config, layers = actor.cfg, actor.cfg.num_layers // layout.pp
     bytes_per_token = 2 * layers * (config.num_query_groups // layout.tp) * config.kv_channels * 4
-    logits = layout.pp * 3 * actor.padded_vocab_size // layout.tp * 4  # of a group's prompts, [5, 6, 7]
+    vocabulary = config.get("override_vocab_size", actor.padded_vocab_size) // layout.tp
+    logits = layout.pp * 3 * vocabulary * 4  # of a group's prompts, [5, 6, 7]
     batch = batch_of(actor, [[5, 6, 7]] * layout.pp)
     with (
         mock.patch.object(decode._Group, "__init__", noting),
