@@ -159,10 +159,13 @@ def test_one_bad_request_of_a_merged_batch_leaves_the_others_alone(sums):
     ]
     shapes.write_text("")
     with ThreadPoolExecutor(len(requests)) as threads:
-        for _ in range(5):
+        for number in range(50):
             assert list(threads.map(lambda request: ask(port, **request), requests)) == wanted
-    # Three rows of two requests, padded to the wider: the batcher did merge them.
-    assert "3 10" in shapes.read_text().splitlines()
+            # Three rows of two requests, padded to the wider: the batcher did merge them, if they came within its 20 ms.
+            is_merged = "3 10" in shapes.read_text().splitlines()
+            if is_merged and number >= 4:
+                break
+    assert is_merged
 
 
 def test_requests_have_limits(sums):
