@@ -161,7 +161,7 @@ def test_one_bad_request_of_a_merged_batch_leaves_the_others_alone(sums):
     with ThreadPoolExecutor(len(requests)) as threads:
         for number in range(50):
             assert list(threads.map(lambda request: ask(port, **request), requests)) == wanted
-            # Three rows of two requests, padded to the wider: the batcher did merge them, if they came within its 20 ms.
+            # Three rows of two requests, padded to the wider: merged, if they came within the 20 ms of the batcher.
             is_merged = "3 10" in shapes.read_text().splitlines()
             if is_merged and number >= 4:
                 break
