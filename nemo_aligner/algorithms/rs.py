@@ -328,9 +328,9 @@ class RSTrainer:
         self.unscored.remove(split, self.step)
         return kept, metrics
 
-    def _bring_optimizer_states(self, **options) -> None:
+    def _bring_optimizer_states(self, beside_rollouts: bool = False) -> None:
         with self.phases("load_state"):
-            self.model.prefetch_adam_states(**options)
+            self.model.prefetch_adam_states(beside_rollouts)
 
     def _select(self, rollouts: dict) -> dict:
         rows = torch.arange(rollouts["rewards"].size(0), device=rollouts["rewards"].device)
