@@ -17,14 +17,10 @@ import pytest
 import pytriton
 from pytriton.utils.distribution import get_libs_path
 
+from tests.ports import free_port
+
 # What the server does instead of its job.
 ILLNESSES = ("none", "slow", "error", "nan", "wrong shape", "no rewards")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def skip_if_triton_cannot_run() -> None:
@@ -50,10 +46,14 @@ class HurtableServer:
     def start(self) -> None:
         """Start the server and return at once."""
         with self.log.open("a") as output:
+            arguments = [str(self.port), self.illness, str(self.seconds_per_request)]
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(self.port), self.illness, str(self.seconds_per_request)],
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-m", "tests.hurtable_server", *arguments],
+                cwd=Path(__file__).parents[1],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait_until_ready(self) -> None:
         from nemo_aligner.servers.http_communicator import HTTPCommunicator

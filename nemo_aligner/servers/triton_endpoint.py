@@ -56,13 +56,18 @@ def serve(
     batcher = DynamicBatcher(
         max_queue_delay_microseconds=max_queue_delay_microseconds, preferred_batch_size=preferred_batch_sizes
     )
-    with _stop_signals() as received, Gate(address, port, model_name) as gate:
-        triton_port = _free_loopback_port()  # once the gate holds its own
+    with (
+        _stop_signals() as received,
+        Gate(address, port, model_name) as gate,
+        _reserved_loopback_port() as triton_port,  # once the gate holds its own
+    ):
         endpoint = TritonConfig(
             allow_http=True, allow_grpc=False, allow_metrics=False, http_address=LOOPBACK, http_port=triton_port
         )
         try:
-            with Triton(config=endpoint) as triton:
+            server = Triton(config=endpoint)
+            server._triton_server_config["reuse-http-port"] = "true"  # TritonConfig has no field for it
+            with server as triton:
                 triton.bind(
                     model_name=model_name,
                     infer_func=lambda requests: [_as_outputs(each) for each in answer([dict(r) for r in requests])],
@@ -103,10 +108,16 @@ def _let_triton_find_python() -> None:
     os.environ["LD_LIBRARY_PATH"] = ":".join(folder for folder in folders if folder)
 
 
-def _free_loopback_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+@contextmanager
+def _reserved_loopback_port():
+    """A port that, within the context, only this user's sockets with SO_REUSEPORT can take.
+
+    Triton needs seconds until it listens. A port that was merely found free can meanwhile be given to any connection.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind((LOOPBACK, 0))
+        yield holder.getsockname()[1]
 
 
 # PyTriton 0.7.0 answers a merged batch as a whole: one request that fails fails them all. Triton itself can answer each

@@ -2,10 +2,11 @@
 
 import datetime
 import os
-import socket
 import traceback
 
 import torch
+
+from tests.ports import free_port
 
 
 def run_ranks(function, world_size: int, *args, timeout_s: float = 300.0) -> list:
@@ -61,9 +62,3 @@ def _rank_main(function, rank, world_size, port, timeout_s, results, args):
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
         raise
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

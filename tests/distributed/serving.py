@@ -10,7 +10,8 @@ import torch
 from pytriton.client import ModelClient
 from pytriton.client.exceptions import PyTritonClientError
 
-from tests.hurtable_server import free_port, skip_if_triton_cannot_run
+from tests.hurtable_server import skip_if_triton_cannot_run
+from tests.ports import free_port
 
 MODEL = "reward_model"
 JOB_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")

@@ -21,7 +21,8 @@ from nemo_aligner.models.nlp.gpt.hf_tokenizer import load_tokenizer
 from nemo_aligner.rewards.python_reward import RewardError, load_reward_function
 from nemo_aligner.utils.errors import ConfigError
 from tests.distributed.serving import JOB_VARIABLES, bytes_column, client, tokens_request, wait_until_ready
-from tests.hurtable_server import free_port, skip_if_triton_cannot_run
+from tests.hurtable_server import skip_if_triton_cannot_run
+from tests.ports import free_port
 from tests.tiny import END, TEXTS
 
 SCRIPTS = Path(__file__).parents[2] / "examples/nlp/gpt"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import free_port
 from tests.distributed.test_training_script import K, command, environment, workplace
+from tests.ports import free_port
 
 __all__ = ["workplace"]  # a fixture
 LIMIT_S = 60

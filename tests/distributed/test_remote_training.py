@@ -8,7 +8,8 @@ import time
 import pytest
 
 from tests.distributed.test_training_script import G, N, command, environment, rollouts, run_script, workplace
-from tests.hurtable_server import HurtableServer, free_port, skip_if_triton_cannot_run
+from tests.hurtable_server import HurtableServer, skip_if_triton_cannot_run
+from tests.ports import free_port
 
 __all__ = ["workplace"]  # a fixture
 NUM_STEPS = 3

@@ -13,7 +13,8 @@ from nemo.utils import AppState
 
 from nemo_aligner.servers.http_communicator import HTTPCommunicator
 from tests.distributed.launch import run_ranks
-from tests.unit.test_reward_client import free_port, skip_if_triton_cannot_run
+from tests.hurtable_server import skip_if_triton_cannot_run
+from tests.ports import free_port
 
 TOKENS = torch.arange(4 * 9).reshape(4, 9) * 7 % 300
 LENGTHS = torch.tensor([9, 4, 1, 6])

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
 from nemo_aligner.servers import http_communicator
 from nemo_aligner.utils.server_utils import RewardError
-from tests.hurtable_server import DroppingProxy, HurtableServer, free_port, skip_if_triton_cannot_run
+from tests.hurtable_server import DroppingProxy, HurtableServer, skip_if_triton_cannot_run
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module", autouse=True)

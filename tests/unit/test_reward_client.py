@@ -16,7 +16,8 @@ from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
 from nemo_aligner.servers import http_communicator
 from nemo_aligner.servers.http_communicator import HTTPCommunicator
 from nemo_aligner.utils.server_utils import RewardError
-from tests.hurtable_server import free_port, skip_if_triton_cannot_run
+from tests.hurtable_server import skip_if_triton_cannot_run
+from tests.ports import free_port
 
 TOKENS = torch.tensor([[5, 6, 7], [8, 9, 0]])
 LENGTHS = torch.tensor([3, 2])
