@@ -64,7 +64,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     _check_lengths(cfg.model)
     _check_sampling(cfg.model.rs.sampling_params)
     _check_generation(cfg.model.rs.get("generation") or {})
-    _check_training(cfg.model.rs.get("training") or {})
+    _check_training(cfg.model.rs.get("training") or {}, cfg)
     _check_data(cfg.model)
     if cfg.model.rs.offload_adam_states and "distributed" not in cfg.model.optim.name:
         logging.info(
@@ -87,7 +87,7 @@ def _check_keys(cfg: DictConfig) -> None:
         ("model.rs.length_params", {"max_length", "min_length"}),
         ("model.rs.reward", {"target", "kwargs"}),
         ("model.rs.generation", {"backend", "max_rows_in_flight"}),
-        ("model.rs.training", {"packing"}),
+        ("model.rs.training", {"packing", "stream_adam_states"}),
     )
     for section, known in sections:
         settings = OmegaConf.select(cfg, section)
@@ -212,10 +212,22 @@ def _check_generation(generation: DictConfig) -> None:
         raise ConfigError(f"model.rs.generation.max_rows_in_flight={max_rows!r} must be a positive whole number")
 
 
-def _check_training(training: DictConfig) -> None:
-    packing = training.get("packing", True)
+def _check_training(training: DictConfig, cfg: DictConfig) -> None:
+    packing, streams = training.get("packing", True), training.get("stream_adam_states", False)
     if not isinstance(packing, bool):
         raise ConfigError(f"model.rs.training.packing={packing!r} must be true, or false for padded rows")
+    if not isinstance(streams, bool):
+        raise ConfigError(f"model.rs.training.stream_adam_states={streams!r} must be true or false")
+    # Apex's step goes by buckets, and with O2 in bf16 the parameters that it writes are not part of its state.
+    needed = {
+        "model.optim.name=distributed_fused_adam": cfg.model.optim.name == "distributed_fused_adam",
+        "model.megatron_amp_O2=True": cfg.model.megatron_amp_O2,
+        "trainer.precision=bf16": torch_dtype_from_precision(cfg.trainer.precision) == torch.bfloat16,
+        "model.rs.offload_adam_states=True": cfg.model.rs.offload_adam_states,
+    }
+    missing = [setting for setting, is_given in needed.items() if not is_given]
+    if streams and missing:
+        raise ConfigError(f"model.rs.training.stream_adam_states=True needs {' and '.join(missing)}")
 
 
 def _check_data(model: DictConfig) -> None:

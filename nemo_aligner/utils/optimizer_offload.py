@@ -5,16 +5,30 @@ whatever references it keeps. Copies run on a stream of their own; freed memory 
 of it end, which torch's allocator sees to.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Key = TypeVar("Key")
 
 _SHARDS = ("params_shard", "param_remainders_shard", "exp_avg_shard", "exp_avg_sq_shard")
 # torch's allocator of page-locked memory rounds up to powers of two: with pieces of such sizes nothing is lost. A piece
 # is also what is copied at a time, in about a millisecond.
 _PIECE_BYTES, _SMALLEST_PIECE_BYTES = 1 << 26, 1 << 20
+# How many groups of a state that passes through the GPU may be on their way there, and on their way back.
+_NUM_ARRIVING, _NUM_LEAVING = 2, 2
+
+
+class _Away(NamedTuple):
+    """Memory that was let go of."""
+
+    storage: torch.UntypedStorage
+    num_bytes: int
+    host_copy: list[torch.Tensor]
 
 
 class OptimizerOffload:
@@ -32,10 +46,10 @@ class OptimizerOffload:
     def __init__(self, find_tensors: Callable[[], Iterable[torch.Tensor]]):
         self._find_tensors = find_tensors
         self._host = _PinnedBuffer()
-        self._away: list[tuple[torch.UntypedStorage, int, list[torch.Tensor]]] = []  # storage, its size, its host copy
+        self._away: list[_Away] = []
         self._arrival: torch.cuda.Event | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._gap: torch.Tensor | None = None  # written between two pieces; see `_copy`
+        self._way_out: _CopyStream | None = None
+        self._way_back: _CopyStream | None = None
 
     def pin_in_background(self) -> None:
         """Begin to page-lock host memory for the state as it is now, so that the first `offload` need not."""
@@ -60,16 +74,13 @@ class OptimizerOffload:
             self.finish_onload()
             storages = self._storages()
         host_copies = self._host.parts([storage.nbytes() for storage in storages])
-        if self._stream is None:
-            # Streams share a few hardware queues, in which what waits holds up what is behind it; but not those of
-            # another priority.
-            self._stream, self._gap = torch.cuda.Stream(priority=-1), torch.zeros(1, device="cuda")
-        self._stream.wait_stream(torch.cuda.current_stream())
+        if self._way_out is None:
+            self._way_out, self._way_back = _CopyStream(), _CopyStream()
+        self._way_out.wait_for(torch.cuda.current_stream())
         for storage, host_copy in zip(storages, host_copies, strict=True):
-            on_gpu = _as_bytes(storage)
-            self._copy(host_copy, _split_like(host_copy, storage))
-            on_gpu.record_stream(self._stream)  # the allocator keeps the memory until the copy has been made
-            self._away.append((storage, storage.nbytes(), host_copy))
+            entry = _Away(storage, storage.nbytes(), host_copy)
+            self._copy_out(entry)
+            self._away.append(entry)
             storage.resize_(0)
         return self.num_bytes_away
 
@@ -82,11 +93,8 @@ class OptimizerOffload:
         """Begin to bring the state back, beside whatever the GPU does; `finish_onload` makes it usable."""
         if not self._away:
             return
-        self._allocate()
-        self._stream.wait_stream(torch.cuda.current_stream())  # which may still use what the memory held before
-        for storage, _, host_copy in self._away:
-            self._copy(_split_like(host_copy, storage), host_copy)
-        self._arrival = self._stream.record_event()
+        self._way_back.wait_for(self._way_out.stream)
+        self._arrival = self._fetch(self._away)
         self._away = []
 
     def finish_onload(self) -> None:
@@ -95,27 +103,55 @@ class OptimizerOffload:
             torch.cuda.current_stream().wait_event(self._arrival)
             self._arrival = None
 
-    def _copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Copy piece by piece on the stream of its own, with room in between for the copies of others.
+    def passing_through(self, groups: dict[Key, Iterable[torch.Tensor]]) -> Iterator[Key]:
+        """Bring tensors that are away to the GPU, one group after the other, each while the iterator stands at its key.
 
-        A copy engine goes through the copies of one stream and does not look at those of another before it has to wait,
-        be it for a kernel. Without one, a single number that the main stream fetches or sends, or an event that it
-        records behind that, stays in line until the whole state has gone by: a quarter of a second for 13.6 GB.
+        The next groups arrive meanwhile, and the last ones leave with the values that they were given. To be closed
+        where it is not iterated to its end. The host waits for groups to leave, so that few are on the GPU at a time.
         """
-        with torch.cuda.stream(self._stream):
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)
-                self._gap.zero_()
-
-    def _allocate(self) -> None:
-        """GPU memory for all that is away, or, if there is not enough, for nothing."""
+        away = {entry.storage._cdata: entry for entry in self._away}
+        coming = [(key, list({t.untyped_storage()._cdata: None for t in group})) for key, group in groups.items()]
+        self._way_back.wait_for(self._way_out.stream)
+        here, departures = deque(), deque()
         try:
-            for storage, num_bytes, _ in self._away:
-                storage.resize_(num_bytes)
-        except torch.OutOfMemoryError:
-            for storage, _, _ in self._away:
-                storage.resize_(0)
-            raise
+            while coming or here:
+                while coming and len(here) <= _NUM_ARRIVING:
+                    key, storages = coming.pop(0)
+                    entries = [away[storage] for storage in storages if storage in away]
+                    here.append((key, entries, self._fetch(entries)))
+                key, entries, arrival = here[0]
+                torch.cuda.current_stream().wait_event(arrival)
+                yield key
+                departures.append(self._send(entries))
+                here.popleft()
+                if len(departures) > _NUM_LEAVING:
+                    departures.popleft().synchronize()
+        finally:
+            for _, entries, arrival in here:
+                torch.cuda.current_stream().wait_event(arrival)
+                self._send(entries)
+
+    def _copy_out(self, entry: _Away) -> None:
+        on_gpu = _as_bytes(entry.storage)
+        self._way_out.copy(entry.host_copy, _split_like(entry.host_copy, entry.storage))
+        on_gpu.record_stream(self._way_out.stream)  # the allocator keeps the memory until the copy has been made
+
+    def _send(self, entries: Sequence[_Away]) -> torch.cuda.Event:
+        """Copy what is on the GPU back to the host and let go of the memory; returns when that will have been done."""
+        self._way_out.wait_for(torch.cuda.current_stream())
+        for entry in entries:
+            if entry.storage.nbytes() > 0:  # else an exception came in between
+                self._copy_out(entry)
+                entry.storage.resize_(0)
+        return self._way_out.stream.record_event()
+
+    def _fetch(self, entries: Sequence[_Away]) -> torch.cuda.Event:
+        """Copy to the GPU, into new memory; returns when the copies will have been made."""
+        _allocate(entries)
+        self._way_back.wait_for(torch.cuda.current_stream())  # which may still use what the memory held before
+        for storage, _, host_copy in entries:
+            self._way_back.copy(_split_like(host_copy, storage), host_copy)
+        return self._way_back.stream.record_event()
 
     def _storages(self) -> list[torch.UntypedStorage]:
         """The state's memory on the GPU, each piece once though several tensors may look at it."""
@@ -125,6 +161,42 @@ class OptimizerOffload:
             if tensor.is_cuda and storage.nbytes() > 0:
                 found[storage.data_ptr()] = storage
         return list(found.values())
+
+
+class _CopyStream:
+    """A stream for copies between host and GPU, with room between them for the copies of others."""
+
+    def __init__(self):
+        # Streams share a few hardware queues, in which what waits holds up what is behind it; but not those of another
+        # priority.
+        self.stream = torch.cuda.Stream(priority=-1)
+        self._gap = torch.zeros(1, device="cuda")
+
+    def wait_for(self, stream: torch.cuda.Stream) -> None:
+        self.stream.wait_stream(stream)
+
+    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        """Copy piece by piece.
+
+        A copy engine goes through the copies of one stream and does not look at those of another before it has to wait,
+        be it for a kernel. Without one, a single number that the main stream fetches or sends, or an event that it
+        records behind that, stays in line until the whole state has gone by: a quarter of a second for 13.6 GB.
+        """
+        with torch.cuda.stream(self.stream):
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+                self._gap.zero_()
+
+
+def _allocate(entries: Sequence[_Away]) -> None:
+    """GPU memory for all of them, or, if there is not enough, for none."""
+    try:
+        for storage, num_bytes, _ in entries:
+            storage.resize_(num_bytes)
+    except torch.OutOfMemoryError:
+        for storage, _, _ in entries:
+            storage.resize_(0)
+        raise
 
 
 class _PinnedBuffer:
@@ -188,14 +260,37 @@ def state_tensors(ptl_model) -> Iterator[torch.Tensor]:
     """The moments and master weights of the model's distributed optimizer, as far as they have memory of their own."""
     if not ptl_model.use_mcore_dist_optim:
         for bucket in ptl_model._optimizer.state["buckets"]:
-            shards = (getattr(bucket, name) for name in _SHARDS)
-            yield from (shard for shard in shards if shard is not None)
+            yield from _shards(bucket)
         return
     optimizer = ptl_model._optimizer.mcore_optimizer
     for state in optimizer.optimizer.state.values():
         yield from (state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)
     for group in optimizer.shard_fp32_from_float16_groups:
         yield from group
+
+
+def step_bucket_by_bucket(optimizer, offload: OptimizerOffload) -> None:
+    """Have the buckets of Apex's DistributedFusedAdam pass through the GPU in its step, where they are away.
+
+    Its gradients and parameters must have buffers of their own, as with `megatron_amp_O2`.
+    """
+    step_of_buckets = optimizer._local_step
+
+    def local_step(bucket_ids: list[int]) -> None:
+        if offload.num_bytes_away == 0:
+            step_of_buckets(bucket_ids)
+            return
+        buckets = optimizer.state["buckets"]
+        with closing(offload.passing_through({i: _shards(buckets[i]) for i in bucket_ids})) as turns:
+            for bucket_id in turns:
+                step_of_buckets([bucket_id])
+
+    optimizer._local_step = local_step
+
+
+def _shards(bucket) -> Iterator[torch.Tensor]:
+    shards = (getattr(bucket, name) for name in _SHARDS)
+    return (shard for shard in shards if shard is not None)
 
 
 # For scripts that move the buckets of Apex's optimizer themselves

@@ -1,5 +1,7 @@
 """The optimizer's state on its way to the host and back, bit for bit, whatever order the calls come in."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -121,3 +123,56 @@ def test_a_state_that_has_grown_finds_room(state, offload):
     offload.start_onload()
     offload.finish_onload()
     assert torch.equal(state[-1], torch.arange(5_000_000, device="cuda"))
+
+
+# ---- a state that stays on the host and passes through
+
+
+@pytest.fixture
+def groups():
+    """Twelve groups of tensors, 8 MiB each."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    return {key: [torch.randn(2**20, generator=generator, device="cuda") for _ in range(2)] for key in range(12)}
+
+
+def tensors_of(groups) -> list[torch.Tensor]:
+    return [tensor for group in groups.values() for tensor in group]
+
+
+def test_groups_pass_through_and_keep_what_they_are_given(groups):
+    offload = OptimizerOffload(lambda: tensors_of(groups))
+    expected = {key: [tensor.clone() for tensor in group] for key, group in groups.items()}
+    num_bytes = offload.offload()
+    torch.cuda.synchronize()
+    before, here = torch.cuda.memory_allocated(), []
+    for _ in range(3):  # what left last may still be on its way when the next round begins
+        order = sorted(groups, reverse=True)
+        for key, wanted in zip(offload.passing_through({key: groups[key] for key in order}), order, strict=True):
+            assert key == wanted
+            use_the_gpu()  # what is changed before it has arrived, or leaves before it is changed, goes wrong
+            for tensor, value in zip(groups[key], expected[key], strict=True):
+                tensor.mul_(key + 2)
+                value.mul_(key + 2)
+            here.append(torch.cuda.memory_allocated() - before)
+        assert offload.num_bytes_away == num_bytes and memory_of(tensors_of(groups)) == 0
+    assert max(here) <= num_bytes / 2
+    offload.start_onload()
+    offload.finish_onload()
+    assert all(torch.equal(*pair) for key in groups for pair in zip(groups[key], expected[key], strict=True))
+
+
+def test_an_exception_while_groups_pass_loses_nothing(groups):
+    offload = OptimizerOffload(lambda: tensors_of(groups))
+    expected = [tensor.clone() for tensor in tensors_of(groups)]
+    offload.offload()
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(offload.passing_through(groups)) as turns:
+        for key in turns:
+            groups[key][0].add_(1)
+            if key == 4:
+                raise KeyboardInterrupt
+    assert memory_of(tensors_of(groups)) == 0
+    offload.start_onload()
+    offload.finish_onload()
+    for key in range(5):
+        expected[2 * key].add_(1)
+    assert all(torch.equal(tensor, value) for tensor, value in zip(tensors_of(groups), expected, strict=True))

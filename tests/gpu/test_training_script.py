@@ -176,6 +176,20 @@ def test_bf16_on_two_gpus(workplace, check_losses, first_loss_in_bf16, optimizer
     check_losses(folder, 1, 0.1, first_loss_in_bf16("nemo" if layout == "pp2" else "engine"))
 
 
+@needs_apex
+@pytest.mark.parametrize("layout", ["one", pytest.param("dp2", marks=needs_two_gpus)])
+def test_a_state_that_passes_through_the_gpu_gives_the_same_losses(workplace, record_property, layout):
+    """Also over a save and a restart, for which it is on the GPU."""
+    settings = ["model.optim.name=distributed_fused_adam", *PRECISIONS["bf16_O2"], *LAYOUTS[layout], *OVERLAP]
+    name = f"streamed_{layout}"
+    resident = run_script(workplace, f"resident_{layout}", f"trainer.rs.max_steps={NUM_STEPS}", *settings)
+    settings.append("model.rs.training.stream_adam_states=True")
+    run_script(workplace, name, f"trainer.rs.max_steps={NUM_STEPS // 2}", *settings)
+    streamed = run_script(workplace, name, f"trainer.rs.max_steps={NUM_STEPS}", *settings)
+    record_property("losses", losses(streamed))
+    assert losses(streamed) == losses(resident)
+
+
 @pytest.mark.parametrize("layout", ["one", pytest.param("tp2", marks=needs_two_gpus)])
 def test_adapters_train_and_generate(workplace, record_property, layout):
     """The engine's graphs with adapters, whose weights change in every step, against NeMo's way of decoding."""

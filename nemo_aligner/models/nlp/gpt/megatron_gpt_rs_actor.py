@@ -36,7 +36,7 @@ from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings, packed_
 from nemo_aligner.models.nlp.gpt.packing import Pack, pack_batch
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
-from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors
+from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors, step_bucket_by_bucket
 from nemo_aligner.utils.train_utils import (
     finish_param_sync,
     grad_reductions,
@@ -105,6 +105,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             mcore_optimizer.complete(self._optimizer)
         if self._offloads():
             self._optimizer_offload.pin_in_background()
+        if self._training.stream_adam_states:
+            step_bucket_by_bucket(self._optimizer, self._optimizer_offload)
         return optimizers
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -330,17 +332,19 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return iter(microbatches)
 
     def prepare_for_training(self) -> None:
-        """Set batch sizes for training and have the optimizer states back on the device.
+        """Set batch sizes for training and have the optimizer states back on the device, if they belong there.
 
         After `prefetch_adam_states` they may still be on their way: forward and backward need not wait for them, and
-        `finish_training_step` does.
+        `finish_training_step` does. With `rs.training.stream_adam_states` they are on the host.
         """
         configure_batch_sizes(
             mbs=self.cfg.micro_batch_size,
             gbs=self.cfg.global_batch_size,
             dp=parallel_state.get_data_parallel_world_size(),
         )
-        if self._is_prefetching_states:
+        if self._training.stream_adam_states:
+            self.offload_adam_states()
+        elif self._is_prefetching_states:
             self.prefetch_adam_states()  # again: there may have been no room
         else:
             self.onload_adam_states()
@@ -350,7 +354,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def finish_training_step(self) -> None:
         grad_reductions(self)
-        self.onload_adam_states()
+        if not self._training.stream_adam_states:
+            self.onload_adam_states()
 
     def finish_training(self) -> None:
         """Have all parameters in place; optimizer states stay on the device until inference needs its memory."""
@@ -492,6 +497,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         Args:
             beside_rollouts: rollouts are still under way; only if there is room for both.
         """
+        if self._training.stream_adam_states:
+            return
         if not beside_rollouts:
             self._rollout_generator.release()
         elif self._optimizer_offload.num_bytes_away > usable_memory(current_device()):

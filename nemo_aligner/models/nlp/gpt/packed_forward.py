@@ -28,9 +28,12 @@ class TrainingSettings:
 
     Attributes:
         packing: train on rows without their padding.
+        stream_adam_states: while training, too, the optimizer state is on the host; it passes through the GPU in the
+            optimizer's step.
     """
 
     packing: bool = True
+    stream_adam_states: bool = False
 
 
 def unsupported_part(gpt_model: torch.nn.Module) -> str | None:
