@@ -16,6 +16,7 @@ from nemo_aligner.utils.parallel_checks import check_parallel
 from nemo_aligner.utils.peft_checks import check_peft
 from nemo_aligner.utils.step_profile import check_profile
 from nemo_aligner.utils.trainer_utils import check_sizes
+from nemo_aligner.utils.value_checks import check_values
 
 TRAINER_RS_KEYS = {
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
@@ -49,6 +50,7 @@ def check_rs_config(cfg: DictConfig) -> None:
         ConfigError: one line with the key or file, its value and the fix.
     """
     _check_keys(cfg)
+    check_values(cfg)
     _check_machine(cfg)
     check_archive(cfg.pretrained_checkpoint.restore_from_path)
     if cfg.model.get("reward_model_type") is not None:
@@ -62,9 +64,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     check_profile(cfg.trainer.rs.get("profile"))
     check_parallel(cfg)
     _check_lengths(cfg.model)
-    _check_sampling(cfg.model.rs.sampling_params)
-    _check_generation(cfg.model.rs.get("generation") or {})
-    _check_training(cfg.model.rs.get("training") or {}, cfg)
+    _check_streamed_states(cfg)
     _check_data(cfg.model)
     if cfg.model.rs.offload_adam_states and "distributed" not in cfg.model.optim.name:
         logging.info(
@@ -100,9 +100,6 @@ def _check_keys(cfg: DictConfig) -> None:
 
 
 def _check_machine(cfg: DictConfig) -> None:
-    for key in ("devices", "num_nodes"):
-        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
-            raise ConfigError(f"trainer.{key}={cfg.trainer[key]!r} must be a positive whole number")
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() == 0:
         raise ConfigError("trainer.accelerator=gpu, but this machine has no GPU; set trainer.accelerator=cpu to use it")
 
@@ -144,18 +141,16 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"trainer.devices * trainer.num_nodes = {num_devices} must be a multiple of tensor * pipeline parallel "
             f"size = {model_parallel_size}"
         )
-    sections = {
-        "model.rs": ("num_rollouts_per_prompt", "top_n_rollouts", "num_rollout_samples", "rollout_micro_batch_size"),
-        "model": ("global_batch_size", "micro_batch_size"),
-    }
-    sizes = {}
-    for section, keys in sections.items():
-        for key in keys:
-            sizes[key] = OmegaConf.select(cfg, f"{section}.{key}")
-            if not isinstance(sizes[key], int) or sizes[key] < 1:
-                raise ConfigError(f"{section}.{key}={sizes[key]!r} must be a positive whole number")
     data_parallel_size = num_devices // model_parallel_size
-    check_sizes(**sizes, data_parallel_size=data_parallel_size)
+    check_sizes(
+        num_rollouts_per_prompt=rs.num_rollouts_per_prompt,
+        top_n_rollouts=rs.top_n_rollouts,
+        num_rollout_samples=rs.num_rollout_samples,
+        rollout_micro_batch_size=rs.rollout_micro_batch_size,
+        global_batch_size=model.global_batch_size,
+        micro_batch_size=model.micro_batch_size,
+        data_parallel_size=data_parallel_size,
+    )
     rows = rs.get("val_rollout_micro_batch_size", rs.rollout_micro_batch_size) * data_parallel_size
     if rs.num_val_samples % rows:
         raise ConfigError(
@@ -168,17 +163,13 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"trainer.rs.save_interval={save_interval} must be a multiple of trainer.rs.val_check_interval="
             f"{val_interval}, so that every checkpoint has its validation metrics"
         )
-    if rs.get("loss_normalization", "global_batch") not in ("global_batch", "micro_batch"):
-        raise ConfigError(f"model.rs.loss_normalization={rs.loss_normalization!r} must be global_batch or micro_batch")
 
 
 def _check_lengths(model: DictConfig) -> None:
     max_length, min_length = model.rs.length_params.max_length, model.rs.length_params.min_length
     seq_length, context = model.data.seq_length, model.encoder_seq_length
-    if not 0 <= min_length <= max_length or max_length < 1:
-        raise ConfigError(
-            f"model.rs.length_params: max_length={max_length} must be positive and not below min_length={min_length}"
-        )
+    if min_length > max_length:
+        raise ConfigError(f"model.rs.length_params: max_length={max_length} must not be below min_length={min_length}")
     if seq_length > context:
         raise ConfigError(
             f"model.data.seq_length={seq_length} (longest prompt + max_length={max_length}) exceeds the model's "
@@ -191,42 +182,20 @@ def _check_lengths(model: DictConfig) -> None:
         )
 
 
-def _check_sampling(params: DictConfig) -> None:
-    are_strings = all(isinstance(text, str) and text for text in params.end_strings)
-    for key, in_range, fix in (
-        ("temperature", params.temperature > 0, "above 0; for the most probable token set use_greedy"),
-        ("top_k", params.top_k >= 0, "0 (off) or more"),
-        ("top_p", 0 <= params.top_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", params.repetition_penalty > 0, "above 0; 1.0 is off"),
-        ("end_strings", are_strings, "strings, none of them empty"),
-    ):
-        if not in_range:
-            raise ConfigError(f"model.rs.sampling_params.{key}={params[key]} must be {fix}")
-
-
-def _check_generation(generation: DictConfig) -> None:
-    backend, max_rows = generation.get("backend", "engine"), generation.get("max_rows_in_flight", 1)
-    if backend not in ("engine", "nemo"):
-        raise ConfigError(f"model.rs.generation.backend={backend!r} must be engine, or nemo for Megatron's schedule")
-    if not isinstance(max_rows, int) or max_rows < 1:
-        raise ConfigError(f"model.rs.generation.max_rows_in_flight={max_rows!r} must be a positive whole number")
-
-
-def _check_training(training: DictConfig, cfg: DictConfig) -> None:
-    packing, streams = training.get("packing", True), training.get("stream_adam_states", False)
-    if not isinstance(packing, bool):
-        raise ConfigError(f"model.rs.training.packing={packing!r} must be true, or false for padded rows")
-    if not isinstance(streams, bool):
-        raise ConfigError(f"model.rs.training.stream_adam_states={streams!r} must be true or false")
-    # Apex's step goes by buckets, and with O2 in bf16 the parameters that it writes are not part of its state.
+def _check_streamed_states(cfg: DictConfig) -> None:
+    if not (cfg.model.rs.get("training") or {}).get("stream_adam_states", False):
+        return
+    # Apex's step goes by buckets, and so the parameters that it writes are not part of its state.
+    optim = cfg.model.optim
     needed = {
-        "model.optim.name=distributed_fused_adam": cfg.model.optim.name == "distributed_fused_adam",
+        "model.optim.name=distributed_fused_adam": optim.name == "distributed_fused_adam",
         "model.megatron_amp_O2=True": cfg.model.megatron_amp_O2,
         "trainer.precision=bf16": torch_dtype_from_precision(cfg.trainer.precision) == torch.bfloat16,
+        "no model.optim.param_sync_dtype": optim.get("param_sync_dtype") is None,
         "model.rs.offload_adam_states=True": cfg.model.rs.offload_adam_states,
     }
     missing = [setting for setting, is_given in needed.items() if not is_given]
-    if streams and missing:
+    if missing:
         raise ConfigError(f"model.rs.training.stream_adam_states=True needs {' and '.join(missing)}")
 
 
@@ -234,13 +203,23 @@ def _check_data(model: DictConfig) -> None:
     if model.data.data_prefix is None:
         raise ConfigError("model.data.data_prefix is not set; give {train: [file], validation: [file], test: [file]}")
     data, num_per_step = model.data, model.rs.num_rollout_samples
+    more_sets = [name for name in data.data_prefix if str(name).startswith("validation_")]
+    if isinstance(data.data_prefix, DictConfig) and more_sets:
+        raise ConfigError(
+            f"model.data.data_prefix.{more_sets[0]} is one validation set too many: name all files under validation"
+        )
     try:
         counts = check_prompt_files(data.data_prefix, data.data_impl)
         if isinstance(data.data_prefix, DictConfig):
             num_prompts = sum(counts[path] for path in data.data_prefix.train if path in counts)
         else:
             parts = [split_rows(data.splits_string, counts[path]) for path in data.data_prefix if path in counts]
-            num_prompts = sum(len(train) for train, _, _ in parts)
+            num_prompts, num_val_prompts = (sum(len(part[split]) for part in parts) for split in (0, 1))
+            if num_val_prompts == 0:
+                raise ValueError(
+                    f"model.data.splits_string={data.splits_string} leaves none of the {sum(counts.values())} prompts "
+                    "for validation; give it a larger share"
+                )
     except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
     if num_prompts < num_per_step:

@@ -155,7 +155,7 @@ def test_sigterm_saves_first(workplace, zygote, undisturbed):
 def test_the_time_limit_saves_first(workplace, zygote, undisturbed):
     _, seconds = undisturbed
     limit = f"00:00:00:{max(1, int(seconds / 2)):02d}"
-    run(zygote, workplace, "timed", f"+exp_manager.max_time_per_run={limit}", "trainer.rs.save_interval=6")
+    run(zygote, workplace, "timed", f"exp_manager.max_time_per_run={limit}", "trainer.rs.save_interval=6")
     first = read_counters(newest_complete_checkpoint(workplace / "timed/checkpoints"))["step"]
     assert 0 < first <= NUM_STEPS
     run(zygote, workplace, "timed", "trainer.rs.save_interval=6")

@@ -64,8 +64,38 @@ def refusal(*overrides: str) -> str:
     return message
 
 
-def test_a_working_configuration_passes(files):
+def test_a_working_configuration_passes(files, monkeypatch):
     check_rs_config(config())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # Apex, as it were
+    streamed = ("model.optim.name=distributed_fused_adam", "trainer.precision=bf16", "model.megatron_amp_O2=True")
+    check_rs_config(config(*streamed, "model.rs.training.stream_adam_states=True"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["trainer.rs.save_interval", "trainer.rs.max_steps", "model.rs.num_val_samples", "model.rs.sampling_params.top_k",
+     "model.rs.sampling_params.temperature", "model.rs.sampling_params.end_strings", "model.data.seq_length",
+     "model.rs.length_params.max_length", "model.optim.name", "model.optim.lr", "model.seed"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["null", "-1.5", "true"])
+def test_values_of_a_wrong_kind_are_refused_before_anything_is_computed(files, key, value):
+    assert refusal(f"{key}={value}").startswith(f"{key}=")
+
+
+def test_a_single_string_is_no_list_of_end_strings(files):
+    """Each of its characters would end a response."""
+    assert "must be a list of strings" in refusal("model.rs.sampling_params.end_strings=stop")
+
+
+def test_a_section_without_keys_is_refused(files):
+    assert refusal("model.rs.length_params=null") == (
+        "model.rs.length_params.max_length is not set; it must be a positive whole number"
+    )
+
+
+def test_the_time_limit_of_a_run(files):
+    check_rs_config(config("exp_manager.max_time_per_run='00:03:45:00'"))
+    assert "exp_manager.max_time_per_run='4h' must be null, or a time" in refusal("exp_manager.max_time_per_run=4h")
 
 
 # ---- what every file says
@@ -149,7 +179,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
             ["model.data.seq_length=100", "model.rs.length_params.max_length=100"],
             ["model.rs.length_params.max_length=100", "model.data.seq_length=100", "lower max_length"],
         ),
-        (["model.rs.length_params.max_length=0"], ["max_length=0 must be positive"]),
+        (["model.rs.length_params.max_length=0"], ["max_length=0 must be a positive whole number"]),
         (["model.rs.length_params.min_length=3000"], ["min_length=3000", "max_length=2048"]),
         (["model.rs.sampling_params.temperature=0"], ["model.rs.sampling_params.temperature=0", "use_greedy"]),
         (["model.rs.sampling_params.top_p=1.5"], ["model.rs.sampling_params.top_p=1.5", "between 0 and 1"]),
@@ -266,6 +296,19 @@ def test_the_prompt_files_must_be_named(files):
         "++model.data.data_prefix.training=[train.jsonl]"
     )
     assert "model.data.data_impl='csv'" in refusal("model.data.data_impl=csv")
+
+
+def test_there_is_one_validation_set_and_it_has_prompts(files):
+    assert "model.data.data_prefix.validation_b is one validation set too many" in refusal(
+        "++model.data.data_prefix.validation_b=[val.jsonl]"
+    )
+    cfg = config("model.data.splits_string='100,0,0'")
+    cfg.model.data.data_prefix = ["train.jsonl"]
+    with pytest.raises(ConfigError, match=r"splits_string=100,0,0 leaves none of the 8 prompts for validation"):
+        check_rs_config(cfg)
+    cfg.model.data.splits_string = "0,100,0"
+    with pytest.raises(ConfigError, match="the 0 training prompts are fewer"):
+        check_rs_config(cfg)
 
 
 # ---- rewards

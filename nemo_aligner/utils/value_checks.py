@@ -1,0 +1,109 @@
+"""What each number, switch and choice of a training configuration must be by itself."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.timers import Timer
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    words: str  # what the value must be
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_duration(value) -> bool:
+    try:
+        Timer(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _are_end_strings(value) -> bool:
+    return isinstance(value, ListConfig) and all(isinstance(text, str) and text for text in value)
+
+
+_COUNT = _Rule(lambda value: type(value) is int and value > 0, "a positive whole number")
+_COUNT_OR_NULL = _Rule(lambda value: value is None or _COUNT.holds(value), "a positive whole number or null")
+_WHOLE = _Rule(lambda value: type(value) is int, "a whole number")
+_WHOLE_FROM_0 = _Rule(lambda value: type(value) is int and value >= 0, "a whole number, 0 or larger")
+_SWITCH = _Rule(lambda value: isinstance(value, bool), "true or false")
+
+_RULES = {
+    "trainer.devices": _COUNT,
+    "trainer.num_nodes": _COUNT,
+    "trainer.rs.max_epochs": _WHOLE,
+    "trainer.rs.max_steps": _WHOLE,
+    "trainer.rs.val_check_interval": _WHOLE,
+    "trainer.rs.save_interval": _WHOLE,
+    "model.global_batch_size": _COUNT,
+    "model.micro_batch_size": _COUNT,
+    "model.encoder_seq_length": _COUNT,
+    "model.data.seq_length": _COUNT,
+    "model.rs.rollout_micro_batch_size": _COUNT,
+    "model.rs.num_rollout_samples": _COUNT,
+    "model.rs.num_rollouts_per_prompt": _COUNT,
+    "model.rs.top_n_rollouts": _COUNT,
+    "model.rs.num_val_samples": _COUNT,
+    "model.rs.offload_adam_states": _SWITCH,
+    "model.rs.length_params.max_length": _COUNT,
+    "model.rs.length_params.min_length": _WHOLE_FROM_0,
+    "model.rs.sampling_params.use_greedy": _SWITCH,
+    "model.rs.sampling_params.temperature": _Rule(
+        lambda value: _is_number(value) and value > 0, "above 0; for the most probable token set use_greedy"
+    ),
+    "model.rs.sampling_params.top_k": _Rule(_WHOLE_FROM_0.holds, "a whole number, 0 (off) or more"),
+    "model.rs.sampling_params.top_p": _Rule(lambda value: _is_number(value) and 0 <= value <= 1, "between 0 and 1"),
+    "model.rs.sampling_params.repetition_penalty": _Rule(
+        lambda value: _is_number(value) and value > 0, "above 0; 1.0 is off"
+    ),
+    "model.rs.sampling_params.end_strings": _Rule(_are_end_strings, "a list of strings, none of them empty"),
+    "model.optim.name": _Rule(lambda value: isinstance(value, str) and value != "", "the name of an optimizer"),
+    "model.optim.lr": _Rule(lambda value: _is_number(value) and value >= 0, "a number, 0 or larger"),
+}
+# These have defaults.
+_RULES_OF_OPTIONAL_KEYS = {
+    "trainer.rs.val_at_start": _SWITCH,
+    "trainer.rs.gradient_clip_val": _Rule(
+        lambda value: value is None or (_is_number(value) and value >= 0), "a number, or null or 0 to switch it off"
+    ),
+    "trainer.rs.rollout_batch_seq_length": _COUNT_OR_NULL,
+    "exp_manager.max_time_per_run": _Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),
+    "model.seed": _WHOLE_FROM_0,
+    "model.tensor_model_parallel_size": _COUNT,
+    "model.pipeline_model_parallel_size": _COUNT,
+    "model.virtual_pipeline_model_parallel_size": _COUNT_OR_NULL,
+    "model.rs.val_rollout_micro_batch_size": _COUNT,
+    "model.rs.loss_normalization": _Rule(
+        lambda value: value in ("global_batch", "micro_batch"), "global_batch or micro_batch"
+    ),
+    "model.rs.generation.backend": _Rule(
+        lambda value: value in ("engine", "nemo"), "engine, or nemo for Megatron's schedule"
+    ),
+    "model.rs.generation.max_rows_in_flight": _COUNT,
+    "model.rs.training.packing": _Rule(_SWITCH.holds, "true, or false for padded rows"),
+    "model.rs.training.stream_adam_states": _SWITCH,
+}
+_ABSENT = object()
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Look at each value of a resolved configuration on its own.
+
+    Raises:
+        ConfigError: one line with the key, its value and what it must be.
+    """
+    for key, rule in {**_RULES, **_RULES_OF_OPTIONAL_KEYS}.items():
+        value = OmegaConf.select(cfg, key, default=_ABSENT)
+        if value is _ABSENT and key in _RULES:
+            raise ConfigError(f"{key} is not set; it must be {rule.words}")
+        if value is not _ABSENT and not rule.holds(value):
+            raise ConfigError(f"{key}={value!r} must be {rule.words}")
