@@ -1,6 +1,6 @@
-# NVIDIA's PyTorch image brings CUDA, torch, Apex and Transformer Engine: nothing is compiled here, and the image's own
-# torch satisfies pyproject.toml, so pip leaves it in place.
-FROM nvcr.io/nvidia/pytorch:24.07-py3
+# NVIDIA's PyTorch image brings CUDA, torch, Apex and Transformer Engine: none of these is compiled here, and the image's
+# own torch (2.7) satisfies pyproject.toml, so pip leaves it in place.
+FROM nvcr.io/nvidia/pytorch:25.03-py3
 
 WORKDIR /opt/megatron-rs-aligner
 COPY . .

@@ -289,6 +289,8 @@ class RSTrainer:
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
         batches = list(islice(dataloader_iter, num_microbatches))
+        if not batches:
+            raise ValueError(f"the {'validation' if is_validation else 'training'} prompts make no micro-batch")
         stored = self.unscored.load(split, self.step, batches, num_rollouts)
         made, futures, kept = [], [], []
         try:
@@ -343,7 +345,7 @@ class RSTrainer:
             ValueError: for an empty list.
         """
         if not rollout_batches:
-            raise ValueError("there are no rollouts to report on: the dataset gave no micro-batch")
+            raise ValueError("there are no rollouts to report on")
         table = example(rollout_batches[0], self.model.tokenizer)
         return {"table": table, **global_rollout_metrics(rollout_batches)}
 

@@ -43,12 +43,18 @@ class Inferrable(ABC):
     def infer(self, *args, **kwargs):
         """Run inference. All ranks of a replica call it together with the same input."""
 
-    def infer_each(self, batches: Iterable, check: Callable[[], object] | None = None) -> Iterator:
+    def infer_each(
+        self,
+        batches: Iterable,
+        check: Callable[[], object] | None = None,
+        on_last_rows: Callable[[], object] | None = None,
+    ) -> Iterator:
         """`infer` for each batch, in order. A model may work on several of them at a time.
 
         Args:
             check: to be called now and then while several batches are under way, by all ranks of a replica at the same
                 token; what it raises ends the work.
+            on_last_rows: may be called once, when few rows are left.
         """
         return map(self.infer, batches)
 
@@ -58,7 +64,12 @@ class Inferrable(ABC):
 
 
 class AlignableGenerativeInterface(SupervisedInterface, Inferrable):
-    """A policy: it generates responses and is trained on them."""
+    """A policy: it generates responses and is trained on them.
+
+    Beside what is named here, a trainer reads its `cfg`, `tokenizer` and parameters.
+    """
+
+    trains_with_sequence_parallel = False  # then training rows are padded to a multiple of the tensor-parallel size
 
     @abstractmethod
     def prepare_for_training(self) -> None:
@@ -67,6 +78,18 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable):
     @abstractmethod
     def finish_training(self) -> None:
         """Called after a phase of training steps."""
+
+    def seed_step(self, step: int) -> None:
+        """Called before each RS step: start the random generators of this process anew, as a function of the step."""
+
+    def seed_sampling(self, *key: int) -> None:
+        """Called before a phase of `infer` calls: what is sampled in it is to be a function of the key."""
+
+    def prefetch_adam_states(self, beside_rollouts: bool = False) -> None:
+        """Called when rollouts end, or are about to: the optimizer's state will soon be wanted on the device."""
+
+    def onload_adam_states(self) -> None:
+        """Called before a checkpoint is written: the optimizer's state must be on the device."""
 
     def get_init_policy_logprobs(self, rollout_batches: list[dict]):
         """Log-probabilities under the policy that training started from. Rejection sampling does not need them."""

@@ -106,6 +106,11 @@ def custom_save_ckpt_func(
     with _recording(self) as (folders, obsolete):
         if self.monitor is None or self.monitor in monitor_candidates:
             self._save_topk_checkpoint(trainer, monitor_candidates)
+        elif self.save_top_k != 0:
+            logging.warning(
+                f"exp_manager.checkpoint_callback_params.monitor={self.monitor} was not measured in this step, so this "
+                f"checkpoint is not ranked by it; measured were {', '.join(sorted(monitor_candidates))}"
+            )
         if not save_top_only:
             # Lightning would put a zero in the name for a metric that is not there.
             self._save_last_checkpoint(trainer, {self.monitor: torch.tensor(float("nan")), **monitor_candidates})

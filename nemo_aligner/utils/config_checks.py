@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+from dataclasses import fields
 
 import torch
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
@@ -9,6 +10,8 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
+from nemo_aligner.generation.rollouts import GenerationSettings
+from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.rewards.build import check_rewards
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
@@ -86,8 +89,8 @@ def _check_keys(cfg: DictConfig) -> None:
         ("model.rs.sampling_params", SAMPLING_KEYS),
         ("model.rs.length_params", {"max_length", "min_length"}),
         ("model.rs.reward", {"target", "kwargs"}),
-        ("model.rs.generation", {"backend", "max_rows_in_flight"}),
-        ("model.rs.training", {"packing", "stream_adam_states"}),
+        ("model.rs.generation", {field.name for field in fields(GenerationSettings)}),
+        ("model.rs.training", {field.name for field in fields(TrainingSettings)}),
     )
     for section, known in sections:
         settings = OmegaConf.select(cfg, section)

@@ -1,4 +1,4 @@
-"""A distributed optimizer's state on the host while rollouts need the GPU's memory.
+"""A distributed optimizer's state on the host while rollouts, or training itself, need the GPU's memory.
 
 Tensors keep their identity: what goes and comes is the memory behind them. So one mechanism serves every optimizer,
 whatever references it keeps. Copies run on a stream of their own; freed memory can be taken by others as the copies out
@@ -8,7 +8,8 @@ of it end, which torch's allocator sees to.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -37,7 +38,8 @@ class OptimizerOffload:
     As a context manager: within, they are on the host.
 
     Every method may be called in any state, and again after an exception: a tensor's memory is let go only once its
-    values are on their way to the host, and its host copy is needed only until then.
+    values are on their way to the host, and its host copy is needed only until then. But while tensors pass through the
+    GPU, none of the others.
 
     Args:
         find_tensors: gives the tensors of the state as they are now. Those on a CPU are left where they are.
@@ -48,8 +50,15 @@ class OptimizerOffload:
         self._host = _PinnedBuffer()
         self._away: list[_Away] = []
         self._arrival: torch.cuda.Event | None = None
-        self._way_out: _CopyStream | None = None
-        self._way_back: _CopyStream | None = None
+        self._is_passing = False
+
+    @cached_property
+    def _way_out(self) -> "_CopyStream":
+        return _CopyStream()
+
+    @cached_property
+    def _way_back(self) -> "_CopyStream":
+        return _CopyStream()
 
     def pin_in_background(self) -> None:
         """Begin to page-lock host memory for the state as it is now, so that the first `offload` need not."""
@@ -65,6 +74,7 @@ class OptimizerOffload:
 
     def offload(self) -> int:
         """Send the state to the host and let go of its GPU memory, without waiting; returns the bytes that it frees."""
+        assert not self._is_passing
         self.finish_onload()
         storages = self._storages()
         if not storages:
@@ -74,8 +84,6 @@ class OptimizerOffload:
             self.finish_onload()
             storages = self._storages()
         host_copies = self._host.parts([storage.nbytes() for storage in storages])
-        if self._way_out is None:
-            self._way_out, self._way_back = _CopyStream(), _CopyStream()
         self._way_out.wait_for(torch.cuda.current_stream())
         for storage, host_copy in zip(storages, host_copies, strict=True):
             entry = _Away(storage, storage.nbytes(), host_copy)
@@ -91,6 +99,7 @@ class OptimizerOffload:
 
     def start_onload(self) -> None:
         """Begin to bring the state back, beside whatever the GPU does; `finish_onload` makes it usable."""
+        assert not self._is_passing
         if not self._away:
             return
         self._way_back.wait_for(self._way_out.stream)
@@ -113,6 +122,7 @@ class OptimizerOffload:
         coming = [(key, list({t.untyped_storage()._cdata: None for t in group})) for key, group in groups.items()]
         self._way_back.wait_for(self._way_out.stream)
         here, departures = deque(), deque()
+        self._is_passing = True
         try:
             while coming or here:
                 while coming and len(here) <= _NUM_ARRIVING:
@@ -130,6 +140,7 @@ class OptimizerOffload:
             for _, entries, arrival in here:
                 torch.cuda.current_stream().wait_event(arrival)
                 self._send(entries)
+            self._is_passing = False
 
     def _copy_out(self, entry: _Away) -> None:
         on_gpu = _as_bytes(entry.storage)
@@ -260,7 +271,7 @@ def state_tensors(ptl_model) -> Iterator[torch.Tensor]:
     """The moments and master weights of the model's distributed optimizer, as far as they have memory of their own."""
     if not ptl_model.use_mcore_dist_optim:
         for bucket in ptl_model._optimizer.state["buckets"]:
-            yield from _shards(bucket)
+            yield from bucket_tensors(bucket)
         return
     optimizer = ptl_model._optimizer.mcore_optimizer
     for state in optimizer.optimizer.state.values():
@@ -269,26 +280,8 @@ def state_tensors(ptl_model) -> Iterator[torch.Tensor]:
         yield from group
 
 
-def step_bucket_by_bucket(optimizer, offload: OptimizerOffload) -> None:
-    """Have the buckets of Apex's DistributedFusedAdam pass through the GPU in its step, where they are away.
-
-    Its gradients and parameters must have buffers of their own, as with `megatron_amp_O2`.
-    """
-    step_of_buckets = optimizer._local_step
-
-    def local_step(bucket_ids: list[int]) -> None:
-        if offload.num_bytes_away == 0:
-            step_of_buckets(bucket_ids)
-            return
-        buckets = optimizer.state["buckets"]
-        with closing(offload.passing_through({i: _shards(buckets[i]) for i in bucket_ids})) as turns:
-            for bucket_id in turns:
-                step_of_buckets([bucket_id])
-
-    optimizer._local_step = local_step
-
-
-def _shards(bucket) -> Iterator[torch.Tensor]:
+def bucket_tensors(bucket) -> Iterator[torch.Tensor]:
+    """This rank's part of one bucket of Apex's DistributedFusedAdam."""
     shards = (getattr(bucket, name) for name in _SHARDS)
     return (shard for shard in shards if shard is not None)
 

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 from nemo_aligner.compat import float32_accumulation, varlen_attention
 from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor, packed_attention
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
-from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings
 from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
+from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils import logprobs
 from tests.tiny import load_actor
 from tests.unit.test_layer_spec import layer_norm_formula, norm, rms_formula

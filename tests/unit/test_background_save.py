@@ -128,9 +128,13 @@ def test_outside_of_training_a_save_is_on_the_disk_on_return(run, tmp_path):
     assert names(tmp_path) == {"1", "1-last"}
 
 
-def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_its_name(run, tmp_path):
+def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_its_name(run, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(checkpoints.logging, "warning", warnings.append)
     run.save(val_global_rewards=-1.0)
+    assert warnings == []
     run.save()
+    assert len(warnings) == 1 and "monitor=val_global_rewards was not measured in this step" in warnings[0]
     assert names(tmp_path) == {"1", "2-last"}
     assert run.callback.last_model_path.endswith("epoch=0-val_global_rewards=nan-last.ckpt")
     assert list(run.callback.best_k_models.values()) == [torch.tensor(-1.0)]

@@ -14,6 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_aligner.compat import virtual_stages
+from nemo_aligner.generation.rollouts import GenerationSettings
+from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.rewards import build
 from nemo_aligner.utils import config_checks
 from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
@@ -109,6 +111,12 @@ def test_a_yaml_file_documents_exactly_the_known_keys(name):
     assert set(cfg.model.rs.sampling_params) == SAMPLING_KEYS
     assert set(cfg.model.rs.length_params) == {"max_length", "min_length"}
     assert set(cfg.model.rs.reward) == {"target", "kwargs"}
+
+
+def test_the_yaml_file_says_what_holds_without_its_newer_sections():
+    rs = config().model.rs
+    assert GenerationSettings(**rs.generation) == GenerationSettings()
+    assert TrainingSettings(**rs.training) == TrainingSettings()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)

@@ -17,6 +17,7 @@ from nemo_aligner.compat import float32_accumulation, varlen_attention
 from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor, packed_forward, packing
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
+from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils import logprobs
 from nemo_aligner.utils.target_logprobs import TargetLogprobs
 from tests.tiny import load_actor, save_gpt2_like
@@ -113,7 +114,7 @@ def test_packs_never_hold_more_than_the_rows_they_stand_for():
 
 def padded_step(actor, *args, **kwargs):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(actor, "_training", packed_forward.TrainingSettings(packing=False))
+        patch.setattr(actor, "_training", TrainingSettings(packing=False))
         patch.setattr(megatron_gpt_rs_actor, "packed_forward", None)
         return training_step(actor, *args, **kwargs)
 

@@ -266,7 +266,7 @@ def test_validation_scores_every_prompt_once_up_to_the_limit(num_val, scored):
 
 def test_an_empty_rollout_phase_is_an_error():
     trainer = make_trainer()
-    with pytest.raises(ValueError, match="no rollouts"):
+    with pytest.raises(ValueError, match="training prompts make no micro-batch"):
         trainer.generate_rollouts(iter([]), 2)
     with pytest.raises(ValueError, match="no rollouts to train on"):
         trainer.run_training(iter([]))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_aligner.utils.optimizer_offload import step_bucket_by_bucket
+from nemo_aligner.compat.apex_step import step_bucket_by_bucket
 from tests.tiny import load_actor
 
 
@@ -56,6 +56,11 @@ def test_buckets_are_stepped_one_at_a_time_where_they_are_away(calls):
         ("in", 3, [30, 31]), ("step", [3]), ("out", 3),
         ("in", 1, [10, 11]), ("step", [1]), ("out", 1),
     ]  # fmt: skip
+
+
+def test_another_optimizer_is_refused(calls):
+    with pytest.raises(ValueError, match="distributed_fused_adam, not AdamW"):
+        step_bucket_by_bucket(torch.optim.AdamW([torch.zeros(1)]), FakeOffload(calls))
 
 
 @pytest.mark.parametrize("streams", [False, True])

@@ -24,6 +24,7 @@ from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner import compat
 from nemo_aligner.compat import device, mcore_optimizer, virtual_stages
+from nemo_aligner.compat.apex_step import step_bucket_by_bucket
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.kv_cache import usable_memory
 from nemo_aligner.generation.rollouts import GenerationSettings, PromptBatch, RolloutGenerator
@@ -32,11 +33,12 @@ from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
 from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
-from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings, packed_forward, unsupported_part
+from nemo_aligner.models.nlp.gpt.packed_forward import packed_forward, unsupported_part
 from nemo_aligner.models.nlp.gpt.packing import Pack, pack_batch
+from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
-from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors, step_bucket_by_bucket
+from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors
 from nemo_aligner.utils.train_utils import (
     finish_param_sync,
     grad_reductions,
@@ -332,10 +334,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return iter(microbatches)
 
     def prepare_for_training(self) -> None:
-        """Set batch sizes for training and have the optimizer states back on the device, if they belong there.
+        """Set batch sizes for training and have the optimizer states back on the device.
 
         After `prefetch_adam_states` they may still be on their way: forward and backward need not wait for them, and
-        `finish_training_step` does. With `rs.training.stream_adam_states` they are on the host.
+        `finish_training_step` does. With `rs.training.stream_adam_states` they stay on the host, or go there.
         """
         configure_batch_sizes(
             mbs=self.cfg.micro_batch_size,
@@ -358,7 +360,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             self.onload_adam_states()
 
     def finish_training(self) -> None:
-        """Have all parameters in place; optimizer states stay on the device until inference needs its memory."""
+        """Have all parameters in place. Optimizer states on the device stay there until inference needs its memory."""
         finish_param_sync(self)
 
     # Inference

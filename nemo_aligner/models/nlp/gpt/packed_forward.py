@@ -9,7 +9,6 @@ Legend: as in packing.py, and H hidden size.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -20,20 +19,6 @@ from megatron.core.utils import get_attr_wrapped_model
 from nemo_aligner.models.nlp.gpt.layer_spec import ScaledDotProductAttention
 from nemo_aligner.models.nlp.gpt.packing import Pack
 from nemo_aligner.utils.target_logprobs import TargetLogprobs
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The section `model.rs.training`, which existing configurations may lack.
-
-    Attributes:
-        packing: train on rows without their padding.
-        stream_adam_states: while training, too, the optimizer state is on the host; it passes through the GPU in the
-            optimizer's step.
-    """
-
-    packing: bool = True
-    stream_adam_states: bool = False
 
 
 def unsupported_part(gpt_model: torch.nn.Module) -> str | None:

@@ -1,0 +1,37 @@
+"""The step of Apex's DistributedFusedAdam, bucket by bucket, while the state of the others is on the host.
+
+For Apex 25.04, which steps through all buckets in one or two calls of a method of its own and has no hook between them.
+To be deleted once it has one. What would show that the method has changed: tests/gpu/test_training_script.py, where the
+losses of a state that passes through the GPU are those of one that stays there.
+"""
+
+from contextlib import closing
+
+from nemo_aligner.utils.optimizer_offload import OptimizerOffload, bucket_tensors
+
+
+def step_bucket_by_bucket(optimizer, offload: OptimizerOffload) -> None:
+    """Have buckets that are away pass through the GPU in the optimizer's step.
+
+    Its parameters must have memory of their own beside the state, as in bf16 with `megatron_amp_O2`.
+
+    Raises:
+        ValueError: it is another optimizer.
+    """
+    step_of_buckets = getattr(optimizer, "_local_step", None)
+    if step_of_buckets is None:
+        raise ValueError(
+            "model.rs.training.stream_adam_states=True needs model.optim.name=distributed_fused_adam, not "
+            f"{type(optimizer).__name__}"
+        )
+
+    def local_step(bucket_ids: list[int]) -> None:
+        if offload.num_bytes_away == 0:
+            step_of_buckets(bucket_ids)
+            return
+        buckets = optimizer.state["buckets"]
+        with closing(offload.passing_through({i: bucket_tensors(buckets[i]) for i in bucket_ids})) as turns:
+            for bucket_id in turns:
+                step_of_buckets([bucket_id])
+
+    optimizer._local_step = local_step
