@@ -25,8 +25,8 @@ def can_compute(query_TND: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
-    is_built = torch.backends.cuda.is_flash_attention_available
-    return is_built() and torch.cuda.get_device_capability(device) >= (8, 0)
+    is_built = torch.backends.cuda.is_flash_attention_available()
+    return is_built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def causal(
