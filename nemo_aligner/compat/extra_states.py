@@ -1,9 +1,9 @@
 """Transformer Engine's modules restored from weights that another version of it wrote, or megatron-core's own modules.
 
 A module of Transformer Engine keeps the scales of FP8 in an extra state, which is empty without FP8. Its attention has
-one since 1.8 (NeMo 2.0.0 makes an exception for the name that 1.6 and 1.7 gave it), its norms since 2.0. Weights that
-were written without these do not hold them, and megatron-core 0.9 fails at the first that is missing. Removal: with a
-megatron-core that leaves an extra state as it is where a checkpoint has none.
+one since 1.8 (NeMo 2.0.0 makes an exception for the name that 1.6 and 1.7 gave it), and by 2.9 its norms have. Weights
+that were written without these do not hold them, and megatron-core 0.9 fails at the first that is missing. Removal:
+with a megatron-core that leaves an extra state as it is where a checkpoint has none.
 """
 
 import re
