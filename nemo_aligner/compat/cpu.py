@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+from nemo_aligner import compat
 from nemo_aligner.compat import cpu_linear, device
 
 
@@ -32,7 +33,7 @@ def enable() -> None:
     # Random states of the tracker are those of the CPU's generator.
     random._set_cuda_rng_state = lambda state, device=-1: torch.set_rng_state(state)
     if "nemo.core.classes.modelPT" in sys.modules:
-        redirect_nemo()
+        compat.apply()  # again, if it was before: what is there for a GPU only may be missing now
 
 
 def redirect_nemo() -> None:

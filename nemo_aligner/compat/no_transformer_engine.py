@@ -1,4 +1,4 @@
-"""NeMo 2.0.0 without Transformer Engine.
+"""NeMo 2.0.0 without Transformer Engine: where it is not installed, and on a CPU, where its modules refuse to be built.
 
 Removal: with a NeMo whose GPT model can be built from megatron-core's local modules alone.
 """
@@ -7,13 +7,15 @@ import os
 
 from nemo.utils import logging
 
+from nemo_aligner.compat import device
+
 
 def apply() -> None:
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 
     # MegatronBaseModel matches a pattern against this variable, which only NVIDIA's containers set (TypeError on None).
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "")
-    if megatron_gpt_model.HAVE_TE:
+    if megatron_gpt_model.HAVE_TE and not device.on_cpu():
         return
     _skip_bert_models()
     _use_own_layer_spec(megatron_gpt_model)
@@ -44,11 +46,11 @@ def _use_own_layer_spec(megatron_gpt_model) -> None:
     def get_specs(spec_name, transformer_config=None, use_te=True, hyena_cfg=None):
         if spec_name not in ("", "te_gpt"):
             raise ValueError(
-                f"model.name: the layer spec {spec_name!r} needs Transformer Engine, which is not installed; "
-                "install it, or use a model with the default spec (model.name: '')"
+                f"model.name: the layer spec {spec_name!r} needs Transformer Engine, and a GPU for it; install it, or "
+                "use a model with the default spec (model.name: '')"
             )
         if use_te:
-            logging.warning("transformer_engine is not installed: model.transformer_engine is ignored, torch is used")
+            logging.warning("no Transformer Engine, or no GPU: model.transformer_engine is ignored, torch is used")
         return get_block_spec(transformer_config)
 
     megatron_gpt_model.get_specs = get_specs

@@ -122,6 +122,12 @@ def _check_unsupported(cfg: DictConfig) -> None:
         )
     if (model.get("context_parallel_size") or 1) > 1:
         raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
+    has_te = cfg.trainer.accelerator != "cpu" and importlib.util.find_spec("transformer_engine") is not None
+    if has_te and model.get("transformer_engine") and model.data.get("reset_attention_mask"):
+        raise ConfigError(
+            "model.data.reset_attention_mask=True needs a mask, which Transformer Engine's causal attention does not "
+            "read; set it to False, or model.transformer_engine=False"
+        )
     _check_optimizer(cfg)
 
 

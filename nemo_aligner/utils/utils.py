@@ -15,6 +15,7 @@ from nemo.utils import AppState
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_aligner.compat import extra_states
 from nemo_aligner.data.nlp.builders import collate_with_batch_max_sequence_length  # noqa: F401
 from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, extract_value_from_ckpt  # noqa: F401
 from nemo_aligner.utils.errors import ConfigError
@@ -75,6 +76,7 @@ class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
                 cfg.dist_ckpt_format = weights.format or wanted_format
 
             def check(model):
+                extra_states.keep_where_missing(model, weights.objects)
                 with naming(checkpoint.where):
                     check_model(weights, model, strict, may_hold_more=self.load_base_model_only)
 
@@ -93,6 +95,7 @@ class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
                     self.model_extracted_dir = None
                 with open_dict(cfg):
                     cfg.dist_ckpt_format = wanted_format
+            del model.sharded_state_dict
             with open_dict(model.cfg):
                 model.cfg.dist_ckpt_format = wanted_format
             return model

@@ -193,6 +193,7 @@ def called_kernel(called: list[str], name: str, kernel, *args):
     return kernel(*args)
 
 
+@pytest.mark.usefixtures("own_layers")
 @pytest.mark.parametrize("kind", ["llama", *MODELS])
 def test_a_layer(kind, tiny_hf, tiny_nemo, tmp_path, monkeypatch):
     """Gradients of all parameters, some of which are frozen, against megatron-core's modules."""

@@ -69,6 +69,7 @@ def check_errors(packed, padded, exact, record_property) -> None:
     assert not too_large, f"relative errors [packed, padded]: {too_large}"
 
 
+@pytest.mark.usefixtures("own_layers")
 @pytest.mark.parametrize("entries", [logprobs.MAX_CHUNK_ENTRIES, 1000])
 def test_packs_in_float32(float32, tiny_hf, monkeypatch, record_property, entries):
     batch = {key: value.cuda() for key, value in make_batch(ROWS).items()}
@@ -96,6 +97,7 @@ def load_in_bfloat16(tiny_nemo, kind: str):
     return actor
 
 
+@pytest.mark.usefixtures("own_layers")
 @pytest.mark.parametrize("kind", ["O2", "O2 fused", "autocast"])
 def test_packs_in_bfloat16(tiny_nemo, of_rounded_weights, monkeypatch, record_property, kind):
     actor = load_in_bfloat16(tiny_nemo, kind)
@@ -182,6 +184,7 @@ def test_norms_in_bfloat16_compute_in_float32(name):
     torch.testing.assert_close(ours.double(), expected, rtol=2**-8, atol=2**-12)
 
 
+@pytest.mark.usefixtures("own_layers")
 def test_nothing_in_the_loop_over_packs_makes_the_host_wait(tiny_nemo, monkeypatch):
     """What would, raises an error that shows where."""
     actor = load_in_bfloat16(tiny_nemo, "O2 fused")

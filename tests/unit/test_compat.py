@@ -96,10 +96,12 @@ def test_apex_is_replaced_only_if_missing(monkeypatch, is_there):
     assert nlp_overrides.HAVE_APEX
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("is_there", [True, False])
-def test_transformer_engine_is_replaced_only_if_missing(monkeypatch, is_there):
+def test_transformer_engine_is_replaced_only_if_missing_or_on_a_cpu(monkeypatch, is_there, on_cpu):
     monkeypatch.setattr(megatron_gpt_model, "HAVE_TE", is_there)
-    assert set(replaced_by(no_transformer_engine.apply, TE_NAMES, monkeypatch)) == {not is_there}
+    monkeypatch.setattr(device, "_on_cpu", on_cpu)
+    assert set(replaced_by(no_transformer_engine.apply, TE_NAMES, monkeypatch)) == {on_cpu or not is_there}
 
 
 @pytest.mark.parametrize("version", ["24.07", None])
@@ -257,6 +259,11 @@ def specs():
         found[f"get_specs {is_there}"] = megatron_gpt_model.get_specs.__module__
         if is_there:
             found["with"], found["off"] = (megatron_gpt_model.get_specs("", None, use) for use in (True, False))
+            of_nemo = megatron_gpt_model.get_specs
+    megatron_gpt_model.HAVE_TE, megatron_gpt_model.get_specs = True, of_nemo
+    from nemo_aligner.compat import cpu
+    cpu.enable()
+    found["get_specs on a CPU"] = megatron_gpt_model.get_specs.__module__
     return found
 """
     + PROBE
@@ -297,6 +304,10 @@ def test_with_transformer_engine_nemo_chooses_the_spec(bare):
     assert bare["off"] == "get_gpt_layer_local_spec"  # model.transformer_engine: False, although it is installed
     assert bare["get_specs True"] == megatron_gpt_model.__name__
     assert bare["get_specs False"] == no_transformer_engine.__name__
+
+
+def test_on_a_cpu_the_spec_is_our_own_though_transformer_engine_is_installed(bare):
+    assert bare["get_specs on a CPU"] == no_transformer_engine.__name__
 
 
 def test_virtual_stages_without_O2_still_need_their_stand_ins(bare):

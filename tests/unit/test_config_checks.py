@@ -224,6 +224,18 @@ def test_optimizers_of_apex_need_apex(files, optimizer, monkeypatch):
     check_rs_config(config(f"model.optim.name={optimizer}"))
 
 
+def test_transformer_engine_s_attention_reads_no_mask(files, monkeypatch):
+    overrides = ["model.data.reset_attention_mask=True", "+model.transformer_engine=True"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    message = refusal(*overrides, "trainer.accelerator=gpu")
+    assert message.startswith("model.data.reset_attention_mask=True needs a mask, which Transformer Engine's causal")
+    check_rs_config(config(*overrides))  # on a CPU, where our own layers stand in
+    check_rs_config(config(overrides[0], "+model.transformer_engine=False", "trainer.accelerator=gpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_rs_config(config(*overrides, "trainer.accelerator=gpu"))
+
+
 def test_a_gpu_configuration_without_a_gpu(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = refusal("trainer.accelerator=gpu")

@@ -1,4 +1,4 @@
-"""Transformer layers out of plain torch, for machines without Transformer Engine.
+"""Transformer layers out of plain torch, where there is no Transformer Engine, or no GPU for it.
 
 The parameters have the names, shapes and tensor-parallel sharding of megatron-core's own layers, and the checkpoint
 keys of its Transformer Engine spec, so that archives written with either restore here and the other way round.
@@ -184,9 +184,9 @@ def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         ValueError: for a mixture of experts or context parallelism, which these modules do not have.
     """
     if config.num_moe_experts is not None:
-        raise ValueError("model.num_moe_experts: a mixture of experts needs Transformer Engine, which is not installed")
+        raise ValueError("model.num_moe_experts: a mixture of experts needs Transformer Engine and a GPU")
     if config.context_parallel_size > 1:
-        raise ValueError("model.context_parallel_size: must be 1 without Transformer Engine")
+        raise ValueError("model.context_parallel_size: must be 1 without Transformer Engine on a GPU")
     layer = ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(
