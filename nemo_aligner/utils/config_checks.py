@@ -2,12 +2,23 @@
 
 import difflib
 import importlib.util
+import inspect
+import os
 from dataclasses import fields
 
 import torch
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
+from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins.environments import (
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.generation.rollouts import GenerationSettings
@@ -34,6 +45,9 @@ SAMPLING_KEYS = {
     "use_greedy", "temperature", "top_k", "top_p", "repetition_penalty", "add_BOS", "all_probs", "compute_logprob",
     "end_strings",
 }  # fmt: skip
+OPTIMIZERS_OF_MEGATRON = ("fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
+REQUIRED_SECTIONS = ("trainer", "trainer.rs", "model.rs", "model.rs.sampling_params", "model.rs.length_params")
 # Accepted for the sake of existing files, but without effect: (key, the value that says nothing).
 WITHOUT_EFFECT = (
     ("trainer.max_time", None),
@@ -84,6 +98,7 @@ def check_rs_config(cfg: DictConfig) -> None:
 
 def _check_keys(cfg: DictConfig) -> None:
     sections = (
+        ("trainer", {*inspect.signature(Trainer).parameters, "rs"}),
         ("trainer.rs", TRAINER_RS_KEYS),
         ("model.rs", MODEL_RS_KEYS),
         ("model.rs.sampling_params", SAMPLING_KEYS),
@@ -94,7 +109,7 @@ def _check_keys(cfg: DictConfig) -> None:
     )
     for section, known in sections:
         settings = OmegaConf.select(cfg, section)
-        if not (settings is None or OmegaConf.is_dict(settings)):
+        if not OmegaConf.is_dict(settings) and (settings is not None or section in REQUIRED_SECTIONS):
             raise ConfigError(f"{section}={settings!r} must be a section with keys, of {', '.join(sorted(known))}")
         for key in settings or ():
             if key not in known:
@@ -105,6 +120,11 @@ def _check_keys(cfg: DictConfig) -> None:
 def _check_machine(cfg: DictConfig) -> None:
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() == 0:
         raise ConfigError("trainer.accelerator=gpu, but this machine has no GPU; set trainer.accelerator=cpu to use it")
+    if cfg.trainer.num_nodes > 1 and "MASTER_ADDR" not in os.environ and not any(c.detect() for c in CLUSTERS):
+        raise ConfigError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}, but nothing has started processes on other nodes: start the "
+            "script with srun or torchrun, or set trainer.num_nodes=1"
+        )
 
 
 def _check_unsupported(cfg: DictConfig) -> None:
@@ -133,6 +153,12 @@ def _check_unsupported(cfg: DictConfig) -> None:
 
 def _check_optimizer(cfg: DictConfig) -> None:
     optim = cfg.model.optim
+    for key, name, known in (
+        ("name", optim.name, {*AVAILABLE_OPTIMIZERS, *OPTIMIZERS_OF_MEGATRON}),
+        ("sched.name", (optim.get("sched") or {}).get("name"), set(AVAILABLE_SCHEDULERS)),
+    ):
+        if name is not None and name not in known:
+            raise ConfigError(f"model.optim.{key}={name} must be one of {', '.join(sorted(known))}")
     if optim.name in ("distributed_fused_adam", "fused_adam") and importlib.util.find_spec("apex") is None:
         raise ConfigError(
             f"model.optim.name={optim.name} needs Apex, which is not installed; use mcore_distributed_optim or adamw"
@@ -166,6 +192,10 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"model.rs.num_val_samples={rs.num_val_samples} must be a multiple of model.rs.val_rollout_micro_batch_size"
             f" * {data_parallel_size} data-parallel replicas = {rows}"
         )
+    for key, source in (("model_gbs", "global_batch_size"), ("model_mbs", "micro_batch_size")):
+        size = cfg.trainer.rs.get(key, model[source])
+        if size != model[source]:
+            raise ConfigError(f"trainer.rs.{key}={size} must be model.{source}={model[source]}")
     val_interval, save_interval = cfg.trainer.rs.val_check_interval, cfg.trainer.rs.save_interval
     if val_interval > 0 and save_interval % val_interval:
         raise ConfigError(

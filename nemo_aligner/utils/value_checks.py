@@ -31,17 +31,25 @@ def _are_end_strings(value) -> bool:
     return isinstance(value, ListConfig) and all(isinstance(text, str) and text for text in value)
 
 
+def _are_betas(value) -> bool:
+    return isinstance(value, ListConfig) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+
+
 _COUNT = _Rule(lambda value: type(value) is int and value > 0, "a positive whole number")
 _COUNT_OR_NULL = _Rule(lambda value: value is None or _COUNT.holds(value), "a positive whole number or null")
 _WHOLE = _Rule(lambda value: type(value) is int, "a whole number")
 _WHOLE_FROM_0 = _Rule(lambda value: type(value) is int and value >= 0, "a whole number, 0 or larger")
+_NUMBER_FROM_0 = _Rule(lambda value: _is_number(value) and value >= 0, "a number, 0 or larger")
 _SWITCH = _Rule(lambda value: isinstance(value, bool), "true or false")
 
 _RULES = {
     "trainer.devices": _COUNT,
     "trainer.num_nodes": _COUNT,
-    "trainer.rs.max_epochs": _WHOLE,
-    "trainer.rs.max_steps": _WHOLE,
+    "trainer.accelerator": _Rule(lambda value: value in ("gpu", "cpu"), "gpu or cpu"),
+    "trainer.rs.max_epochs": _COUNT,
+    "trainer.rs.max_steps": _Rule(
+        lambda value: value == -1 or _WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
+    ),
     "trainer.rs.val_check_interval": _WHOLE,
     "trainer.rs.save_interval": _WHOLE,
     "model.global_batch_size": _COUNT,
@@ -58,7 +66,7 @@ _RULES = {
     "model.rs.length_params.min_length": _WHOLE_FROM_0,
     "model.rs.sampling_params.use_greedy": _SWITCH,
     "model.rs.sampling_params.temperature": _Rule(
-        lambda value: _is_number(value) and value > 0, "above 0; for the most probable token set use_greedy"
+        lambda value: _is_number(value) and value >= 1e-6, "above 0; for the most probable token set use_greedy"
     ),
     "model.rs.sampling_params.top_k": _Rule(_WHOLE_FROM_0.holds, "a whole number, 0 (off) or more"),
     "model.rs.sampling_params.top_p": _Rule(lambda value: _is_number(value) and 0 <= value <= 1, "between 0 and 1"),
@@ -67,7 +75,7 @@ _RULES = {
     ),
     "model.rs.sampling_params.end_strings": _Rule(_are_end_strings, "a list of strings, none of them empty"),
     "model.optim.name": _Rule(lambda value: isinstance(value, str) and value != "", "the name of an optimizer"),
-    "model.optim.lr": _Rule(lambda value: _is_number(value) and value >= 0, "a number, 0 or larger"),
+    "model.optim.lr": _NUMBER_FROM_0,
 }
 # These have defaults.
 _RULES_OF_OPTIONAL_KEYS = {
@@ -77,6 +85,16 @@ _RULES_OF_OPTIONAL_KEYS = {
     ),
     "trainer.rs.rollout_batch_seq_length": _COUNT_OR_NULL,
     "exp_manager.max_time_per_run": _Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),
+    "exp_manager.checkpoint_callback_params.monitor": _Rule(
+        lambda value: isinstance(value, str) and value != "", "the name of a metric"
+    ),
+    "exp_manager.checkpoint_callback_params.mode": _Rule(lambda value: value in ("min", "max"), "min or max"),
+    "exp_manager.checkpoint_callback_params.save_top_k": _Rule(
+        lambda value: type(value) is int and value >= -1, "a whole number, or -1 for all"
+    ),
+    "model.data.num_workers": _WHOLE_FROM_0,
+    "model.optim.weight_decay": _NUMBER_FROM_0,
+    "model.optim.betas": _Rule(_are_betas, "a list of two numbers, each at least 0 and less than 1"),
     "model.seed": _WHOLE_FROM_0,
     "model.tensor_model_parallel_size": _COUNT,
     "model.pipeline_model_parallel_size": _COUNT,

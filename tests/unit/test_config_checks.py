@@ -21,6 +21,7 @@ from nemo_aligner.utils import config_checks
 from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
+from nemo_aligner.utils.train_script_utils import resolve_and_create_trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
@@ -89,9 +90,16 @@ def test_a_single_string_is_no_list_of_end_strings(files):
     assert "must be a list of strings" in refusal("model.rs.sampling_params.end_strings=stop")
 
 
+def test_what_cannot_be_computed_from_a_value_names_the_key():
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("gpt_rs_actor", ["model.tensor_model_parallel_size=null"])
+    with pytest.raises(ConfigError, match=r"^exp_manager\.checkpoint_callback_params\.model_parallel_size: .*NoneType"):
+        resolve_and_create_trainer(cfg, "rs")
+
+
 def test_a_section_without_keys_is_refused(files):
     assert refusal("model.rs.length_params=null") == (
-        "model.rs.length_params.max_length is not set; it must be a positive whole number"
+        "model.rs.length_params=None must be a section with keys, of max_length, min_length"
     )
 
 
@@ -205,6 +213,18 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
             [f"model.rs.{key}" for key in ("training.stream_adam_states=True", "offload_adam_states=False")],
             ["stream_adam_states=True needs", "model.rs.offload_adam_states=True"],
         ),
+        (["trainer.rs.max_steps=-5"], ["trainer.rs.max_steps=-5", "-1 for as many"]),
+        (["trainer.rs.max_epochs=-1"], ["trainer.rs.max_epochs=-1", "a positive whole number"]),
+        (["trainer.accelerator=tpu"], ["trainer.accelerator='tpu' must be gpu or cpu"]),
+        (["+trainer.device=5"], ["trainer.device is not a known key; did you mean trainer.devices?"]),
+        (["trainer.num_nodes=2", "trainer.devices=1"], ["trainer.num_nodes=2", "srun or torchrun"]),
+        (["trainer.rs.model_gbs=4"], ["trainer.rs.model_gbs=4 must be model.global_batch_size=8"]),
+        (["model.optim.name=adamww"], ["model.optim.name=adamww must be one of", "adamw,"]),
+        (["model.optim.sched.name=foo"], ["model.optim.sched.name=foo must be one of", "CosineAnnealing,"]),
+        (["model.optim.betas=0.9"], ["model.optim.betas=0.9", "a list of two numbers"]),
+        (["exp_manager.checkpoint_callback_params.monitor=null"], ["monitor=None must be the name of a metric"]),
+        (["exp_manager.checkpoint_callback_params.mode=most"], ["mode='most' must be min or max"]),
+        (["model.rs.sampling_params.temperature=1e-45"], ["temperature=1e-45", "use_greedy"]),
         (["model.rs.training=false"], ["model.rs.training=False", "a section with keys", "packing"]),
         (["model.rs.generation=true"], ["model.rs.generation=True", "a section with keys", "backend"]),
     ],
