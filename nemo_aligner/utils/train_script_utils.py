@@ -12,7 +12,6 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerB
 from nemo.utils import logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning.trainer import call
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.trainer.trainer import Trainer
@@ -91,10 +90,7 @@ def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer
     Raises:
         ConfigError: for a mistake in the configuration or in a file it names.
     """
-    try:
-        OmegaConf.resolve(cfg)
-    except InterpolationResolutionError as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    OmegaConf.resolve(cfg)
     if cfg.trainer.accelerator == "cpu":
         cpu.enable()
         with open_dict(cfg):

@@ -21,7 +21,6 @@ from nemo_aligner.utils import config_checks
 from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
-from nemo_aligner.utils.train_script_utils import resolve_and_create_trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
@@ -88,13 +87,6 @@ def test_values_of_a_wrong_kind_are_refused_before_anything_is_computed(files, k
 def test_a_single_string_is_no_list_of_end_strings(files):
     """Each of its characters would end a response."""
     assert "must be a list of strings" in refusal("model.rs.sampling_params.end_strings=stop")
-
-
-def test_what_cannot_be_computed_from_a_value_names_the_key():
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("gpt_rs_actor", ["model.tensor_model_parallel_size=null"])
-    with pytest.raises(ConfigError, match=r"^exp_manager\.checkpoint_callback_params\.model_parallel_size: .*NoneType"):
-        resolve_and_create_trainer(cfg, "rs")
 
 
 def test_a_section_without_keys_is_refused(files):
