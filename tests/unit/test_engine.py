@@ -309,6 +309,33 @@ def test_memory_that_captured_graphs_hold_is_not_usable(monkeypatch):
     assert kv_cache.usable_memory(torch.device("cuda", 0)) == int(0.85 * 2740)
 
 
+def test_rows_that_memory_limits_stay_as_many_from_one_phase_to_the_next(generating, monkeypatch):
+    """As graphs are for a cache of one size; they are dropped before memory is measured only if of no use any more."""
+    actor, prompts = generating(), ragged_prompts(40)
+    actor.infer(batch_of(actor, prompts))
+    engine = actor._rollout_generator._engine
+    per_row, of_prompts = engine._cache.num_bytes // 40, engine._prompts.num_bytes
+    found = []
+    for num_fitting in (20, 22, 20, 19, 21, 24, 40):
+
+        def measured(device, num_fitting=num_fitting):
+            found.append([engine._graphs is not None])
+            return num_fitting * per_row + of_prompts
+
+        actor._rollout_generator.release()
+        monkeypatch.setattr(engine_module, "usable_memory", measured)
+        rows = engine._device_rows
+        actor.infer(batch_of(actor, prompts))
+        found[-1] += [engine._cache.num_rows, engine._device_rows is rows]
+    assert found == [
+        [True, 20, False], [True, 20, True], [True, 20, True], [True, 19, False], [True, 19, True], [True, 24, False],
+        [True, 40, False],
+    ]  # fmt: skip
+    actor._rollout_generator.release()
+    actor.infer(batch_of(actor, prompts[:3]))
+    assert found[-1] == [False]
+
+
 class FakeMemory:
     """Has room for `num_rows` rows of keys and values, and reports all that anyone could want."""
 
