@@ -34,8 +34,10 @@ def check_peft(cfg: DictConfig) -> None:
     peft = cfg.model.get("peft") or OmegaConf.create({"peft_scheme": "none"})
     if not check_scheme(peft):
         return
-    if (optimizer := cfg.model.optim.name) in ("distributed_fused_adam", "mcore_distributed_optim"):
-        raise ConfigError(f"model.optim.name={optimizer} cannot train adapters; use fused_adam or adamw")
+    if cfg.model.optim.name == "distributed_fused_adam":
+        raise ConfigError(
+            "model.optim.name=distributed_fused_adam cannot train adapters; use mcore_distributed_optim or fused_adam"
+        )
     for key in peft.get("lora_tuning") or ():
         if key not in LORA_KEYS:
             near = difflib.get_close_matches(key, LORA_KEYS, n=1, cutoff=0.0)[0]

@@ -1,6 +1,7 @@
 """LoRA in the training script, from its first step to a merged model, and in two processes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_aligner.convert.nemo_to_hf import export
 from nemo_aligner.models.nlp.gpt.lora import adapters_of, load_adapters_, read_adapters
 from tests.distributed.launch import run_ranks
+from tests.distributed.test_kill_and_resume import trajectory
 from tests.distributed.test_parallel_layouts import training_batch
-from tests.distributed.test_training_script import REWARD, SCRIPT, command, environment, rollouts
+from tests.distributed.test_training_script import REWARD, SCRIPT, G, K, command, environment, rollouts
 from tests.tiny import load_actor, prompt_batch
 
 PROMPTS = ["the quick brown", "one two three four five six", "a good", "kind and it ends"]
@@ -43,14 +45,16 @@ if __name__ == "__main__":
     path, fit = sys.argv.pop(1), RSTrainer.fit
 
     def spied(self):
-        before = {{name: weight.detach().clone() for name, weight in self.model.named_parameters()}}
+        (gpt_model,) = self.model.get_model_module_list()
+        named = dict(gpt_model.named_parameters(prefix="model"))
+        before = {{name: weight.detach().clone() for name, weight in named.items()}}
         fit(self)
-        optimized = {{id(weight) for group in self.optimizer.param_groups for weight in group["params"]}}
-        named = dict(self.model.named_parameters())
+        groups = self.optimizer.param_groups
+        if torch.distributed.get_rank() > 0:
+            return
         torch.save({{
-            "before": before, "after": {{name: weight.detach() for name, weight in named.items()}},
-            "optimized": [name for name, weight in named.items() if id(weight) in optimized],
-            "num_optimized": len(optimized), "step": self.step,
+            "before": before, "after": {{name: weight.detach().clone() for name, weight in named.items()}},
+            "num_optimized": sum(weight.numel() for group in groups for weight in group["params"]), "step": self.step,
             "adam_steps": sorted({{int(state["step"]) for state in self.optimizer.state.values()}}),
             "trainable": [name for name, weight in named.items() if weight.requires_grad],
         }}, path)
@@ -101,12 +105,21 @@ def greedy(workplace: Path, log_dir: str, step: int) -> dict[int, str]:
     return {line["prompt_index"]: line["response"] for line in lines}
 
 
+def assert_base_is_untouched(found: dict) -> None:
+    base = [name for name in found["before"] if ".adapter_layer." not in name]
+    assert base and all(torch.equal(found["before"][name], found["after"][name]) for name in base)
+
+
+def assert_adapters_alone_have_learnt(found: dict) -> None:
+    adapters = {name: weight for name, weight in found["before"].items() if ".adapter_layer." in name}
+    assert len(adapters) == 4 * 4 * 2 and set(found["trainable"]) == adapters.keys()
+    assert found["num_optimized"] == sum(weight.numel() for weight in adapters.values())
+    changed = {name for name, weight in found["before"].items() if not torch.equal(weight, found["after"][name])}
+    assert changed == adapters.keys()
+
+
 def test_adapters_alone_learn(run):
-    adapters = {name for name in run["before"] if ".adapter_layer." in name}
-    assert len(adapters) == 4 * 4 * 2
-    assert set(run["optimized"]) == set(run["trainable"]) == adapters and run["num_optimized"] == len(adapters)
-    changed = {name for name, weight in run["before"].items() if not torch.equal(weight, run["after"][name])}
-    assert changed == adapters
+    assert_adapters_alone_have_learnt(run)
 
 
 def test_rollouts_use_what_was_learnt(run, workplace):
@@ -156,6 +169,53 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(run, workplace):
     assert resumed["adam_steps"] == run["adam_steps"] == [STEPS * 2]  # two optimizer steps in each
     for name, weight in run["after"].items():
         assert torch.equal(resumed["after"][name], weight), name
+
+
+# ---- the distributed optimizer
+
+MCORE = "model.optim.name=mcore_distributed_optim"
+# One optimizer step for each RS step, so that replicas train on the same rows together, however many there are. The eps
+# keeps Adam from making a whole step of a gradient that is all rounding error.
+TOGETHER = (
+    f"model.global_batch_size={G * K}", f"+model.optim.sched.max_steps={STEPS}", "+model.optim.eps=1e-4",
+    "model.rs.sampling_params.use_greedy=False", "trainer.rs.gradient_clip_val=0.5",
+)  # fmt: skip
+TWO_REPLICAS = ("trainer.devices=2", "model.optim.overlap_grad_sync=True", "+model.optim.overlap_param_sync=True")
+LAYOUTS = {"dp2": TWO_REPLICAS, "pp2": ("trainer.devices=2", "model.pipeline_model_parallel_size=2")}
+
+
+def test_the_distributed_optimizer_of_one_process_is_adamw(run, workplace):
+    found = run_lora(workplace, "mcore", "trainer.rs.val_at_start=True", MCORE)
+    assert_adapters_alone_have_learnt(found)
+    assert all(torch.equal(found["after"][name], weight) for name, weight in run["after"].items())
+    ours, theirs = read_adapters(archive(workplace, "mcore")), read_adapters(archive(workplace))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def adamw(workplace):
+    run_lora(workplace, "adamw", *TOGETHER)
+    return workplace / "adamw"
+
+
+@pytest.fixture(scope="module")
+def two_steps(workplace):
+    """A run of two replicas that ended one step early."""
+    run_lora(workplace, "two_steps", *TOGETHER, MCORE, *TWO_REPLICAS, f"trainer.rs.max_steps={STEPS - 1}")
+    return workplace / "two_steps"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_that_were_interrupted_are_one_with_adamw(workplace, adamw, two_steps, layout):
+    folder = shutil.copytree(two_steps, workplace / f"resumed_{layout}")
+    found = run_lora(workplace, folder.name, *TOGETHER, MCORE, *LAYOUTS[layout])
+    assert_base_is_untouched(found)
+    losses, expected = trajectory(folder)["loss"], trajectory(adamw)["loss"]
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == STEPS and all(losses.values())
+    ours, theirs = read_adapters(archive(workplace, folder.name)), read_adapters(archive(workplace, "adamw"))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
 
 
 # ---- two processes

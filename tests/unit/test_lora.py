@@ -338,7 +338,6 @@ LORA = "peft.lora_tuning"
             r"model\.peft\.restore_from_path=x\.nemo needs model\.peft\.peft_scheme=lora, not none",
         ),
         ({"peft.restore_from_path": "x.nemo"}, r"model\.peft\.restore_from_path: x\.nemo does not exist"),
-        ({"optim.name": "mcore_distributed_optim"}, r"model\.optim\.name=mcore_distributed_optim cannot train"),
         ({"optim.name": "distributed_fused_adam"}, r"model\.optim\.name=distributed_fused_adam cannot train adapters"),
         ({f"{LORA}.target_modules": ["attn"]}, r".*target_modules=\['attn'\] must be a list of attention_qkv"),
         ({f"{LORA}.target_modules": []}, r".*target_modules=\[\] must be a list"),

@@ -118,6 +118,11 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             return super().sharded_state_dict(prefix=prefix)
         return None if self._is_saving_archive else sharded_adapters(self)
 
+    def get_peft_state_dict(self) -> dict[str, torch.Tensor]:
+        """The adapters by their names, also where the model is a list, of one chunk, for megatron-core's optimizer."""
+        state = super().get_peft_state_dict()
+        return state["model_0"] if isinstance(self.model, list) else state
+
     def save_to(self, save_path: str) -> None:
         """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format.
 
