@@ -45,8 +45,11 @@ if __name__ == "__main__":
     path, fit = sys.argv.pop(1), RSTrainer.fit
 
     def spied(self):
-        (gpt_model,) = self.model.get_model_module_list()
-        named = dict(gpt_model.named_parameters(prefix="model"))
+        chunks = self.model.get_model_module_list()
+        prefixes = ["model"] if len(chunks) == 1 else [f"model_{{number}}" for number in range(len(chunks))]
+        named = {{
+            name: weight for prefix, chunk in zip(prefixes, chunks) for name, weight in chunk.named_parameters(prefix)
+        }}
         before = {{name: weight.detach().clone() for name, weight in named.items()}}
         fit(self)
         groups = self.optimizer.param_groups
@@ -181,7 +184,10 @@ TOGETHER = (
     "model.rs.sampling_params.use_greedy=False", "trainer.rs.gradient_clip_val=0.5",
 )  # fmt: skip
 TWO_REPLICAS = ("trainer.devices=2", "model.optim.overlap_grad_sync=True", "+model.optim.overlap_param_sync=True")
-LAYOUTS = {"dp2": TWO_REPLICAS, "pp2": ("trainer.devices=2", "model.pipeline_model_parallel_size=2")}
+TWO_STAGES = ("trainer.devices=2", "model.pipeline_model_parallel_size=2")
+LAYOUTS = {
+    "dp2": TWO_REPLICAS, "pp2": TWO_STAGES, "pp2_vpp2": (*TWO_STAGES, "++model.virtual_pipeline_model_parallel_size=2"),
+}  # fmt: skip
 
 
 def test_the_distributed_optimizer_of_one_process_is_adamw(run, workplace):
@@ -221,7 +227,9 @@ def test_two_processes_that_were_interrupted_are_one_with_adamw(workplace, adamw
 # ---- two processes
 
 
-def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size: int, tp: int, pp: int) -> dict:
+def run_layout(
+    rank: int, nemo_path: str, adapters: str, folder: str, world_size: int, tp: int, pp: int, vpp: int | None = None
+) -> dict:
     """Loss, gradients, greedy rollouts with adapters from an archive, then merged; leaves an archive of its own."""
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -230,7 +238,7 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
 
     model = load_actor(
         nemo_path, world_size, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-        micro_batch_size=1, global_batch_size=8,
+        virtual_pipeline_model_parallel_size=vpp, micro_batch_size=1, global_batch_size=8,
         peft={"peft_scheme": "lora", "restore_from_path": None, "lora_tuning": LORA},
     )  # fmt: skip
     init_peft(model, model.cfg)
@@ -248,10 +256,10 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
     if world_size == 1:
         Path(checkpoint).mkdir()
         dist_checkpointing.save(model.sharded_state_dict(), checkpoint)
-    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
-    loaded = dist_checkpointing.load(model.sharded_state_dict(), checkpoint)
+    expected = {name: weight.clone() for name, weight in flat(model.state_dict()).items()}
+    loaded = flat(dist_checkpointing.load(model.sharded_state_dict(), checkpoint))
     in_checkpoint = all(torch.equal(loaded[name], weight) for name, weight in expected.items())
-    model.save_to(f"{folder}/adapters_{tp}_{pp}_{dp_size}.nemo")
+    model.save_to(f"{folder}/adapters_{tp}_{pp}_{vpp}_{dp_size}.nemo")
     merge_lora_(model)
     return {
         "in_checkpoint": in_checkpoint,
@@ -262,6 +270,13 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
         "rollouts": first,
         "merged_rollouts": infer(model),
     }
+
+
+def flat(state: dict) -> dict[str, torch.Tensor]:
+    """The weights of virtual stages, which are in a dict for each, beside each other."""
+    if "model_0" not in state:
+        return state
+    return {f"{chunk} {name}": weight for chunk, weights in state.items() for name, weight in weights.items()}
 
 
 def weights(model, of=lambda parameter: parameter) -> dict[str, list]:
@@ -326,9 +341,13 @@ def one_process(tiny_nemo, adapters):
     return run_ranks(run_layout, 1, str(tiny_nemo), str(adapters), str(adapters.parent), 1, 1, 1)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["TP=2", "PP=2", "DP=2"])
-def test_two_processes_equal_one(tiny_nemo, adapters, one_process, tp, pp):
-    outcomes = run_ranks(run_layout, 2, str(tiny_nemo), str(adapters), str(adapters.parent), 2, tp, pp)
+@pytest.mark.parametrize(
+    ("tp", "pp", "vpp"),
+    [(2, 1, None), (1, 2, None), (1, 2, 2), (1, 1, None)],
+    ids=["TP=2", "PP=2", "PP=2, VPP=2", "DP=2"],
+)
+def test_two_processes_equal_one(tiny_nemo, adapters, one_process, tp, pp, vpp):
+    outcomes = run_ranks(run_layout, 2, str(tiny_nemo), str(adapters), str(adapters.parent), 2, tp, pp, vpp)
     expected, actual = whole(one_process, "gradients"), whole(outcomes, "gradients")
     assert actual.keys() == expected.keys() and len(expected) == 4 * 4 * 2
     for name, gradient in expected.items():
@@ -344,6 +363,6 @@ def test_two_processes_equal_one(tiny_nemo, adapters, one_process, tp, pp):
     assert all(weight.any() == ("linear_in" in name) for name, weight in fresh.items())
     assert pp == 2 or all(torch.equal(weight, of_one[name]) for name, weight in fresh.items())
 
-    saved = adapters.parent / f"adapters_{tp}_{pp}_{2 // tp // pp}.nemo"
+    saved = adapters.parent / f"adapters_{tp}_{pp}_{vpp}_{2 // tp // pp}.nemo"
     first, again = read_adapters(adapters), read_adapters(saved)
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)

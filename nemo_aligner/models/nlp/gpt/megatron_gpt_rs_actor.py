@@ -31,7 +31,7 @@ from nemo_aligner.generation.sampling import random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
-from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
+from nemo_aligner.models.nlp.gpt.lora import adapter_state, sharded_adapters
 from nemo_aligner.models.nlp.gpt.packed_forward import TrainingSettings, packed_forward, unsupported_part
 from nemo_aligner.models.nlp.gpt.packing import Pack, pack_batch
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
@@ -118,10 +118,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             return super().sharded_state_dict(prefix=prefix)
         return None if self._is_saving_archive else sharded_adapters(self)
 
-    def get_peft_state_dict(self) -> dict[str, torch.Tensor]:
-        """The adapters by their names, also where the model is a list, of one chunk, for megatron-core's optimizer."""
-        state = super().get_peft_state_dict()
-        return state["model_0"] if isinstance(self.model, list) else state
+    def get_peft_state_dict(self) -> dict:
+        """NeMo's takes any list of chunks, as megatron-core's optimizer keeps a single one, for virtual stages."""
+        return adapter_state(self)
 
     def save_to(self, save_path: str) -> None:
         """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format.
