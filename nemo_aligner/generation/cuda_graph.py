@@ -1,10 +1,18 @@
 """A decoding step as CUDA graphs, one for each number of rows: a launch instead of a few hundred."""
 
 import contextlib
+import weakref
 from collections.abc import Callable
 
 import torch
 from nemo.utils import logging, logging_mode
+
+_all: weakref.WeakSet["StepGraphs"] = weakref.WeakSet()
+
+
+def pools_in_use() -> set[tuple[int, int]]:
+    """The memory pools that captured graphs hold, by torch's numbers."""
+    return {graphs._pool for graphs in _all if graphs._pool is not None}
 
 
 class StepGraphs:
@@ -20,6 +28,7 @@ class StepGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = None
         self._is_refused = False
+        _all.add(self)
 
     def are_valid_for(self, reads: tuple) -> bool:
         """Not so where something could not be captured: there may have been no memory, and is now."""

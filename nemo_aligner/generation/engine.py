@@ -74,6 +74,7 @@ class Engine:
         self._device_rows: DeviceRows | None = None
         self._graphs: StepGraphs | None = None
         self._warm_sizes: dict[tuple[int, Decoding], set[int]] = {}
+        self._last_made: tuple[tuple | None, int] = (None, 0)  # what was asked for, and rows that memory held
         self.release()
 
     @torch.no_grad()
@@ -157,7 +158,11 @@ class Engine:
         if self._has_room(wanted, capacity, prompt_capacity):
             return
         self.release()
-        if self._device_rows is not None and not self._device_rows.are_for(wanted, capacity, decoding):
+        request, (last_request, last_num_rows) = (wanted, capacity, decoding), self._last_made
+        is_again = request == last_request
+        if self._device_rows is not None and not (
+            is_again and self._device_rows.are_for(last_num_rows, capacity, decoding)
+        ):
             self._graphs = None  # what they hold cannot be of use any more, and may be needed
         weights = self._weights
         sizes = {"num_layers": len(weights.layers), "num_groups": weights.num_groups, "head_dim": weights.head_dim}
@@ -166,6 +171,8 @@ class Engine:
         memory = usable_memory(self._device) - num_prompts * prompt_capacity * bytes_per_token
         fitting = least_of_all_ranks(memory // (capacity * bytes_per_token))
         num_rows = max(1, min(wanted, fitting))
+        if is_again and num_rows < wanted:
+            num_rows = _steady(num_rows, last_num_rows)
         where = {"dtype": weights.dtype, "device": self._device}
 
         def caches() -> tuple[KVCache, KVCache]:
@@ -185,6 +192,7 @@ class Engine:
             num_rows //= 2
             num_prompts = min(num_prompts, num_rows)
         self._cache, self._prompts = made
+        self._last_made = (request, num_rows)
         self._is_limited = num_rows < wanted
         if self._is_limited:
             logging.warning(
@@ -316,6 +324,11 @@ def _kernels():
     from nemo_aligner.generation import triton_ops
 
     return triton_ops
+
+
+def _steady(num_rows: int, last_num_rows: int) -> int:
+    """As many rows as the last time, if so many fit and few more would: the graphs are for a cache of that size."""
+    return last_num_rows if last_num_rows <= num_rows <= last_num_rows * 9 // 8 else num_rows
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -3,11 +3,14 @@
 Legend: L layers, R rows, G key/value groups of this rank, T positions that a row has room for, D channels per head.
 """
 
+from collections.abc import Collection
+
 import psutil
 import torch
 from megatron.core import parallel_state
 
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation.cuda_graph import pools_in_use
 
 # What is left to activations, logits and the allocator's own gaps.
 _USABLE_SHARE = 0.85
@@ -54,8 +57,23 @@ def usable_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return int(psutil.virtual_memory().available * _USABLE_SHARE)
     free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    cached = cached_memory(torch.cuda.memory_snapshot(), device.index, pools_in_use())
     return int((free + cached) * _USABLE_SHARE)
+
+
+def cached_memory(segments: list[dict], device_index: int, pools_of_graphs: Collection[tuple[int, int]]) -> int:
+    """Bytes that torch keeps on a device for whoever asks next.
+
+    Args:
+        segments: from `torch.cuda.memory_snapshot()`, in which a graph's own memory looks free between its replays.
+        pools_of_graphs: those that nobody but captured graphs is given memory of. A pool without graphs is not one of
+            them: torch empties it before it runs out of memory.
+    """
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if segment["device"] == device_index and segment["segment_pool_id"] not in pools_of_graphs
+    )
 
 
 def least_of_all_ranks(number: int) -> int:

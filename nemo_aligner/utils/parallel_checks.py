@@ -1,5 +1,7 @@
 """Checks of how a model is split over processes, which Megatron makes deep inside or not at all."""
 
+import torch
+from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
 from nemo.utils import logging
 from omegaconf import DictConfig
 
@@ -53,7 +55,7 @@ def _check_stages(model: DictConfig) -> None:
 def _check_virtual_stages(cfg: DictConfig) -> None:
     model = cfg.model
     stages = model.pipeline_model_parallel_size
-    if "bf16" in str(cfg.trainer.precision) and not model.megatron_amp_O2:
+    if torch_dtype_from_precision(cfg.trainer.precision) != torch.float32 and not model.megatron_amp_O2:
         raise ConfigError(f"{VPP} needs model.megatron_amp_O2=True with trainer.precision={cfg.trainer.precision}")
     replicas = cfg.trainer.devices * cfg.trainer.num_nodes // (stages * model.get("tensor_model_parallel_size", 1))
     num_microbatches = model.global_batch_size // (model.micro_batch_size * replicas)

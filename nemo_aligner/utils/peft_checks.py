@@ -4,6 +4,7 @@ import difflib
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner.compat import virtual_stages
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import CONFIG_FILE, naming, opened
 
@@ -34,8 +35,10 @@ def check_peft(cfg: DictConfig) -> None:
     peft = cfg.model.get("peft") or OmegaConf.create({"peft_scheme": "none"})
     if not check_scheme(peft):
         return
-    if (optimizer := cfg.model.optim.name) in ("distributed_fused_adam", "mcore_distributed_optim"):
-        raise ConfigError(f"model.optim.name={optimizer} cannot train adapters; use fused_adam or adamw")
+    if cfg.model.optim.name == "distributed_fused_adam":
+        raise ConfigError(
+            "model.optim.name=distributed_fused_adam cannot train adapters; use mcore_distributed_optim or fused_adam"
+        )
     for key in peft.get("lora_tuning") or ():
         if key not in LORA_KEYS:
             near = difflib.get_close_matches(key, LORA_KEYS, n=1, cutoff=0.0)[0]
@@ -191,19 +194,16 @@ def _check_layout(lora: DictConfig, model: DictConfig) -> None:
         raise ConfigError(
             "model.sequence_parallel=True is not supported with model.peft.peft_scheme=lora; set it to False"
         )
-    if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
-        raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size is not supported with model.peft.peft_scheme=lora, as NeMo 2.0 "
-            "adds adapters to the first virtual stage only; set it to null"
-        )
     if model.get("perform_initialization") is False:
         raise ConfigError("model.perform_initialization=False would leave new adapters uninitialized; set it to True")
     selected = lora.get("layer_selection") or range(1, model.num_layers + 1)
-    stages = {(number - 1) * num_stages // model.num_layers for number in selected}
-    if len(stages) < num_stages:
+    num_chunks = num_stages * virtual_stages.count(model)
+    chunks = {(number - 1) * num_chunks // model.num_layers for number in selected}
+    if len(chunks) < num_chunks:
+        virtual = f" * model.virtual_pipeline_model_parallel_size={num_chunks // num_stages}"
         raise ConfigError(
             f"{SECTION}.layer_selection={list(selected)} must have a layer in each of the "
-            f"model.pipeline_model_parallel_size={num_stages} stages"
+            f"model.pipeline_model_parallel_size={num_stages}{virtual if num_chunks > num_stages else ''} stages"
         )
 
 

@@ -17,7 +17,6 @@ from datetime import timedelta
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-from tqdm import tqdm
 
 from nemo_aligner.utils.errors import ConfigError, RewardError
 
@@ -34,10 +33,9 @@ ON_ALL_RANKS = (RewardError, SystemExit, KeyboardInterrupt)
 def end_all_ranks_on_error():
     """Within, an error other than ON_ALL_RANKS ends all ranks of the job: exit code 2 for a `ConfigError`, else 1.
 
-    Before the process group exists, or if it has one rank, errors pass through.
+    Before the process group exists, if it has one rank, or once rank 0 is done, errors pass through.
     """
-    # tqdm's own lock is a semaphore, about whose loss Python's resource tracker would have the last words.
-    tqdm.set_lock(threading.RLock())
+    _silence_resource_tracker()
     watch = _Watch()
     watch.start()
     try:
@@ -45,19 +43,31 @@ def end_all_ranks_on_error():
     except ON_ALL_RANKS:
         raise
     except BaseException as error:
-        if not _has_peers():
+        if not _has_peers() or watch.rank_0_is_done:
             raise
         watch.end_job(error)
     finally:
         watch.finish()
 
 
+def _silence_resource_tracker() -> None:
+    """A process of Python's own, it would have the last words: on locks and memory that failing ranks leave to it."""
+    before = os.environ.get("PYTHONWARNINGS")
+    ours = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = f"{before},{ours}" if before else ours
+
+
 class _Watch(threading.Thread):
-    """Ends this process when another rank has failed."""
+    """Ends this process when another rank has failed.
+
+    Attributes:
+        rank_0_is_done: in order. What the others still wait for, as those of a server do, does not come any more.
+    """
 
     def __init__(self):
         super().__init__(name="rank-failure-watch", daemon=True)
         self.is_over = threading.Event()
+        self.rank_0_is_done = False
         self._own_message = None
 
     def run(self) -> None:
@@ -71,7 +81,8 @@ class _Watch(threading.Thread):
             return
         try:
             while not store.check([_key("failed")]):
-                if self.is_over.wait(POLL_INTERVAL_S) or store.check([_key("over")]):
+                self.rank_0_is_done = store.check([_key("over")])
+                if self.rank_0_is_done or self.is_over.wait(POLL_INTERVAL_S):
                     return
             message = store.get(_key("failed")).decode()
         except RuntimeError:
@@ -84,9 +95,7 @@ class _Watch(threading.Thread):
             with contextlib.suppress(RuntimeError):  # the store may be gone already
                 store.add(_key("silent"), 1)
                 store.wait([_key("printed")], timedelta(seconds=ANSWER_S))
-                if torch.distributed.get_rank() == 0:
-                    time.sleep(POLL_INTERVAL_S)  # the store may go with this process
-            os._exit(1)
+            _leave(1)
 
     def finish(self) -> None:
         """Watch no longer. Rank 0, with which the store may go, tells the others."""
@@ -119,7 +128,7 @@ class _Watch(threading.Thread):
         with contextlib.suppress(RuntimeError):
             if store is not None:
                 store.set(_key("printed"), "yes")
-        os._exit(2 if is_users_mistake else 1)
+        _leave(2 if is_users_mistake else 1, has_failed=True)
 
 
 def _has_peers() -> bool:
@@ -143,6 +152,19 @@ def _wait_for_silence(store: torch.distributed.TCPStore) -> None:
     deadline = time.monotonic() + ANSWER_S
     while store.add(_key("silent"), 0) < torch.distributed.get_world_size() - 1 and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_S / 5)
+
+
+def _leave(code: int, has_failed: bool = False) -> None:
+    """End this process, in the order that launchers understand.
+
+    torchrun blames the rank that ends first. Lightning's rank 0 started the others, and would be killed for one of them
+    that it sees fail; it may also keep the store, in which the others have yet to read.
+    """
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        time.sleep(0 if has_failed else POLL_INTERVAL_S)
+    else:
+        time.sleep(POLL_INTERVAL_S if torch.distributed.get_rank() == 0 else 3 * POLL_INTERVAL_S)
+    os._exit(code)
 
 
 def _say(line: str) -> None:

@@ -36,7 +36,13 @@ def set_sync_funcs(ptl_model, forward_only: bool) -> None:
         module.config.grad_sync_func = grad_sync_func
         module.config.param_sync_func = param_sync_func
         if ptl_model.use_mcore_dist_optim:
-            module.config.finalize_model_grads_func = finalize_model_grads
+            module.config.finalize_model_grads_func = _finish_grad_sync if ptl_model.use_peft else finalize_model_grads
+
+
+def _finish_grad_sync(chunks, num_tokens=None) -> None:
+    """`finalize_model_grads` for adapters: it would also add up gradients of tied embeddings, which are frozen."""
+    for chunk in chunks:
+        chunk.finish_grad_sync()
 
 
 def _reduces_in_backward(ptl_model) -> bool:

@@ -1,4 +1,5 @@
-"""The training script with an error on one rank, as FAIL="<place>:<rank>" in the environment says.
+"""The training script, or at `score` the reward model's server, with an error on one rank, as FAIL="<place>:<rank>" in
+the environment says.
 
 At `select` it is not an error, but a rollout too few.
 """
@@ -11,14 +12,16 @@ import torch
 import nemo_aligner.compat.quiet_imports  # noqa: F401  as the script itself
 from nemo_aligner.algorithms.rs import RSTrainer
 from nemo_aligner.data.nlp.datasets import RLHFDataset
+from nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model import MegatronGPTRewardModel
 from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 
-SCRIPT = Path(__file__).parents[2] / "examples/nlp/gpt/train_gpt_rs_actor.py"
+SCRIPTS = Path(__file__).parents[2] / "examples/nlp/gpt"
 PLACES = {
     "infer": (MegatronGPTRSModel, "infer_each", RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")),
     "loss": (MegatronGPTRSModel, "_normalized_loss", ValueError("a loss that is none")),
     "data": (RLHFDataset, "__getitem__", OSError("the prompts are gone")),
     "select": (RSTrainer, "_select", None),
+    "score": (MegatronGPTRewardModel, "infer", MemoryError("no room")),
 }
 
 
@@ -39,5 +42,6 @@ def fail(place: str, rank: int) -> None:
 if __name__ == "__main__":
     place, rank = os.environ["FAIL"].split(":")
     fail(place, int(rank))
+    script = SCRIPTS / ("serve_reward_model.py" if place == "score" else "train_gpt_rs_actor.py")
     # not runpy, which puts the script where Lightning looks for what to start on the other ranks
-    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec"))
+    exec(compile(script.read_text(), str(script), "exec"))

@@ -1,6 +1,7 @@
 """LoRA in the training script, from its first step to a merged model, and in two processes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_aligner.convert.nemo_to_hf import export
 from nemo_aligner.models.nlp.gpt.lora import adapters_of, load_adapters_, read_adapters
 from tests.distributed.launch import run_ranks
+from tests.distributed.test_kill_and_resume import trajectory
 from tests.distributed.test_parallel_layouts import training_batch
-from tests.distributed.test_training_script import REWARD, SCRIPT, command, environment, rollouts
+from tests.distributed.test_training_script import REWARD, SCRIPT, G, K, command, environment, rollouts
 from tests.tiny import load_actor, prompt_batch
 
 PROMPTS = ["the quick brown", "one two three four five six", "a good", "kind and it ends"]
@@ -43,14 +45,19 @@ if __name__ == "__main__":
     path, fit = sys.argv.pop(1), RSTrainer.fit
 
     def spied(self):
-        before = {{name: weight.detach().clone() for name, weight in self.model.named_parameters()}}
+        chunks = self.model.get_model_module_list()
+        prefixes = ["model"] if len(chunks) == 1 else [f"model_{{number}}" for number in range(len(chunks))]
+        named = {{
+            name: weight for prefix, chunk in zip(prefixes, chunks) for name, weight in chunk.named_parameters(prefix)
+        }}
+        before = {{name: weight.detach().clone() for name, weight in named.items()}}
         fit(self)
-        optimized = {{id(weight) for group in self.optimizer.param_groups for weight in group["params"]}}
-        named = dict(self.model.named_parameters())
+        groups = self.optimizer.param_groups
+        if torch.distributed.get_rank() > 0:
+            return
         torch.save({{
-            "before": before, "after": {{name: weight.detach() for name, weight in named.items()}},
-            "optimized": [name for name, weight in named.items() if id(weight) in optimized],
-            "num_optimized": len(optimized), "step": self.step,
+            "before": before, "after": {{name: weight.detach().clone() for name, weight in named.items()}},
+            "num_optimized": sum(weight.numel() for group in groups for weight in group["params"]), "step": self.step,
             "adam_steps": sorted({{int(state["step"]) for state in self.optimizer.state.values()}}),
             "trainable": [name for name, weight in named.items() if weight.requires_grad],
         }}, path)
@@ -101,12 +108,21 @@ def greedy(workplace: Path, log_dir: str, step: int) -> dict[int, str]:
     return {line["prompt_index"]: line["response"] for line in lines}
 
 
+def assert_base_is_untouched(found: dict) -> None:
+    base = [name for name in found["before"] if ".adapter_layer." not in name]
+    assert base and all(torch.equal(found["before"][name], found["after"][name]) for name in base)
+
+
+def assert_adapters_alone_have_learnt(found: dict) -> None:
+    adapters = {name: weight for name, weight in found["before"].items() if ".adapter_layer." in name}
+    assert len(adapters) == 4 * 4 * 2 and set(found["trainable"]) == adapters.keys()
+    assert found["num_optimized"] == sum(weight.numel() for weight in adapters.values())
+    changed = {name for name, weight in found["before"].items() if not torch.equal(weight, found["after"][name])}
+    assert changed == adapters.keys()
+
+
 def test_adapters_alone_learn(run):
-    adapters = {name for name in run["before"] if ".adapter_layer." in name}
-    assert len(adapters) == 4 * 4 * 2
-    assert set(run["optimized"]) == set(run["trainable"]) == adapters and run["num_optimized"] == len(adapters)
-    changed = {name for name, weight in run["before"].items() if not torch.equal(weight, run["after"][name])}
-    assert changed == adapters
+    assert_adapters_alone_have_learnt(run)
 
 
 def test_rollouts_use_what_was_learnt(run, workplace):
@@ -158,10 +174,62 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(run, workplace):
         assert torch.equal(resumed["after"][name], weight), name
 
 
+# ---- the distributed optimizer
+
+MCORE = "model.optim.name=mcore_distributed_optim"
+# One optimizer step for each RS step, so that replicas train on the same rows together, however many there are. The eps
+# keeps Adam from making a whole step of a gradient that is all rounding error.
+TOGETHER = (
+    f"model.global_batch_size={G * K}", f"+model.optim.sched.max_steps={STEPS}", "+model.optim.eps=1e-4",
+    "model.rs.sampling_params.use_greedy=False", "trainer.rs.gradient_clip_val=0.5",
+)  # fmt: skip
+TWO_REPLICAS = ("trainer.devices=2", "model.optim.overlap_grad_sync=True", "+model.optim.overlap_param_sync=True")
+TWO_STAGES = ("trainer.devices=2", "model.pipeline_model_parallel_size=2")
+LAYOUTS = {
+    "dp2": TWO_REPLICAS, "pp2": TWO_STAGES, "pp2_vpp2": (*TWO_STAGES, "++model.virtual_pipeline_model_parallel_size=2"),
+}  # fmt: skip
+
+
+def test_the_distributed_optimizer_of_one_process_is_adamw(run, workplace):
+    found = run_lora(workplace, "mcore", "trainer.rs.val_at_start=True", MCORE)
+    assert_adapters_alone_have_learnt(found)
+    assert all(torch.equal(found["after"][name], weight) for name, weight in run["after"].items())
+    ours, theirs = read_adapters(archive(workplace, "mcore")), read_adapters(archive(workplace))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def adamw(workplace):
+    run_lora(workplace, "adamw", *TOGETHER)
+    return workplace / "adamw"
+
+
+@pytest.fixture(scope="module")
+def two_steps(workplace):
+    """A run of two replicas that ended one step early."""
+    run_lora(workplace, "two_steps", *TOGETHER, MCORE, *TWO_REPLICAS, f"trainer.rs.max_steps={STEPS - 1}")
+    return workplace / "two_steps"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_that_were_interrupted_are_one_with_adamw(workplace, adamw, two_steps, layout):
+    folder = shutil.copytree(two_steps, workplace / f"resumed_{layout}")
+    found = run_lora(workplace, folder.name, *TOGETHER, MCORE, *LAYOUTS[layout])
+    assert_base_is_untouched(found)
+    losses, expected = trajectory(folder)["loss"], trajectory(adamw)["loss"]
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == STEPS and all(losses.values())
+    ours, theirs = read_adapters(archive(workplace, folder.name)), read_adapters(archive(workplace, "adamw"))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+
+
 # ---- two processes
 
 
-def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size: int, tp: int, pp: int) -> dict:
+def run_layout(
+    rank: int, nemo_path: str, adapters: str, folder: str, world_size: int, tp: int, pp: int, vpp: int | None = None
+) -> dict:
     """Loss, gradients, greedy rollouts with adapters from an archive, then merged; leaves an archive of its own."""
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -170,7 +238,7 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
 
     model = load_actor(
         nemo_path, world_size, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-        micro_batch_size=1, global_batch_size=8,
+        virtual_pipeline_model_parallel_size=vpp, micro_batch_size=1, global_batch_size=8,
         peft={"peft_scheme": "lora", "restore_from_path": None, "lora_tuning": LORA},
     )  # fmt: skip
     init_peft(model, model.cfg)
@@ -188,10 +256,10 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
     if world_size == 1:
         Path(checkpoint).mkdir()
         dist_checkpointing.save(model.sharded_state_dict(), checkpoint)
-    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
-    loaded = dist_checkpointing.load(model.sharded_state_dict(), checkpoint)
+    expected = {name: weight.clone() for name, weight in flat(model.state_dict()).items()}
+    loaded = flat(dist_checkpointing.load(model.sharded_state_dict(), checkpoint))
     in_checkpoint = all(torch.equal(loaded[name], weight) for name, weight in expected.items())
-    model.save_to(f"{folder}/adapters_{tp}_{pp}_{dp_size}.nemo")
+    model.save_to(f"{folder}/adapters_{tp}_{pp}_{vpp}_{dp_size}.nemo")
     merge_lora_(model)
     return {
         "in_checkpoint": in_checkpoint,
@@ -202,6 +270,13 @@ def run_layout(rank: int, nemo_path: str, adapters: str, folder: str, world_size
         "rollouts": first,
         "merged_rollouts": infer(model),
     }
+
+
+def flat(state: dict) -> dict[str, torch.Tensor]:
+    """The weights of virtual stages, which are in a dict for each, beside each other."""
+    if "model_0" not in state:
+        return state
+    return {f"{chunk} {name}": weight for chunk, weights in state.items() for name, weight in weights.items()}
 
 
 def weights(model, of=lambda parameter: parameter) -> dict[str, list]:
@@ -266,9 +341,13 @@ def one_process(tiny_nemo, adapters):
     return run_ranks(run_layout, 1, str(tiny_nemo), str(adapters), str(adapters.parent), 1, 1, 1)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["TP=2", "PP=2", "DP=2"])
-def test_two_processes_equal_one(tiny_nemo, adapters, one_process, tp, pp):
-    outcomes = run_ranks(run_layout, 2, str(tiny_nemo), str(adapters), str(adapters.parent), 2, tp, pp)
+@pytest.mark.parametrize(
+    ("tp", "pp", "vpp"),
+    [(2, 1, None), (1, 2, None), (1, 2, 2), (1, 1, None)],
+    ids=["TP=2", "PP=2", "PP=2, VPP=2", "DP=2"],
+)
+def test_two_processes_equal_one(tiny_nemo, adapters, one_process, tp, pp, vpp):
+    outcomes = run_ranks(run_layout, 2, str(tiny_nemo), str(adapters), str(adapters.parent), 2, tp, pp, vpp)
     expected, actual = whole(one_process, "gradients"), whole(outcomes, "gradients")
     assert actual.keys() == expected.keys() and len(expected) == 4 * 4 * 2
     for name, gradient in expected.items():
@@ -284,6 +363,6 @@ def test_two_processes_equal_one(tiny_nemo, adapters, one_process, tp, pp):
     assert all(weight.any() == ("linear_in" in name) for name, weight in fresh.items())
     assert pp == 2 or all(torch.equal(weight, of_one[name]) for name, weight in fresh.items())
 
-    saved = adapters.parent / f"adapters_{tp}_{pp}_{2 // tp // pp}.nemo"
+    saved = adapters.parent / f"adapters_{tp}_{pp}_{vpp}_{2 // tp // pp}.nemo"
     first, again = read_adapters(adapters), read_adapters(saved)
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)

@@ -1,15 +1,24 @@
 """An error on one rank ends the job on all ranks, with that rank's message last, under every launcher."""
 
+import contextlib
+import json
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
+from transformers import LlamaForSequenceClassification
 
+from nemo_aligner.convert.hf_to_nemo import convert
+from tests.distributed.serving import MODEL, client, wait_until_ready
 from tests.distributed.test_training_script import K, command, environment, workplace
+from tests.hurtable_server import skip_if_triton_cannot_run
 from tests.ports import free_port
+from tests.tiny import save_tiny_llama
 
 __all__ = ["workplace"]  # a fixture
 LIMIT_S = 60
@@ -30,8 +39,9 @@ with end_all_ranks_on_error():
 """
 
 
-def run_ranks(tmp_path: Path, body: str, world_size: int = 2) -> tuple[list[int], list[str], float]:
+def run_ranks(tmp_path: Path, body: str, world_size: int = 2) -> tuple[list[int], list[str], list[float]]:
     """Exit codes, lines of the shared stderr and seconds of processes that run PREAMBLE and `body` behind it."""
+    seconds = {}
     script = tmp_path / "ranks.py"
     script.write_text(PREAMBLE + "".join(f"    {line}\n" for line in body.strip().splitlines()))
     environments = [
@@ -45,11 +55,16 @@ def run_ranks(tmp_path: Path, body: str, world_size: int = 2) -> tuple[list[int]
     with open(tmp_path / "stderr", "a") as stderr:
         processes = [subprocess.Popen([sys.executable, script], stderr=stderr, env=env) for env in environments]
     try:
-        codes = [process.wait(LIMIT_S) for process in processes]
+        while len(seconds) < world_size and time.monotonic() - started < LIMIT_S:
+            for process in processes:
+                if process.poll() is not None:
+                    seconds.setdefault(process, time.monotonic() - started)
+            time.sleep(0.02)
+        codes = [process.wait(0) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return codes, (tmp_path / "stderr").read_text().splitlines(), time.monotonic() - started
+    return codes, (tmp_path / "stderr").read_text().splitlines(), [seconds[process] for process in processes]
 
 
 @pytest.mark.parametrize("failing", [0, 2])
@@ -62,8 +77,9 @@ while rank == {(failing + 1) % 3}:
     time.sleep(0.01)
 collective()
 """
-    codes, lines, _ = run_ranks(tmp_path, body, world_size=3)
+    codes, lines, seconds = run_ranks(tmp_path, body, world_size=3)
     assert codes == [1, 1, 1]
+    assert seconds[0] == min(seconds)  # or Lightning might see another fail, and kill it
     assert lines[-1] == f"error: rank {failing}: RuntimeError: out of memory, sadly"
     assert 'raise RuntimeError("out of memory' in "\n".join(lines), "the traceback is missing"
 
@@ -83,14 +99,20 @@ def test_of_several_errors_the_first_is_last(tmp_path):
 
 def test_a_rank_that_is_killed_takes_the_others_along(tmp_path):
     body = "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
-    codes, lines, seconds = run_ranks(tmp_path, body)
-    assert codes == [-signal.SIGKILL, 1] and seconds < LIMIT_S
+    codes, lines, _ = run_ranks(tmp_path, body)
+    assert codes == [-signal.SIGKILL, 1]
     assert lines[-1] == "rank 1 ends, as the store that the ranks share is gone"
 
 
 def test_ranks_that_end_at_different_times_leave_each_other_alone(tmp_path):
     codes, lines, _ = run_ranks(tmp_path, "time.sleep(rank * 3)")
     assert codes == [0, 0] and lines == []
+
+
+def test_a_rank_that_waits_for_more_when_rank_0_is_done_fails_as_python_does(tmp_path):
+    codes, lines, _ = run_ranks(tmp_path, "if rank == 1:\n    while True: collective()")
+    assert codes == [0, 1]
+    assert "RuntimeError: " in lines[-1] and not any(line.startswith("error: ") for line in lines)
 
 
 def test_one_process_fails_as_python_does(tmp_path):
@@ -159,3 +181,65 @@ def test_an_error_in_the_training_script(workplace, launcher, place, rank, messa
         assert message in lines and f"rank      : {rank} (local_rank: {rank})\n  exitcode  : 1" in stderr
     else:
         assert lines[-1] == message, stderr[-3000:]
+
+
+# ---- the reward model's server
+
+# One row of three tokens.
+REQUEST = json.dumps({
+    "inputs": [
+        {"name": "tokens", "shape": [1, 3], "datatype": "INT64", "data": [1, 2, 3]},
+        {"name": "sequence_lengths", "shape": [1, 1], "datatype": "INT64", "data": [3]},
+    ]
+}).encode()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reward_nemo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    classifier = save_tiny_llama(
+        folder / "hf", model_class=LlamaForSequenceClassification, num_labels=1, pad_token_id=0
+    )
+    convert(classifier, folder / "reward.nemo")
+    return folder / "reward.nemo"
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, "RuntimeError: the reward server ended: no room"),
+        (1, "MemoryError: no room"),  # while rank 0 waits for it in the forward pass
+    ],
+)
+def test_an_error_in_the_reward_server(reward_nemo, tmp_path, rank, message):
+    skip_if_triton_cannot_run()
+    port = free_port()
+    command = [
+        sys.executable, Path(__file__).with_name("fail_on_rank.py"), f"rm_model_file={reward_nemo}",
+        f"inference.port={port}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32",
+        "+model.tensor_model_parallel_size=2",
+    ]  # fmt: skip
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env={**environment(), "FAIL": f"score:{rank}"}, stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )  # fmt: skip
+    ranks, triton = [], []
+    try:
+        with client(port) as asker:
+            wait_until_ready(asker, lambda: process.poll() is None)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            (ranks if any("fail_on_rank" in word for word in child.cmdline()) else triton).append(child)
+        started = time.monotonic()
+        with pytest.raises(OSError):  # an answer of 500, or none
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer", REQUEST, timeout=LIMIT_S)
+        assert process.wait(LIMIT_S) == 1
+        _, left = psutil.wait_procs(ranks, timeout=LIMIT_S)
+        assert len(ranks) == 1 and left == [] and time.monotonic() - started < LIMIT_S
+    finally:
+        process.kill()
+        for child in (*ranks, *triton):  # Triton itself may wait half a minute for answers that do not come
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    assert log.read_text().splitlines()[-1] == f"error: rank {rank}: {message}", log.read_text()[-3000:]

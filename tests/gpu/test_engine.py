@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_aligner.generation.cuda_graph import StepGraphs
+from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation.cuda_graph import StepGraphs, pools_in_use
 from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.kv_cache import usable_memory
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from tests.tiny import load_actor
 from tests.unit.test_engine import batch_of, ragged_prompts, responses_of
@@ -122,6 +124,27 @@ def test_graphs_are_captured_anew_only_if_other_memory_comes_back(actor, monkeyp
     assert bool(captured) == (memory == "other")
     if memory == "other":
         assert all((tensor == 7).all() for tensor in taken)
+
+
+def test_memory_that_captured_graphs_hold_is_not_usable(actor):
+    device, batch = current_device(), batch_of(actor, ragged_prompts(8))
+    actor.infer(batch)
+    actor.infer(batch)  # what ran for the first time is captured now
+    actor.finish_inference()
+    torch.cuda.synchronize()
+
+    def held_bytes(pools):
+        segments = [each for each in torch.cuda.memory_snapshot() if each["segment_pool_id"] in pools]
+        return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+
+    pools, usable = pools_in_use(), usable_memory(device)
+    held = held_bytes(pools)
+    assert len(pools) == 1 and held > 0
+    actor._rollout_generator._engine._graphs = None
+    # the pool is there still, and torch would give it up
+    assert pools_in_use() == set() and usable_memory(device) == pytest.approx(usable + 0.85 * held, abs=2)
+    torch.cuda.empty_cache()
+    assert held_bytes(pools) == 0
 
 
 @pytest.mark.parametrize("use_greedy", [True, False])

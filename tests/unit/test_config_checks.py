@@ -21,6 +21,7 @@ from nemo_aligner.utils import config_checks
 from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
+from nemo_aligner.utils.parallel_checks import check_parallel
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
@@ -507,6 +508,12 @@ def test_virtual_stages_in_bf16_need_O2(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     overrides = ("trainer.accelerator=gpu", "trainer.precision=bf16", "model.megatron_amp_O2=False", f"{PP}=2", VPP)
     assert "needs model.megatron_amp_O2=True with trainer.precision=bf16" in refusal(*overrides)
+    for spelling in ("bf16-mixed", "16-mixed", 16):  # by its dtype, not by how that is spelt
+        cfg = config(*overrides, f"trainer.precision={spelling}")
+        with pytest.raises(ConfigError, match=f"needs model.megatron_amp_O2=True with trainer.precision={spelling}"):
+            check_parallel(cfg)
+    for spelling in ("32-true", 32):
+        check_parallel(config(*overrides, f"trainer.precision={spelling}"))
 
 
 def test_messages_are_batched_where_their_order_tells_them_apart():

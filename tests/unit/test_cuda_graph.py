@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size
+from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size, pools_in_use
 
 
 class Graph:
@@ -74,6 +74,16 @@ def test_what_ran_before_memory_moved_is_captured_at_once(events):
         graphs = StepGraphs(lambda num_rows: events.append(f"step of {num_rows}"), reads, warm)
         graphs.run(4)
     assert events == ["step of 4", "graph 1, pool (), begins", "step of 4", "graph 1 ends", "graph 1 replayed"]
+
+
+def test_the_pool_of_graphs_is_in_use_as_long_as_they_are_there(events):
+    graphs = StepGraphs(lambda num_rows: None, reads=(), warm=set())
+    graphs.run(4)
+    assert pools_in_use() == set()
+    graphs.run(4)
+    assert pools_in_use() == {7}
+    del graphs
+    assert pools_in_use() == set()
 
 
 def test_few_sizes_cover_all_numbers_of_rows():

@@ -12,6 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from nemo_aligner.generation import engine as engine_module
+from nemo_aligner.generation import kv_cache
+from nemo_aligner.generation.cuda_graph import StepGraphs
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
@@ -284,6 +286,54 @@ def test_too_little_memory_lowers_the_rows_in_flight_and_says_so_once(generating
         engine = actor._rollout_generator._engine
         assert engine._cache.num_rows == num_rows
         assert sum(f"{num_rows} rows in flight instead of 9" in message for message in caplog.messages) == 1
+
+
+def segment(device, pool, total, allocated):
+    return {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": allocated}
+
+
+def test_memory_that_captured_graphs_hold_is_not_usable(monkeypatch):
+    segments = [
+        segment(0, (0, 0), 1000, 400),
+        segment(0, (0, 3), 100, 10),  # of graphs that are there
+        segment(0, (0, 2), 50, 0),  # of graphs that were
+        segment(1, (0, 0), 7000, 0),
+    ]
+    assert kv_cache.cached_memory(segments, 0, {(0, 3)}) == 600 + 50
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    graphs = StepGraphs(lambda num_rows: None, reads=(), warm=set())
+    graphs._pool = (0, 3)
+    assert kv_cache.usable_memory(torch.device("cuda", 0)) == int(0.85 * 2650)
+    del graphs
+    assert kv_cache.usable_memory(torch.device("cuda", 0)) == int(0.85 * 2740)
+
+
+def test_rows_that_memory_limits_stay_as_many_from_one_phase_to_the_next(generating, monkeypatch):
+    """As graphs are for a cache of one size; they are dropped before memory is measured only if of no use any more."""
+    actor, prompts = generating(), ragged_prompts(40)
+    actor.infer(batch_of(actor, prompts))
+    engine = actor._rollout_generator._engine
+    per_row, of_prompts = engine._cache.num_bytes // 40, engine._prompts.num_bytes
+    found = []
+    for num_fitting in (20, 22, 20, 19, 21, 24, 40):
+
+        def measured(device, num_fitting=num_fitting):
+            found.append([engine._graphs is not None])
+            return num_fitting * per_row + of_prompts
+
+        actor._rollout_generator.release()
+        monkeypatch.setattr(engine_module, "usable_memory", measured)
+        rows = engine._device_rows
+        actor.infer(batch_of(actor, prompts))
+        found[-1] += [engine._cache.num_rows, engine._device_rows is rows]
+    assert found == [
+        [True, 20, False], [True, 20, True], [True, 20, True], [True, 19, False], [True, 19, True], [True, 24, False],
+        [True, 40, False],
+    ]  # fmt: skip
+    actor._rollout_generator.release()
+    actor.infer(batch_of(actor, prompts[:3]))
+    assert found[-1] == [False]
 
 
 class FakeMemory:

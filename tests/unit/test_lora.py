@@ -338,7 +338,6 @@ LORA = "peft.lora_tuning"
             r"model\.peft\.restore_from_path=x\.nemo needs model\.peft\.peft_scheme=lora, not none",
         ),
         ({"peft.restore_from_path": "x.nemo"}, r"model\.peft\.restore_from_path: x\.nemo does not exist"),
-        ({"optim.name": "mcore_distributed_optim"}, r"model\.optim\.name=mcore_distributed_optim cannot train"),
         ({"optim.name": "distributed_fused_adam"}, r"model\.optim\.name=distributed_fused_adam cannot train adapters"),
         ({f"{LORA}.target_modules": ["attn"]}, r".*target_modules=\['attn'\] must be a list of attention_qkv"),
         ({f"{LORA}.target_modules": []}, r".*target_modules=\[\] must be a list"),
@@ -359,10 +358,16 @@ LORA = "peft.lora_tuning"
         ({f"{LORA}.adapter_dims": 8}, r".*adapter_dims is not a known key; did you mean .*adapter_dim\?"),
         ({"tensor_model_parallel_size": 3}, r".*adapter_dim=8 must be a multiple of .*tensor_model_parallel_size=3"),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, r"model\.sequence_parallel=True is not"),
-        ({"virtual_pipeline_model_parallel_size": 2}, r"model\.virtual_pipeline_model_parallel_size is not supported"),
         (
             {"pipeline_model_parallel_size": 2, f"{LORA}.layer_selection": [3, 4]},
             r".*layer_selection=\[3, 4\] must have a layer in each of the model\.pipeline_model_parallel_size=2 stages",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2,
+                f"{LORA}.layer_selection": [1, 2, 3],
+            },
+            r".* must have a layer in each of the .*_size=2 \* model\.virtual_pipeline_model_parallel_size=2 stages",
         ),
         ({"peft.lora_tuning": None}, r"model\.peft\.lora_tuning\.target_modules is not set"),
         ({"perform_initialization": False}, r"model\.perform_initialization=False would leave new adapters uninit"),

@@ -21,6 +21,7 @@ from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_
 from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
+from nemo_aligner.utils.rank_failure import end_all_ranks_on_error
 from nemo_aligner.utils.text_generation_utils import tokenize_batch
 from nemo_aligner.utils.train_script_utils import exit_on_config_error, init_distributed
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
@@ -31,7 +32,7 @@ MODEL_KEYS = ("inference_micro_batch_size", "strip_sequence_length_to_multiple")
 
 @hydra_runner(config_path="../../../configs", config_name="inference_rm")
 def main(cfg) -> None:
-    with exit_on_config_error():
+    with exit_on_config_error(), end_all_ranks_on_error():
         serve(cfg)
 
 

@@ -39,11 +39,13 @@ _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 @dataclass
 class Adapter:
-    """`prefix` is that of its names in this rank's state dict; with `whole_prefix` layers count from the first stage.
+    """`prefix` is that of its names in its chunk's state dict; with `whole_prefix` layers count from the first stage.
 
-    `parent` is the attention or MLP module that calls it, `linear` the layer there to whose output it adds.
+    `chunk` is the number of its virtual stage on this rank, 0 where there are none. `parent` is the attention or MLP
+    module that calls it, `linear` the layer there to whose output it adds.
     """
 
+    chunk: int
     prefix: str
     whole_prefix: str
     name: str
@@ -62,7 +64,8 @@ def add_adapters_(model, cfg: DictConfig, restore_from_path: str | None = None, 
         ConfigError: naming `key` and the archive, if that does not hold these adapters.
     """
     model.add_adapter(LoraPEFTConfig(cfg))
-    if cfg.get("activations_checkpoint_granularity") == "full" and parallel_state.is_pipeline_first_stage():
+    is_first_stage = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    if cfg.get("activations_checkpoint_granularity") == "full" and is_first_stage:
         # Recomputation starts at an input that needs a gradient, and behind a frozen embedding none does.
         model.get_model_module_list()[0].embedding.register_forward_hook(_require_gradient)
     if restore_from_path is not None:
@@ -71,21 +74,31 @@ def add_adapters_(model, cfg: DictConfig, restore_from_path: str | None = None, 
 
 def adapters_of(model) -> Iterator[Adapter]:
     """The adapters in this rank's layers."""
-    (gpt_model,) = model.get_model_module_list()
-    for index, layer in enumerate(gpt_model.decoder.layers):
-        for path, parent in layer.named_modules():
-            for key, module in getattr(parent, "adapter_layer", {}).items():
-                name = AdapterName(key).value
-                here, whole = (
-                    f"model.decoder.layers.{number}.{path}.adapter_layer.{name}."
-                    for number in (index, layer.layer_number - 1)
-                )
-                yield Adapter(here, whole, name, module, parent)
+    for chunk, gpt_model in enumerate(model.get_model_module_list()):
+        for index, layer in enumerate(gpt_model.decoder.layers):
+            for path, parent in layer.named_modules():
+                for key, module in getattr(parent, "adapter_layer", {}).items():
+                    name = AdapterName(key).value
+                    here, whole = (
+                        f"model.decoder.layers.{number}.{path}.adapter_layer.{name}."
+                        for number in (index, layer.layer_number - 1)
+                    )
+                    yield Adapter(chunk, here, whole, name, module, parent)
+
+
+def adapter_state(model) -> dict:
+    """This rank's part of the adapters' weights by name; with virtual stages a dict for each of these, as in NeMo."""
+    chunks = [{} for _ in model.get_model_module_list()]
+    for adapter in adapters_of(model):
+        chunks[adapter.chunk].update(
+            (adapter.prefix + name, weight.detach()) for name, weight in adapter.module.named_parameters()
+        )
+    return _by_virtual_stage(chunks)
 
 
 def sharded_adapters(model) -> ShardedStateDict:
     """How this rank's part of the adapters fits into the whole, for megatron-core's distributed checkpoints."""
-    sharded = {}
+    chunks = [{} for _ in model.get_model_module_list()]
     for adapter in adapters_of(model):
         parts = adapter.module.sharded_state_dict(adapter.prefix)
         parts = {name: part for name, part in parts.items() if not name.endswith("_extra_state")}
@@ -93,8 +106,14 @@ def sharded_adapters(model) -> ShardedStateDict:
             if _is_gated(name, model.cfg):
                 parts[name] = apply_swiglu_sharded_factory(parts[name], ())
         replace_prefix_for_sharding(parts, adapter.prefix, adapter.whole_prefix)
-        sharded.update(parts)
-    return sharded
+        chunks[adapter.chunk].update(parts)
+    return _by_virtual_stage(chunks)
+
+
+def _by_virtual_stage(chunks: list[dict]) -> dict:
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+        return chunks[0]
+    return {f"model_{number}": chunk for number, chunk in enumerate(chunks)}
 
 
 @torch.no_grad()
@@ -142,10 +161,15 @@ def read_adapters(path: str | Path, key: str = PEFT_KEY) -> dict[str, torch.Tens
             if read_weights(archive.folder).format is not None:
                 raise ConfigError("its weights are a distributed checkpoint, not files of adapters")
         files = {_rank_of(file): file for file in archive.folder.rglob(FILE)}
-        layers_per_stage = cfg.num_layers // len({stage for stage, _ in files})
+        num_stages = len({stage for stage, _ in files})
         for (stage, _), file in sorted(files.items()):
-            for name, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
-                shards.setdefault(_shift_layer(name, stage * layers_per_stage), []).append(tensor)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            chunks = [state[f"model_{number}"] for number in range(len(state))] if "model_0" in state else [state]
+            layers_per_chunk = cfg.num_layers // (num_stages * len(chunks))
+            for chunk, weights in enumerate(chunks):
+                first_layer = (chunk * num_stages + stage) * layers_per_chunk
+                for name, tensor in weights.items():
+                    shards.setdefault(_shift_layer(name, first_layer), []).append(tensor)
     return {name: _join(parts, name, cfg) for name, parts in shards.items()}
 
 

@@ -32,7 +32,7 @@ from nemo_aligner.generation.sampling import random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
-from nemo_aligner.models.nlp.gpt.lora import sharded_adapters
+from nemo_aligner.models.nlp.gpt.lora import adapter_state, sharded_adapters
 from nemo_aligner.models.nlp.gpt.packed_forward import packed_forward, unsupported_part
 from nemo_aligner.models.nlp.gpt.packing import Pack, pack_batch
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
@@ -121,6 +121,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         if not (self.use_peft and self.setup_complete):
             return super().sharded_state_dict(prefix=prefix)
         return None if self._is_saving_archive else sharded_adapters(self)
+
+    def get_peft_state_dict(self) -> dict:
+        """NeMo's takes any list of chunks, as megatron-core's optimizer keeps a single one, for virtual stages."""
+        return adapter_state(self)
 
     def save_to(self, save_path: str) -> None:
         """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format.
