@@ -268,7 +268,7 @@ class Engine:
         return max(len(row.prompt) + len(row.generated) for row in self._in_flight)
 
     def _next_logits(self, num_rows: int, num_looked_at: int) -> torch.Tensor:
-        """Logits of the next token of the first rows, float32 [B, V]."""
+        """Logits of the next token of the first rows, [B, V]."""
         tokens_B, positions_B = self._device_rows.newest_tokens(num_rows)
         if self._on_gpu:
             attention = FusedRowAttention(self._weights, self._rotary, self._cache, positions_B)

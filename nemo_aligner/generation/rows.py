@@ -111,13 +111,21 @@ class DeviceRows:
         return self.tokens_RT[:num_rows].gather(1, position_B[:, None]).squeeze(1), position_B
 
     def draw(self, logits_BV: torch.Tensor, num_looked_at: int) -> torch.Tensor:
-        """The next token of each row, int64 [B], or NO_TOKEN. `logits_BV` float32 is modified.
+        """The next token of each row, int64 [B], or NO_TOKEN. `logits_BV` may be modified.
 
         Args:
             num_looked_at: no row's position is at or beyond it.
         """
         decoding, num_rows = self.decoding, logits_BV.size(0)
         position_B = self.position_R[:num_rows]
+        if logits_BV.is_cuda and decoding.sampling.draws_from_all:
+            from nemo_aligner.generation import triton_ops
+
+            return triton_ops.draw_next(
+                logits_BV, self.uniform_RL, decoding.num_tokens, decoding.sampling.temperature, decoding.min_length,
+                position_B, self.prompt_length_R, self.is_end_V,
+            )  # fmt: skip
+        logits_BV = logits_BV.float()
         num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
         logits_BV[:, decoding.num_tokens :] = -torch.inf
         if decoding.min_length > 0:
