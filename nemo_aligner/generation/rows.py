@@ -162,6 +162,17 @@ class DeviceRows:
         num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
         is_done_B |= self.is_end_V[drawn_B.clamp(min=0)] | (num_generated_B >= self.decoding.max_length)
 
+    def seen(self, num_rows: int, num_steps: int) -> torch.Tensor:
+        """Of the first rows the position, whether it is broken, and the last `num_steps` tokens, int64 [B, 2 + K]."""
+        if self.position_R.is_cuda:
+            from nemo_aligner.generation import triton_ops
+
+            return triton_ops.seen(self.tokens_RT, self.position_R, self.is_broken_R, num_rows, num_steps)
+        position_B1 = self.position_R[:num_rows, None]
+        back_K = torch.arange(num_steps - 1, -1, -1)
+        recent_BK = self.tokens_RT[:num_rows].gather(1, (position_B1 - back_K).clamp(min=0))
+        return torch.cat((position_B1, self.is_broken_R[:num_rows, None], recent_BK), dim=1)
+
 
 class Snapshot:
     """What the rows in the first places had generated at one moment, on its way to the host.
@@ -174,11 +185,7 @@ class Snapshot:
     def __init__(self, device_rows: DeviceRows, rows: list[Row], num_steps: int):
         """`num_steps` is how many of a row's last tokens are taken along."""
         self.rows = list(rows)
-        position_B = device_rows.position_R[: len(rows)]
-        back_K = torch.arange(num_steps - 1, -1, -1, device=position_B.device)
-        recent_BK = device_rows.tokens_RT[: len(rows)].gather(1, (position_B[:, None] - back_K).clamp(min=0))
-        is_broken_B1 = device_rows.is_broken_R[: len(rows), None]
-        seen = torch.cat((position_B[:, None], is_broken_B1, recent_BK), dim=1)
+        seen = device_rows.seen(len(rows), num_steps)
         self._event = None
         if seen.is_cuda:
             self._on_host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)

@@ -493,6 +493,29 @@ def _advance_kernel(
     tl.store(is_broken + row, breaks, mask=inside & breaks)
 
 
+def seen(
+    tokens_RT: torch.Tensor, position_R: torch.Tensor, is_broken_R: torch.Tensor, num_rows: int, num_steps: int
+) -> torch.Tensor:
+    """What `DeviceRows.seen` returns, in one kernel instead of eight."""
+    seen_BX = torch.empty(num_rows, 2 + num_steps, dtype=torch.int64, device=tokens_RT.device)
+    _seen_kernel[(num_rows,)](
+        tokens_RT, position_R, is_broken_R, seen_BX, tokens_RT.size(1), K=num_steps, num_warps=1
+    )  # fmt: skip
+    return seen_BX
+
+
+@triton.jit
+def _seen_kernel(tokens, position, is_broken, seen, capacity, K: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.load(position + row)
+    start = seen + row * (2 + K)
+    tl.store(start, at)
+    tl.store(start + 1, tl.load(is_broken + row).to(tl.int64))
+    for k in tl.static_range(K):
+        place = tl.maximum(at - (K - 1 - k), 0)
+        tl.store(start + 2 + k, tl.load(tokens + row * capacity + place))
+
+
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32.
 

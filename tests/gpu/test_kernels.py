@@ -104,6 +104,19 @@ def test_rows_advance_as_on_the_cpu(num_rows):
     assert on_cpu.is_done_R.all()
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_what_is_seen_of_rows_is_what_the_cpu_sees(num_steps):
+    generator = torch.Generator().manual_seed(num_steps)
+    state = DeviceRows(40, 20, Decoding(SamplingParams(), 4, 0, (2,), 9), torch.device("cpu"))
+    state.tokens_RT.random_(9, generator=generator), state.position_R.random_(20, generator=generator)
+    state.position_R[:3] = torch.tensor([0, 1, 19])
+    state.is_broken_R.random_(2, generator=generator)
+    on_device = (x.to(DEVICE) for x in (state.tokens_RT, state.position_R, state.is_broken_R))
+    ours, theirs = triton_ops.seen(*on_device, 33, num_steps).cpu(), state.seen(33, num_steps)
+    assert torch.equal(ours, theirs) and theirs.shape == (33, 2 + num_steps)
+    assert theirs[2].tolist() == [19, int(state.is_broken_R[2]), *state.tokens_RT[2, 20 - num_steps :].tolist()]
+
+
 @DTYPES
 @pytest.mark.parametrize("is_gated", [True, False])
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
