@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from nemo.utils import logging
@@ -240,8 +241,9 @@ class Engine:
             return
         make_attention = FusedPromptAttention if self._on_gpu else PromptAttention
         attention = make_attention(self._weights, self._rotary, self._prompts, list(map(len, prompts)))
-        tokens_M = sent(torch.tensor([token for prompt in prompts for token in prompt]), self._device)
-        forward(self._weights, tokens_M, attention.position_M, attention, self._ops)
+        # numpy takes a list far faster than torch
+        tokens_M = torch.from_numpy(np.array([token for prompt in prompts for token in prompt]))
+        forward(self._weights, sent(tokens_M, self._device), attention.position_M, attention, self._ops)
 
     # Rows are decoded
 

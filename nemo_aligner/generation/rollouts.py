@@ -6,6 +6,7 @@ Legend: B rows of a batch, P padded prompt width, S padded width of a result, L 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from nemo.utils import logging, logging_mode
@@ -157,11 +158,12 @@ class RolloutGenerator:
     def _result(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         prompt_lengths_B = torch.tensor([len(row.prompt) for row in rows])
         lengths_B = prompt_lengths_B + torch.tensor([len(row.generated) for row in rows])
-        tokens_BS = torch.full((len(rows), int(lengths_B.max())), self._model.tokenizer.eos_id)
+        shape = (len(rows), int(lengths_B.max()))
+        tokens_BS = np.full(shape, self._model.tokenizer.eos_id, np.int64)  # which takes lists far faster than torch
         for tokens, row in zip(tokens_BS, rows, strict=True):
-            tokens[: len(row.prompt) + len(row.generated)] = torch.tensor(row.prompt + row.generated)
+            tokens[: len(row.prompt) + len(row.generated)] = row.prompt + row.generated
         result = {
-            "response_tokens": tokens_BS,
+            "response_tokens": torch.from_numpy(tokens_BS),
             "response_lengths": lengths_B,
             "prompt_lengths": prompt_lengths_B,
             "is_end": torch.tensor([row.is_end for row in rows]),

@@ -7,6 +7,7 @@ that a row may generate, K decoding steps between two looks at what has been gen
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams, sample
@@ -82,11 +83,11 @@ class DeviceRows:
         """Let `rows` begin in `places`: the last token of their prompts goes through the model next."""
         device = self.position_R.device
         lengths = [len(row.prompt) for row in rows]
-        tokens_BP = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+        tokens_BP = np.zeros((len(rows), max(lengths)), np.int64)  # which takes lists far faster than torch
         for tokens, row in zip(tokens_BP, rows, strict=True):
-            tokens[: len(row.prompt)] = torch.tensor(row.prompt)
+            tokens[: len(row.prompt)] = row.prompt
         index_B, lengths_B = sent(torch.tensor(places), device), sent(torch.tensor(lengths), device)
-        self.tokens_RT[index_B, : tokens_BP.size(1)] = sent(tokens_BP, device)
+        self.tokens_RT[index_B, : max(lengths)] = sent(torch.from_numpy(tokens_BP), device)
         self.uniform_RL[index_B] = sent(torch.stack([row.uniform_L for row in rows]), device)
         self.position_R[index_B] = lengths_B - 1
         self.prompt_length_R[index_B] = lengths_B
