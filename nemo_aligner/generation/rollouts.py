@@ -3,6 +3,7 @@
 Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -142,6 +143,11 @@ class RolloutGenerator:
                 rows_of[complete] = None
                 complete += 1
 
+    @functools.cached_property
+    def _num_tokens(self) -> int:
+        """The tokenizer's; a fast one copies its vocabulary to count it, which takes as long as decoding two tokens."""
+        return self._model.tokenizer.vocab_size
+
     def _decoding(self, lengths_B: torch.Tensor) -> tuple[Decoding, EndStrings]:
         model, strategy = self._model, self._strategy(lengths_B)
         end_ids, texts = strategy._end_ids_and_strings(model.tokenizer.eos_id, model._sampling_params["end_strings"])
@@ -150,7 +156,7 @@ class RolloutGenerator:
             max_length=strategy.max_length,
             min_length=strategy.min_length,
             end_ids=tuple(sorted(end_ids)),
-            num_tokens=model.tokenizer.vocab_size,
+            num_tokens=self._num_tokens,
         )
         key = tuple(texts)
         return decoding, self._end_strings.setdefault(key, EndStrings(texts, model.tokenizer))
