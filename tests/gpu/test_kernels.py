@@ -186,7 +186,7 @@ def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B
         assert ours[~hidden.expand_as(ours)].isfinite().all() and ours[hidden.expand_as(ours)].isnan().all()
 
 
-@pytest.mark.parametrize("V", [384, 32000, 49152, 128256])
+@pytest.mark.parametrize("V", [96, 384, 32000, 49152, 128256])
 def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
     logits = (normal(64, 2, V, dtype=torch.float32) * 3)[:, 1]  # rows that lie apart
     logits[:, 5] = logits[:, 128:256] = -torch.inf
