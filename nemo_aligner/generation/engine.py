@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from nemo.utils import logging
@@ -248,8 +249,9 @@ class Engine:
             return
         make_attention = FusedPromptAttention if self._on_gpu else PromptAttention
         attention = make_attention(self._weights, self._rotary, self._prompts, list(map(len, prompts)))
-        tokens_M = sent(torch.tensor([token for prompt in prompts for token in prompt]), self._device)
-        forward(self._weights, tokens_M, attention.position_M, attention, self._ops)
+        # numpy takes a list far faster than torch
+        tokens_M = torch.from_numpy(np.array([token for prompt in prompts for token in prompt]))
+        forward(self._weights, sent(tokens_M, self._device), attention.position_M, attention, self._ops)
 
     # Rows are decoded
 
@@ -276,7 +278,7 @@ class Engine:
         return max(len(row.prompt) + len(row.generated) for row in self._in_flight)
 
     def _next_logits(self, num_rows: int, num_looked_at: int) -> torch.Tensor:
-        """Logits of the next token of the first rows, float32 [B, V]."""
+        """Logits of the next token of the first rows, [B, V]."""
         tokens_B, positions_B = self._device_rows.newest_tokens(num_rows)
         if self._on_gpu:
             attention = FusedRowAttention(self._weights, self._rotary, self._cache, positions_B)

@@ -42,8 +42,8 @@ def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor,
 
 
 def vocabulary_logits(weights: Weights, hidden_MH: torch.Tensor) -> torch.Tensor:
-    """Logits over the whole vocabulary, float32 [M, V], on every tensor-parallel rank."""
-    return gather_from_tensor_model_parallel_region(linear(hidden_MH, weights.output)).float()
+    """Logits over the whole vocabulary, [M, V], on every tensor-parallel rank."""
+    return gather_from_tensor_model_parallel_region(linear(hidden_MH, weights.output))
 
 
 def _embed(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor) -> torch.Tensor:

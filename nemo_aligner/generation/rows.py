@@ -7,6 +7,7 @@ that a row may generate, K decoding steps between two looks at what has been gen
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams, sample
@@ -82,11 +83,11 @@ class DeviceRows:
         """Let `rows` begin in `places`: the last token of their prompts goes through the model next."""
         device = self.position_R.device
         lengths = [len(row.prompt) for row in rows]
-        tokens_BP = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+        tokens_BP = np.zeros((len(rows), max(lengths)), np.int64)  # which takes lists far faster than torch
         for tokens, row in zip(tokens_BP, rows, strict=True):
-            tokens[: len(row.prompt)] = torch.tensor(row.prompt)
+            tokens[: len(row.prompt)] = row.prompt
         index_B, lengths_B = sent(torch.tensor(places), device), sent(torch.tensor(lengths), device)
-        self.tokens_RT[index_B, : tokens_BP.size(1)] = sent(tokens_BP, device)
+        self.tokens_RT[index_B, : max(lengths)] = sent(torch.from_numpy(tokens_BP), device)
         self.uniform_RL[index_B] = sent(torch.stack([row.uniform_L for row in rows]), device)
         self.position_R[index_B] = lengths_B - 1
         self.prompt_length_R[index_B] = lengths_B
@@ -111,13 +112,21 @@ class DeviceRows:
         return self.tokens_RT[:num_rows].gather(1, position_B[:, None]).squeeze(1), position_B
 
     def draw(self, logits_BV: torch.Tensor, num_looked_at: int) -> torch.Tensor:
-        """The next token of each row, int64 [B], or NO_TOKEN. `logits_BV` float32 is modified.
+        """The next token of each row, int64 [B], or NO_TOKEN. `logits_BV` may be modified.
 
         Args:
             num_looked_at: no row's position is at or beyond it.
         """
         decoding, num_rows = self.decoding, logits_BV.size(0)
         position_B = self.position_R[:num_rows]
+        if logits_BV.is_cuda and decoding.sampling.draws_from_all:
+            from nemo_aligner.generation import triton_ops
+
+            return triton_ops.draw_next(
+                logits_BV, self.uniform_RL, decoding.num_tokens, decoding.sampling.temperature, decoding.min_length,
+                position_B, self.prompt_length_R, self.is_end_V,
+            )  # fmt: skip
+        logits_BV = logits_BV.float()
         num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
         logits_BV[:, decoding.num_tokens :] = -torch.inf
         if decoding.min_length > 0:
@@ -154,6 +163,17 @@ class DeviceRows:
         num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
         is_done_B |= self.is_end_V[drawn_B.clamp(min=0)] | (num_generated_B >= self.decoding.max_length)
 
+    def seen(self, num_rows: int, num_steps: int) -> torch.Tensor:
+        """Of the first rows the position, whether it is broken, and the last `num_steps` tokens, int64 [B, 2 + K]."""
+        if self.position_R.is_cuda:
+            from nemo_aligner.generation import triton_ops
+
+            return triton_ops.seen(self.tokens_RT, self.position_R, self.is_broken_R, num_rows, num_steps)
+        position_B1 = self.position_R[:num_rows, None]
+        back_K = torch.arange(num_steps - 1, -1, -1)
+        recent_BK = self.tokens_RT[:num_rows].gather(1, (position_B1 - back_K).clamp(min=0))
+        return torch.cat((position_B1, self.is_broken_R[:num_rows, None], recent_BK), dim=1)
+
 
 class Snapshot:
     """What the rows in the first places had generated at one moment, on its way to the host.
@@ -166,11 +186,7 @@ class Snapshot:
     def __init__(self, device_rows: DeviceRows, rows: list[Row], num_steps: int):
         """`num_steps` is how many of a row's last tokens are taken along."""
         self.rows = list(rows)
-        position_B = device_rows.position_R[: len(rows)]
-        back_K = torch.arange(num_steps - 1, -1, -1, device=position_B.device)
-        recent_BK = device_rows.tokens_RT[: len(rows)].gather(1, (position_B[:, None] - back_K).clamp(min=0))
-        is_broken_B1 = device_rows.is_broken_R[: len(rows), None]
-        seen = torch.cat((position_B[:, None], is_broken_B1, recent_BK), dim=1)
+        seen = device_rows.seen(len(rows), num_steps)
         self._event = None
         if seen.is_cuda:
             self._on_host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)

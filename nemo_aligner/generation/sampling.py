@@ -49,6 +49,12 @@ class SamplingParams:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether a token is drawn by nothing but its logit and the temperature."""
+        has_filter = self.top_k > 0 or 0.0 < self.top_p < 1.0
+        return not (self.use_greedy or has_filter or self.repetition_penalty != 1.0)
+
     @classmethod
     def of(cls, configured: dict) -> "SamplingParams":
         """Those of the configured options that decide which token is drawn."""

@@ -173,7 +173,7 @@ def test_log_probabilities_while_decoding_are_those_of_the_training_forward(acto
 
     def recording(self, num_rows, num_looked_at):
         logits_BV = next_logits(self, num_rows, num_looked_at)
-        for row, logits_V in zip(self._in_flight, logits_BV.log_softmax(-1), strict=False):
+        for row, logits_V in zip(self._in_flight, logits_BV.float().log_softmax(-1), strict=False):
             seen.setdefault(id(row), (row, []))[1].append(logits_V)
         return logits_BV
 

@@ -1,5 +1,8 @@
 """The Triton kernels against the same operations in plain torch, in float32 on the same inputs.
 
+They also run on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_kernels.py`. Its products of
+bfloat16 are wrong: float16 stands for it there.
+
 Legend: B rows, G key/value groups, Q query heads per group, T positions of the cache, D channels per head, V ids.
 """
 
@@ -16,18 +19,28 @@ from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
 from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
 from nemo_aligner.generation.weights import Norm
 from nemo_aligner.models.nlp.gpt.activation import Activation
+from tests.gpu.conftest import INTERPRETED
 
 triton_ops = pytest.importorskip("nemo_aligner.generation.triton_ops")
 
+RUNS_INTERPRETED = True
+DEVICE = "cpu" if INTERPRETED else "cuda"
 # One rounding of the result, and in attention of keys and queries turned by their positions.
-BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
+BOUND = {torch.float32: 1e-6, HALF: 4e-3}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 
 
 @pytest.fixture
 def normal():
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    return lambda *shape, dtype: torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return lambda *shape, dtype: torch.randn(*shape, device=DEVICE, generator=generator).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(triton_ops, "_num_multiprocessors", lambda device: 132)
 
 
 def assert_close(ours, expected, dtype):
@@ -52,9 +65,10 @@ def test_residual_and_norm(normal, dtype, size, is_rms, zero_centered):
 
 @pytest.mark.parametrize(("rows", "size_in", "size_out"), [(64, 2048, 2048), (3, 8192, 1024), (64, 512, 96)])
 def test_products_in_parts_are_summed_with_the_residual(normal, rows, size_in, size_out):
-    dtype = torch.bfloat16
+    dtype = HALF
     x, weight = normal(rows, size_in, dtype=dtype), normal(size_out, size_in, dtype=dtype) / size_in**0.5
-    hidden, bias, ones = normal(rows, size_out, dtype=dtype), normal(size_out, dtype=dtype), torch.ones(size_out).cuda()
+    hidden, bias = normal(rows, size_out, dtype=dtype), normal(size_out, dtype=dtype)
+    ones = torch.ones(size_out, device=DEVICE)
     parts = triton_ops.product(x, weight)
     assert parts.shape == (2, rows, size_out)
     expected = hidden.float() + x.float() @ weight.float().T + bias.float()
@@ -65,7 +79,7 @@ def test_products_in_parts_are_summed_with_the_residual(normal, rows, size_in, s
 
 def test_many_rows_and_odd_sizes_are_left_to_cublas(normal):
     for rows, size_in, size_out in ((65, 512, 64), (4, 500, 64), (4, 512, 70), (4, 512, 32768)):
-        x, weight = normal(rows, size_in, dtype=torch.bfloat16), normal(size_out, size_in, dtype=torch.bfloat16)
+        x, weight = normal(rows, size_in, dtype=HALF), normal(size_out, size_in, dtype=HALF)
         assert torch.equal(triton_ops.product(x, weight), F.linear(x, weight))
 
 
@@ -73,17 +87,34 @@ def test_many_rows_and_odd_sizes_are_left_to_cublas(normal):
 def test_rows_advance_as_on_the_cpu(num_rows):
     generator = torch.Generator().manual_seed(num_rows)
     decoding = Decoding(SamplingParams(), max_length=4, min_length=0, end_ids=(2, 5), num_tokens=9)
-    on_cpu, on_gpu = (DeviceRows(64, 20, decoding, torch.device(name)) for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (DeviceRows(64, 20, decoding, torch.device(name)) for name in ("cpu", DEVICE))
     rows = [Row([3] * (1 + index % 7), torch.zeros(4, dtype=torch.float64), 0) for index in range(num_rows)]
     for state in (on_cpu, on_gpu):
         state.put_(list(range(num_rows)), rows)
     for _ in range(6):
         drawn = torch.randint(9, (num_rows,), generator=generator)
         drawn[torch.rand(num_rows, generator=generator) < 0.1] = NO_TOKEN
-        on_cpu.advance_(drawn), on_gpu.advance_(drawn.cuda())
+        on_cpu.advance_(drawn)
+        triton_ops.advance_(
+            on_gpu.tokens_RT, on_gpu.position_R[:num_rows], on_gpu.prompt_length_R, on_gpu.is_done_R[:num_rows],
+            on_gpu.is_broken_R, drawn.to(DEVICE), on_gpu.is_end_V, decoding.max_length,
+        )  # fmt: skip
         for name in ("tokens_RT", "position_R", "is_done_R", "is_broken_R"):
             assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu()), name
     assert on_cpu.is_done_R.all()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_what_is_seen_of_rows_is_what_the_cpu_sees(num_steps):
+    generator = torch.Generator().manual_seed(num_steps)
+    state = DeviceRows(40, 20, Decoding(SamplingParams(), 4, 0, (2,), 9), torch.device("cpu"))
+    state.tokens_RT.random_(9, generator=generator), state.position_R.random_(20, generator=generator)
+    state.position_R[:3] = torch.tensor([0, 1, 19])
+    state.is_broken_R.random_(2, generator=generator)
+    on_device = (x.to(DEVICE) for x in (state.tokens_RT, state.position_R, state.is_broken_R))
+    ours, theirs = triton_ops.seen(*on_device, 33, num_steps).cpu(), state.seen(33, num_steps)
+    assert torch.equal(ours, theirs) and theirs.shape == (33, 2 + num_steps)
+    assert theirs[2].tolist() == [19, int(state.is_broken_R[2]), *state.tokens_RT[2, 20 - num_steps :].tolist()]
 
 
 @DTYPES
@@ -100,7 +131,7 @@ def test_activation(normal, dtype, is_gated, name):
 @pytest.mark.parametrize("is_gated", [True, False])
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
 def test_products_are_activated(normal, rows, size_in, size, with_bias, is_gated, name):
-    dtype = torch.bfloat16
+    dtype = HALF
     function = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[name]
     x, activation = normal(rows, size_in, dtype=dtype), Activation(name, function, is_gated)
     size_out = size * (1 + is_gated)
@@ -124,16 +155,16 @@ def test_products_are_activated(normal, rows, size_in, size, with_bias, is_gated
 )
 def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B, G, Q, D, T, turned):
     keys, values = normal(B, G, T, D, dtype=dtype), normal(B, G, T, D, dtype=dtype)
-    positions = torch.randint(0, T, (B,), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    positions = torch.randint(0, T, (B,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
     positions[0] = T - 1
     positions[-1] = 0 if B > 1 else T - 1
     qkv, angles = normal(B, G * (Q + 2) * D, dtype=dtype), None
     if turned:
-        sign = torch.ones(turned, device="cuda")
+        sign = torch.ones(turned, device=DEVICE)
         sign[: turned // 2] = -1
         angle = normal(T, turned // 2, dtype=torch.float32).repeat(1, 2)
         angles = (angle.cos().to(dtype), (angle.sin() * sign).to(dtype))
-    row = torch.arange(B, device="cuda")
+    row = torch.arange(B, device=DEVICE)
     heads = qkv.float().view(B, G, Q + 2, D)
     query, key, value = heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
     if turned:
@@ -141,10 +172,10 @@ def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B
     expected_keys, expected_values = keys.float(), values.float()
     expected_keys.transpose(1, 2)[row, positions] = key
     expected_values.transpose(1, 2)[row, positions] = value
-    is_filled = torch.arange(T, device="cuda") <= positions[:, None]
+    is_filled = torch.arange(T, device=DEVICE) <= positions[:, None]
     expected = torch_ops.decode_attention(query.unflatten(1, (G, Q)), expected_keys, expected_values, is_filled)
     # what is not filled must not be read
-    hidden = (torch.arange(T, device="cuda") > positions[:, None])[:, None, :, None]
+    hidden = (torch.arange(T, device=DEVICE) > positions[:, None])[:, None, :, None]
     keys.masked_fill_(hidden, torch.nan), values.masked_fill_(hidden, torch.nan)
 
     context = triton_ops.row_attention(qkv, keys, values, positions, angles, Q)
@@ -155,13 +186,13 @@ def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B
         assert ours[~hidden.expand_as(ours)].isfinite().all() and ours[hidden.expand_as(ours)].isnan().all()
 
 
-@pytest.mark.parametrize("V", [384, 32000, 49152, 128256])
+@pytest.mark.parametrize("V", [96, 384, 32000, 49152, 128256])
 def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
     logits = (normal(64, 2, V, dtype=torch.float32) * 3)[:, 1]  # rows that lie apart
-    logits[:, 5] = -torch.inf
+    logits[:, 5] = logits[:, 128:256] = -torch.inf
     numbers = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     numbers[0], numbers[1] = 0.0, 1 - 2**-53
-    ours, theirs = triton_ops.draw(logits, numbers.cuda()).cpu(), sampling.draw(logits.cpu(), numbers)
+    ours, theirs = triton_ops.draw(logits, numbers.to(DEVICE)).cpu(), sampling.draw(logits.cpu(), numbers)
     assert (ours != theirs).sum() <= 1  # where a number falls on the border of two tokens, to float32's last digit
     assert (ours != 5).all() and (ours < V).all()
 
@@ -170,15 +201,39 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
 def test_no_token_is_drawn_from_logits_that_are_nan_or_infinite(normal, V):
     logits = normal(5, V, dtype=torch.float32)
     logits[0], logits[1, V // 2], logits[2, V - 1], logits[3] = torch.nan, torch.nan, torch.inf, -torch.inf
-    drawn = triton_ops.draw(logits, torch.full((5,), 0.5, dtype=torch.float64, device="cuda"))
+    drawn = triton_ops.draw(logits, torch.full((5,), 0.5, dtype=torch.float64, device=DEVICE))
     assert drawn[:4].tolist() == [NO_TOKEN] * 4 and 0 <= drawn[4] < V
+
+
+@DTYPES
+@pytest.mark.parametrize(("temperature", "min_length"), [(1.0, 0), (0.7, 0), (1.0, 3)])
+@pytest.mark.parametrize(("num_tokens", "V"), [(300, 384), (32000, 32000), (49000, 49152)])
+def test_the_next_tokens_are_those_of_the_cpu_for_the_same_rows(normal, dtype, temperature, min_length, num_tokens, V):
+    decoding = Decoding(SamplingParams(temperature=temperature), 4, min_length, (2, 5), num_tokens)
+    on_cpu, on_gpu = (DeviceRows(64, 20, decoding, torch.device(name)) for name in ("cpu", DEVICE))
+    numbers = torch.rand(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    rows = [Row([3] * (1 + index % 7), number, 0) for index, number in enumerate(numbers)]
+    on_cpu.put_(list(range(40)), rows), on_gpu.put_(list(range(40)), rows)
+    num_generated = torch.arange(40) % 6  # two rows in six are at their ends and still decoded
+    for state in (on_cpu, on_gpu):
+        state.position_R[:40] += num_generated.to(state.position_R.device)
+    logits = normal(40, V, dtype=torch.float32).to(dtype)
+    logits[:, 2] += 12  # an end that nearly every row would draw
+    logits[:, num_tokens:] += 30
+    theirs = on_cpu.draw(logits.cpu().clone(), 20)
+    ours = triton_ops.draw_next(
+        logits, on_gpu.uniform_RL, num_tokens, temperature, min_length, on_gpu.position_R[:40], on_gpu.prompt_length_R,
+        on_gpu.is_end_V,
+    ).cpu()  # fmt: skip
+    assert (ours != theirs).sum() <= 1 and (ours < num_tokens).all()
+    assert ((ours == 2).sum() > 20) == (min_length == 0) and not (ours[num_generated < min_length] == 2).any()
 
 
 @DTYPES
 @pytest.mark.parametrize(("G", "Q", "D", "turned"), [(4, 1, 128, 128), (3, 3, 64, 64), (2, 2, 80, 32), (2, 4, 64, 0)])
 def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(normal, dtype, G, Q, D, turned):
     lengths = [5, 0, 17, 1]
-    sizes = {"num_groups": G, "heads_per_group": Q, "head_dim": D, "dtype": dtype, "device": torch.device("cuda")}
+    sizes = {"num_groups": G, "heads_per_group": Q, "head_dim": D, "dtype": dtype, "device": torch.device(DEVICE)}
     angle = normal(32, turned // 2, dtype=torch.float32).repeat(1, 2) if turned else None
     weights = SimpleNamespace(**sizes, rotary=turned and (lambda capacity: angle[:capacity, None, None]))
     if not turned:
@@ -187,7 +242,7 @@ def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(normal,
     made = {}
     qkv = normal(sum(lengths), G * (Q + 2) * D, dtype=dtype)
     for attention in (PromptAttention, FusedPromptAttention):
-        cache = KVCache(2, 4, G, 32, D, dtype, "cuda")
+        cache = KVCache(2, 4, G, 32, D, dtype, DEVICE)
         made[attention] = (attention(weights, rotary, cache, lengths)(1, qkv), cache)
     (plain, plain_cache), (fused, fused_cache) = made.values()
     assert_close(fused, plain, dtype)
