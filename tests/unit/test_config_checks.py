@@ -90,6 +90,14 @@ def test_a_single_string_is_no_list_of_end_strings(files):
     assert "must be a list of strings" in refusal("model.rs.sampling_params.end_strings=stop")
 
 
+def test_several_nodes_need_someone_who_starts_them(files, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    nodes = ("trainer.num_nodes=2", "trainer.devices=1")
+    assert "srun or torchrun" in refusal(*nodes)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    check_rs_config(config(*nodes))
+
+
 def test_a_section_without_keys_is_refused(files):
     assert refusal("model.rs.length_params=null") == (
         "model.rs.length_params=None must be a section with keys, of max_length, min_length"
@@ -210,7 +218,6 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
         (["trainer.rs.max_epochs=-1"], ["trainer.rs.max_epochs=-1", "a positive whole number"]),
         (["trainer.accelerator=tpu"], ["trainer.accelerator='tpu' must be gpu or cpu"]),
         (["+trainer.device=5"], ["trainer.device is not a known key; did you mean trainer.devices?"]),
-        (["trainer.num_nodes=2", "trainer.devices=1"], ["trainer.num_nodes=2", "srun or torchrun"]),
         (["trainer.rs.model_gbs=4"], ["trainer.rs.model_gbs=4 must be model.global_batch_size=8"]),
         (["model.optim.name=adamww"], ["model.optim.name=adamww must be one of", "adamw,"]),
         (["model.optim.sched.name=foo"], ["model.optim.sched.name=foo must be one of", "CosineAnnealing,"]),
