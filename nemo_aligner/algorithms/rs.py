@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from megatron.core import parallel_state
 from nemo.utils import AppState, logging
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_aligner.algorithms.rollout_batches import take_up_or_generate
@@ -108,6 +109,9 @@ class RSTrainer:
             "num_rollouts_per_prompt": num_rollouts_per_prompt,
             "data_parallel_size": parallel_state.get_data_parallel_world_size(),
             "reward": getattr(rm, "description", None),
+            "model.seed": model.cfg.get("seed"),
+            "pretrained_checkpoint.restore_from_path": model.restored_from,
+            "model.peft.restore_from_path": OmegaConf.select(model.cfg, "peft.restore_from_path"),
         }
         self.unscored = UnscoredRollouts(rollout_dir, rank, made_with)
         self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)

@@ -77,6 +77,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._training = TrainingSettings(**(cfg.rs.get("training") or {}))
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
+        self.restored_from: str | None = None  # the archive or folder, set by `load_from_nemo`
         self._is_saving_archive = False
 
     def _build_tokenizer(self):
