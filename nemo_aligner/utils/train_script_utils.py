@@ -1,11 +1,13 @@
 """What the training script does before the loop: trainer, process groups, adapters, optimizer, checkpoints, loggers."""
 
 import contextlib
+import copy
 import functools
 import re
 import sys
 import traceback
 import types
+import warnings
 
 from megatron.core import parallel_state
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
@@ -36,6 +38,8 @@ DISTRIBUTED_OPTIMIZER_KEYS = (
     "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
     "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
 )  # fmt: skip
+# What a group of parameters has from the config.
+OPTIMIZER_SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 
 
 def with_profile_as_override(arguments: list[str]) -> list[str]:
@@ -147,8 +151,9 @@ def init_peft(ptl_model, updated_cfg: DictConfig) -> None:
 def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) -> None:
     """Run Lightning's set-up as `Trainer.fit` would, up to the point where its own loop would begin.
 
-    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, optimizer, schedule
-    and callbacks from there.
+    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, the optimizer's state
+    and the place in the schedule, and callbacks from there. The optimizer's settings and the schedule itself are those
+    of the config, also where it has changed since.
     """
     ptl_model._train_dl, ptl_model._train_ds = train_dataloader, train_ds
     disable_data_callbacks(ptl_model)
@@ -166,10 +171,10 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
         adam_step.restore_on_load(optimizer)
     call._call_callback_hooks(ptl_trainer, "on_fit_start")
     call._call_lightning_module_hook(ptl_trainer, "on_fit_start")
-    ptl_trainer._checkpoint_connector._restore_modules_and_callbacks(ptl_trainer.ckpt_path)
-    ptl_trainer._checkpoint_connector.restore_training_state()
-    ptl_trainer._checkpoint_connector.resume_end()
-    _apply_restored_learning_rate(ptl_trainer)
+    with _keeping_optimizer_settings(ptl_trainer):
+        ptl_trainer._checkpoint_connector._restore_modules_and_callbacks(ptl_trainer.ckpt_path)
+        ptl_trainer._checkpoint_connector.restore_training_state()
+        ptl_trainer._checkpoint_connector.resume_end()
 
 
 def disable_data_callbacks(ptl_model) -> None:
@@ -204,12 +209,24 @@ def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
             optim_cfg.pop(key)
 
 
-def _apply_restored_learning_rate(ptl_trainer: Trainer) -> None:
-    """A restored scheduler knows its last rate, but sets it only with its next step."""
-    for config in ptl_trainer.lr_scheduler_configs if ptl_trainer.ckpt_path else []:
-        scheduler = config.scheduler
-        for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+@contextlib.contextmanager
+def _keeping_optimizer_settings(ptl_trainer: Trainer):
+    """Of what is restored within, keep the optimizers' state and how many steps each schedule has taken, no settings."""
+    groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
+    settings = [{key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in groups]
+    schedules = [config.scheduler for config in ptl_trainer.lr_scheduler_configs]
+    beginnings = [copy.deepcopy(schedule.state_dict()) for schedule in schedules]
+    yield
+    groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
+    for group, own in zip(groups, settings, strict=True):
+        group.update(own)
+    for schedule, beginning in zip(schedules, beginnings, strict=True):
+        num_steps = schedule.last_epoch
+        schedule.load_state_dict(beginning)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the optimizer should step first
+            for _ in range(num_steps):  # as some schedules know no rate but the one after the last
+                schedule.step()
 
 
 def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict[str, int] | None:

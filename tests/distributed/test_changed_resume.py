@@ -1,0 +1,83 @@
+"""A run that is resumed with other settings follows them, and says which ones have changed."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from nemo_aligner.utils.checkpoints import newest_complete_checkpoint
+from tests.distributed.test_training_script import command, environment, scalars, workplace
+from tests.distributed.zygote import Zygote
+
+__all__ = ["workplace"]  # a fixture
+LR, MIN_LR = 1e-3, 9e-8
+
+
+@pytest.fixture(scope="module")
+def start(workplace):
+    """Start the script in a folder: its exit code and what it printed."""
+    zygote = Zygote(workplace, environment())
+
+    def start(log_dir: str, *overrides: str) -> tuple[int, str]:
+        log = workplace / f"{log_dir}.log"
+        zygote.start(command(log_dir, "trainer.rs.val_check_interval=1", *overrides)[2:], log)
+        return zygote.wait(), log.read_text()
+
+    yield start
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def one_step(workplace, start):
+    """The folder of a run that ended after one RS step, of two prompts and two optimizer steps."""
+    code, output = start("one_step", "trainer.rs.max_steps=1")
+    assert code == 0, output[-3000:]
+    return workplace / "one_step"
+
+
+def resume(workplace, start, one_step, name: str, *overrides: str):
+    """Go on in a copy of the run's folder: exit code, output, folder."""
+    folder = workplace / name
+    shutil.copytree(one_step, folder)
+    (folder / "checkpoints/tiny.nemo").unlink()
+    code, output = start(name, *overrides)
+    return code, output, folder
+
+
+def rates(folder) -> dict[int, float]:
+    """The learning rate by optimizer step, over all starts."""
+    logged = [pair for part in [folder, *folder.glob("run_*")] for pair in scalars(part).get("train_optim/lr", [])]
+    return dict(logged)
+
+
+def cosine(lr: float, min_lr: float, horizon: int, step: int) -> float:
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * step / horizon))
+
+
+def test_an_extended_run_goes_on_at_the_rates_of_a_run_of_that_length(workplace, start, one_step):
+    code, output, folder = resume(workplace, start, one_step, "extended", "trainer.rs.max_steps=3")
+    assert code == 0, output[-3000:]
+    found = rates(folder)
+    assert found.keys() == set(range(6))
+    for step in range(2):  # of two
+        assert found[step] == pytest.approx(cosine(LR, MIN_LR, 2, step), rel=1e-6)
+    for step in range(2, 6):  # of six
+        assert found[step] == pytest.approx(cosine(LR, MIN_LR, 6, step), rel=1e-6)
+
+
+def test_other_optimizer_settings_hold_from_the_resumed_step_on(workplace, start, one_step):
+    changes = (
+        "trainer.rs.max_steps=2", "model.optim.lr=2e-3", "model.optim.sched.min_lr=1e-3",
+        "model.optim.sched.warmup_steps=1", "model.optim.weight_decay=0.3", "model.optim.betas=[0.8,0.9]",
+    )  # fmt: skip
+    code, output, folder = resume(workplace, start, one_step, "other_optimizer", *changes)
+    assert code == 0, output[-3000:]
+    found = rates(folder)
+    for step in (2, 3):  # of four, the first of which is warm-up
+        assert found[step] == pytest.approx(cosine(2e-3, 1e-3, 3, step - 1), rel=1e-6)
+    last = newest_complete_checkpoint(folder / "checkpoints")
+    (optimizer,) = torch.load(last / "common.pt", weights_only=True)["optimizer_states"]
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.3, 0.0]  # norms and biases have none
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer["param_groups"])
+    assert all(group["step"] == 4 for group in optimizer["param_groups"])
