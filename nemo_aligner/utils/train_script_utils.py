@@ -28,6 +28,7 @@ from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters,
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.peft_checks import check_scheme
+from nemo_aligner.utils.run_settings import check_resumed, deciding_settings, stored_settings
 from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
@@ -151,15 +152,21 @@ def init_peft(ptl_model, updated_cfg: DictConfig) -> None:
 def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) -> None:
     """Run Lightning's set-up as `Trainer.fit` would, up to the point where its own loop would begin.
 
-    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, the optimizer's state
-    and the place in the schedule, and callbacks from there. The optimizer's settings and the schedule itself are those
-    of the config, also where it has changed since.
+    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, the optimizer's
+    state, the place in the schedule and callbacks from there. The optimizer's settings and the schedule itself are
+    those of the config, also where it has changed since.
+
+    Raises:
+        ConfigError: if the checkpoint cannot be continued with a setting that has changed.
     """
     ptl_model._train_dl, ptl_model._train_ds = train_dataloader, train_ds
     disable_data_callbacks(ptl_model)
     _set_schedule_horizon(ptl_trainer, ptl_model.cfg, train_ds)
     if not ptl_model.with_distributed_adam:
         _drop_distributed_optimizer_keys(ptl_model.cfg.optim)
+    ptl_model.rs_settings = deciding_settings(ptl_model.cfg, ptl_model.restored_from, len(train_ds))
+    if ptl_trainer.ckpt_path is not None:
+        check_resumed(ptl_trainer.ckpt_path, ptl_model.rs_settings)
     ptl_trainer.state.fn = TrainerFn.FITTING
     ptl_trainer.strategy.connect(ptl_model)
     ptl_trainer._callback_connector._attach_model_callbacks()
@@ -211,7 +218,7 @@ def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
 
 @contextlib.contextmanager
 def _keeping_optimizer_settings(ptl_trainer: Trainer):
-    """Of what is restored within, keep the optimizers' state and how many steps each schedule has taken, no settings."""
+    """Within, the optimizers' state and the number of steps of each schedule may be restored, but no settings."""
     groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
     settings = [{key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in groups]
     schedules = [config.scheduler for config in ptl_trainer.lr_scheduler_configs]
@@ -229,13 +236,18 @@ def _keeping_optimizer_settings(ptl_trainer: Trainer):
                 schedule.step()
 
 
-def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict[str, int] | None:
+def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict | None:
     """The RS counters of the checkpoint that the trainer resumes from, or None if it starts fresh.
 
+    Under `settings` are those of the run that wrote it, as `deciding_settings` has them, if they are known.
+
     Raises:
-        ValueError: if they are neither in the checkpoint nor in its name.
+        ValueError: if the counters are neither in the checkpoint nor in its name.
     """
-    return None if ptl_trainer.ckpt_path is None else read_counters(ptl_trainer.ckpt_path)
+    if ptl_trainer.ckpt_path is None:
+        return None
+    settings = stored_settings(ptl_trainer.ckpt_path)
+    return {**read_counters(ptl_trainer.ckpt_path), **({} if settings is None else {"settings": settings})}
 
 
 class FakeScheduler:

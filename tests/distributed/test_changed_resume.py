@@ -1,5 +1,6 @@
 """A run that is resumed with other settings follows them, and says which ones have changed."""
 
+import json
 import math
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from nemo_aligner.utils.checkpoints import newest_complete_checkpoint
-from tests.distributed.test_training_script import command, environment, scalars, workplace
+from tests.distributed.test_training_script import N, command, environment, rollouts, scalars, workplace
 from tests.distributed.zygote import Zygote
 
 __all__ = ["workplace"]  # a fixture
@@ -45,6 +46,10 @@ def resume(workplace, start, one_step, name: str, *overrides: str):
     return code, output, folder
 
 
+def warnings_of(output: str) -> list[str]:
+    return [line for line in output.splitlines() if "with other settings, which hold" in line]
+
+
 def rates(folder) -> dict[int, float]:
     """The learning rate by optimizer step, over all starts."""
     logged = [pair for part in [folder, *folder.glob("run_*")] for pair in scalars(part).get("train_optim/lr", [])]
@@ -65,6 +70,9 @@ def test_an_extended_run_goes_on_at_the_rates_of_a_run_of_that_length(workplace,
     for step in range(2, 6):  # of six
         assert found[step] == pytest.approx(cosine(LR, MIN_LR, 6, step), rel=1e-6)
 
+    (warning,) = warnings_of(output)
+    assert "model.optim.sched.max_steps=6 (was 2)" in warning and warning.count("(was ") == 1
+
 
 def test_other_optimizer_settings_hold_from_the_resumed_step_on(workplace, start, one_step):
     changes = (
@@ -81,3 +89,49 @@ def test_other_optimizer_settings_hold_from_the_resumed_step_on(workplace, start
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.3, 0.0]  # norms and biases have none
     assert all(group["betas"] == (0.8, 0.9) for group in optimizer["param_groups"])
     assert all(group["step"] == 4 for group in optimizer["param_groups"])
+    (warning,) = warnings_of(output)
+    assert (
+        "model.optim.lr=0.002 (was 0.001), " in warning and "model.optim.betas=[0.8, 0.9] (was [0.9, 0.98])" in warning
+    )
+
+
+def test_everything_else_that_changes_what_a_run_does_is_named(workplace, start, one_step):
+    (workplace / "more.jsonl").write_text("".join(json.dumps({"text": f"another prompt {i}"}) + "\n" for i in range(8)))
+    (workplace / "other.nemo").write_bytes((workplace / "tiny.nemo").read_bytes())
+    changes = (
+        "trainer.rs.max_steps=2", "pretrained_checkpoint.restore_from_path=other.nemo", "model.seed=7",
+        "model.data.data_prefix={train: [more.jsonl], validation: [val.jsonl], test: [val.jsonl]}",
+        "model.rs.num_rollouts_per_prompt=2", "model.rs.sampling_params.temperature=0.5",
+    )  # fmt: skip
+    code, output, _ = resume(workplace, start, one_step, "other", *changes)
+    assert code == 0, output[-3000:]
+    (warning,) = warnings_of(output)
+    archive, other = (workplace / "tiny.nemo").resolve(), workplace / "other.nemo"
+    for difference in (
+        f"pretrained_checkpoint.restore_from_path={other} (was {archive})", "model.seed=7 (was 1234)",
+        "the number of training prompts=8 (was 6)", "sampling_params.temperature=0.5 (was 1.0)",
+        "model.data.data_prefix.train=['more.jsonl'] (was ['train.jsonl'])", "num_rollouts_per_prompt=2 (was 3)",
+    ):  # fmt: skip
+        assert difference in warning
+    assert warning.count("(was ") == 7, "and the horizon of the schedule"
+
+
+def test_another_optimizer_cannot_take_over(workplace, start, one_step):
+    change = "model.optim.name=mcore_distributed_optim"
+    code, output, _ = resume(workplace, start, one_step, "other_name", "trainer.rs.max_steps=2", change)
+    assert code == 2
+    assert output.splitlines()[-1].startswith(
+        f"error: {change}: the checkpoint to resume from was made with adamw and cannot be continued with another"
+    )
+
+
+def test_a_checkpoint_without_settings_says_nothing(workplace, start, one_step):
+    folder = workplace / "old_format"
+    shutil.copytree(one_step, folder)
+    common = newest_complete_checkpoint(folder / "checkpoints") / "common.pt"
+    stored = torch.load(common, weights_only=True)
+    del stored["rs_settings"]
+    torch.save(stored, common)
+    code, output = start("old_format", "trainer.rs.max_steps=2", "model.seed=7")
+    assert code == 0, output[-3000:]
+    assert warnings_of(output) == [] and len(rollouts(folder, "train")) == 2 * 2 * N
