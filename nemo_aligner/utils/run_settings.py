@@ -14,6 +14,7 @@ DECIDING = (
     "rs.sampling_params", "rs.length_params", "rs.reward", "rs.rewards", "rs.loss_normalization",
     "data.data_prefix", "data.splits_string", "data.seq_length", "optim", "peft.peft_scheme",
 )  # fmt: skip
+PROMPTS_PER_STEP = "model.rs.num_rollout_samples"
 NUM_PROMPTS = "the number of training prompts"
 PRETRAINED = "pretrained_checkpoint.restore_from_path"
 # A checkpoint's optimizer state or adapters are of use only with these as they were.
@@ -77,3 +78,32 @@ def check_resumed(ckpt_path: str | Path, own: dict) -> None:
             f"resuming {ckpt_path} with other settings, which hold from here on; what was trained is the checkpoint's: "
             f"{differences}"
         )
+
+
+def data_position(state: dict, num_prompts: int, prompts_per_step: int) -> tuple[int, int]:
+    """Where a run continues in the stream of prompts over all epochs.
+
+    An epoch is as many whole steps as there are prompts for, so a run with another step size or number of prompts
+    counts anew: the epochs that are behind it, and as far into this one as it was, rounded up to a whole step.
+
+    Args:
+        state: a checkpoint's counters and, if it carries any, its `settings`. One of the original carries none, and
+            its `consumed_samples` counts something else; its steps are taken to be as large as this run's.
+
+    Returns:
+        The prompts before that place, and how many of them are skipped by rounding.
+    """
+    settings = state.get("settings")
+    if settings is None:
+        return int(state["step"]) * prompts_per_step, 0
+    old_step = settings[PROMPTS_PER_STEP]
+    epoch, offset = divmod(int(state["consumed_samples"]), settings[NUM_PROMPTS] // old_step * old_step)
+    rows_per_epoch = num_prompts // prompts_per_step * prompts_per_step
+    offset = min(offset, rows_per_epoch)
+    num_skipped = -offset % prompts_per_step
+    return epoch * rows_per_epoch + offset + num_skipped, num_skipped
+
+
+def has_other_step_size(state: dict, prompts_per_step: int) -> bool:
+    """Whether the checkpoint, as in `data_position`, is known to come from steps of another number of prompts."""
+    return state.get("settings", {}).get(PROMPTS_PER_STEP, prompts_per_step) != prompts_per_step

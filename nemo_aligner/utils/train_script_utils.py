@@ -24,11 +24,11 @@ from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
 from nemo_aligner.utils.background_save import BackgroundSave
-from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters, write_missing_archive
+from nemo_aligner.utils.checkpoints import COUNTERS, custom_save_ckpt_func, read_counters, write_missing_archive
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.peft_checks import check_scheme
-from nemo_aligner.utils.run_settings import check_resumed, deciding_settings, stored_settings
+from nemo_aligner.utils.run_settings import check_resumed, data_position, deciding_settings, stored_settings
 from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
@@ -191,17 +191,20 @@ def disable_data_callbacks(ptl_model) -> None:
 
 
 def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds) -> None:
-    """Count the learning-rate schedule in optimizer steps: RS steps, times those that run in each."""
+    """Count the learning-rate schedule in optimizer steps: those done, and those of each RS step that is to come."""
     sched = OmegaConf.select(model_cfg, "optim.sched")
     if sched is None:
         return
     if sched.get("max_steps") is None:
-        rs = model_cfg.rs
-        rs_steps = len(train_ds) // rs.num_rollout_samples * ptl_trainer.max_epochs
+        num_prompts, num_per_step = len(train_ds), model_cfg.rs.num_rollout_samples
+        done = retrieve_custom_trainer_state_dict(ptl_trainer) or dict.fromkeys(COUNTERS, 0)
+        position, _ = data_position(done, num_prompts, num_per_step)
+        rs_steps = num_prompts // num_per_step * ptl_trainer.max_epochs - position // num_per_step
         if ptl_trainer.max_steps >= 0:
-            rs_steps = min(rs_steps, ptl_trainer.max_steps)
+            rs_steps = min(rs_steps, ptl_trainer.max_steps - done["step"])
+        rows = max(0, rs_steps) * num_per_step * model_cfg.rs.top_n_rollouts
         with open_dict(model_cfg):
-            sched.max_steps = rs_steps * rs.num_rollout_samples * rs.top_n_rollouts // model_cfg.global_batch_size
+            sched.max_steps = done["rs_optimization_step"] + rows // model_cfg.global_batch_size
     # NeMo prefers the limit of Lightning's loop, which counts RS steps here and does not run.
     ptl_trainer.fit_loop.epoch_loop.max_steps = sched.max_steps
 

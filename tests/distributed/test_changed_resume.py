@@ -3,11 +3,12 @@
 import json
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 
-from nemo_aligner.utils.checkpoints import newest_complete_checkpoint
+from nemo_aligner.utils.checkpoints import newest_complete_checkpoint, read_counters
 from tests.distributed.test_training_script import N, command, environment, rollouts, scalars, workplace
 from tests.distributed.zygote import Zygote
 
@@ -114,6 +115,22 @@ def test_everything_else_that_changes_what_a_run_does_is_named(workplace, start,
     ):  # fmt: skip
         assert difference in warning
     assert warning.count("(was ") == 7, "and the horizon of the schedule"
+
+
+def test_fewer_prompts_a_step_go_on_behind_those_that_were_trained_on(workplace, start, one_step):
+    code, output, folder = resume(
+        workplace, start, one_step, "fewer", "trainer.rs.max_steps=-1", "model.rs.num_rollout_samples=1"
+    )
+    assert code == 0, output[-3000:]
+    lines = rollouts(folder, "train")
+    assert sorted({line["step"] for line in lines}) == [0, 1, 2, 3, 4]
+    assert Counter(line["prompt_index"] for line in lines) == dict.fromkeys(range(6), N)
+    found = rates(folder)  # the horizon is two steps, then one for each of four RS steps
+    assert {step: found[step] for step in range(2, 6)} == pytest.approx(
+        {step: cosine(LR, MIN_LR, 6, step) for step in range(2, 6)}, rel=1e-6
+    )
+    counters = read_counters(newest_complete_checkpoint(folder / "checkpoints"))
+    assert counters == {"step": 5, "consumed_samples": 6, "epoch": 1, "rs_optimization_step": 6}
 
 
 def test_another_optimizer_cannot_take_over(workplace, start, one_step):
