@@ -20,7 +20,7 @@ PRETRAINED = "pretrained_checkpoint.restore_from_path"
 # A checkpoint's optimizer state or adapters are of use only with these as they were.
 FIXED = (
     "model.optim.name", "model.peft.peft_scheme", "model.peft.lora_tuning.target_modules",
-    "model.peft.lora_tuning.adapter_dim", "model.peft.lora_tuning.alpha", "model.peft.lora_tuning.layer_selection",
+    "model.peft.lora_tuning.adapter_dim", "model.peft.lora_tuning.layer_selection",
 )  # fmt: skip
 
 
