@@ -75,6 +75,18 @@ def test_an_extended_run_goes_on_at_the_rates_of_a_run_of_that_length(workplace,
     assert "model.optim.sched.max_steps=6 (was 2)" in warning and warning.count("(was ") == 1
 
 
+def test_the_same_command_says_nothing(workplace, start):
+    settings = ("trainer.rs.max_steps=6", "trainer.rs.max_epochs=2")
+    code, output = start("same", *settings, "exp_manager.max_time_per_run=00:00:00:01")
+    assert code == 0, output[-3000:]
+    assert 0 < read_counters(newest_complete_checkpoint(workplace / "same/checkpoints"))["step"] < 6
+    code, output = start("same", *settings)
+    assert code == 0, output[-3000:]
+    assert "Resuming training from checkpoint" in output and warnings_of(output) == []
+    expected = {step: cosine(LR, MIN_LR, 12, step) for step in range(12)}
+    assert rates(workplace / "same") == pytest.approx(expected, rel=1e-6)
+
+
 def test_other_optimizer_settings_hold_from_the_resumed_step_on(workplace, start, one_step):
     changes = (
         "trainer.rs.max_steps=2", "model.optim.lr=2e-3", "model.optim.sched.min_lr=1e-3",
