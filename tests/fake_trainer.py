@@ -50,9 +50,10 @@ class FakeModel:
     trains_with_sequence_parallel = False
     default_answers = ([50, EOS],)
     num_checks = 0  # while it works on a batch
+    restored_from = "/models/tiny.nemo"
 
     def __init__(self, answers=None, events=None, loss_normalization="global_batch"):
-        self.cfg = OmegaConf.create({"rs": {"loss_normalization": loss_normalization}})
+        self.cfg = OmegaConf.create({"seed": 5, "rs": {"loss_normalization": loss_normalization}})
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self._sampling_params = {"end_strings": []}
         self._length_params = {"max_length": 4}

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from megatron.core import parallel_state
 from nemo.utils import AppState, logging
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_aligner.algorithms.rollout_batches import take_up_or_generate
@@ -29,6 +30,7 @@ from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
 from nemo_aligner.utils.phases import OTHER, PhaseClock
 from nemo_aligner.utils.ppo_utils import select_topk
 from nemo_aligner.utils.rollout_log import RolloutLog
+from nemo_aligner.utils.run_settings import data_position, has_other_step_size
 from nemo_aligner.utils.server_utils import RewardError
 from nemo_aligner.utils.step_profile import StepProfile
 from nemo_aligner.utils.tensors import garbage_of_this_context
@@ -108,6 +110,9 @@ class RSTrainer:
             "num_rollouts_per_prompt": num_rollouts_per_prompt,
             "data_parallel_size": parallel_state.get_data_parallel_world_size(),
             "reward": getattr(rm, "description", None),
+            "model.seed": model.cfg.get("seed"),
+            "pretrained_checkpoint.restore_from_path": model.restored_from,
+            "model.peft.restore_from_path": OmegaConf.select(model.cfg, "peft.restore_from_path"),
         }
         self.unscored = UnscoredRollouts(rollout_dir, rank, made_with)
         self.rollout_batch_seq_length = cfg.get("rollout_batch_seq_length", None)
@@ -121,6 +126,7 @@ class RSTrainer:
         self.num_prompts_per_step = train_dataloader.batch_sampler.global_batch_size
         self._check_sizes()
         self.num_steps_per_epoch = compute_num_steps_per_epoch(train_dataloader.batch_sampler)
+        self.num_prompts_per_epoch = self.num_steps_per_epoch * self.num_prompts_per_step
         self.set_max_steps()
 
     def _check_sizes(self) -> None:
@@ -142,10 +148,11 @@ class RSTrainer:
 
     @property
     def epoch(self) -> int:
-        return self.step // self.num_steps_per_epoch
+        return self.consumed_samples // self.num_prompts_per_epoch
 
     def set_max_steps(self) -> None:
-        self.max_steps = self.num_steps_per_epoch * self.cfg.max_epochs
+        prompts_left = self.num_prompts_per_epoch * self.cfg.max_epochs - self.consumed_samples
+        self.max_steps = self.step + prompts_left // self.num_prompts_per_step
         limit = self.cfg.get("max_steps", -1)
         if limit >= 0:
             self.max_steps = min(self.max_steps, limit)
@@ -175,7 +182,7 @@ class RSTrainer:
             dataloader_iter = None
             with _progress_bar(total=self.max_steps, initial=self.step, desc="RS steps", unit="step") as progress:
                 while self.step < self.max_steps:
-                    if dataloader_iter is None or self.step % self.num_steps_per_epoch == 0:
+                    if dataloader_iter is None or self.consumed_samples % self.num_prompts_per_epoch == 0:
                         dataloader_iter = iter(self.train_dataloader)  # of the next epoch, or the rest of one
                     summary, run_time_exceeded = self._run_step(dataloader_iter)
                     progress.update()
@@ -474,6 +481,9 @@ class RSTrainer:
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from saved counters, which must be the same on all ranks.
 
+        If `settings` of the run that saved them are among them, the place in the prompts is the one that was counted,
+        and that run may have taken another number of prompts a step.
+
         Raises:
             ValueError: if ranks disagree.
         """
@@ -484,10 +494,23 @@ class RSTrainer:
         if not torch.equal(own, first):
             raise ValueError(f"the counters {keys} of this rank, {own.tolist()}, differ from rank 0's {first.tolist()}")
         self.step, _, self.rs_optimization_step = own.tolist()
-        # Checkpoints of the original counted selected responses here; prompts are what the data position goes by.
-        self.consumed_samples = self.step * self.num_prompts_per_step
-        self.train_dataloader.batch_sampler.consumed_samples = self.consumed_samples
+        sampler, num_per_step = self.train_dataloader.batch_sampler, self.num_prompts_per_step
+        self.consumed_samples, num_skipped = data_position(state_dict, sampler.total_samples, num_per_step)
+        sampler.consumed_samples = self.consumed_samples
         self.set_max_steps()
+        self._report_other_step_size(state_dict, num_skipped)
+
+    def _report_other_step_size(self, state_dict: dict, num_skipped: int) -> None:
+        """Say what a step size that does not fit the checkpoint's place in the prompts leads to."""
+        key = f"model.rs.num_rollout_samples={self.num_prompts_per_step}"
+        is_over = self.consumed_samples >= self.num_prompts_per_epoch * self.cfg.max_epochs
+        if is_over and has_other_step_size(state_dict, self.num_prompts_per_step):
+            logging.warning(
+                f"no step of {key} is left in trainer.rs.max_epochs={self.cfg.max_epochs}; lower the one or raise the "
+                "other to train further"
+            )
+        elif num_skipped:
+            logging.warning(f"the checkpoint lies inside a step of {key}; {num_skipped} of its prompts are skipped")
 
 
 def _progress_bar(iterable=None, **kwargs) -> tqdm:

@@ -1,11 +1,13 @@
 """What the training script does before the loop: trainer, process groups, adapters, optimizer, checkpoints, loggers."""
 
 import contextlib
+import copy
 import functools
 import re
 import sys
 import traceback
 import types
+import warnings
 
 from megatron.core import parallel_state
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
@@ -22,10 +24,11 @@ from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
 from nemo_aligner.utils.background_save import BackgroundSave
-from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, read_counters, write_missing_archive
+from nemo_aligner.utils.checkpoints import COUNTERS, custom_save_ckpt_func, read_counters, write_missing_archive
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.peft_checks import check_scheme
+from nemo_aligner.utils.run_settings import check_resumed, data_position, deciding_settings, stored_settings
 from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
@@ -36,6 +39,8 @@ DISTRIBUTED_OPTIMIZER_KEYS = (
     "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
     "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
 )  # fmt: skip
+# What a group of parameters has from the config.
+OPTIMIZER_SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 
 
 def with_profile_as_override(arguments: list[str]) -> list[str]:
@@ -147,14 +152,21 @@ def init_peft(ptl_model, updated_cfg: DictConfig) -> None:
 def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) -> None:
     """Run Lightning's set-up as `Trainer.fit` would, up to the point where its own loop would begin.
 
-    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, optimizer, schedule
-    and callbacks from there.
+    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, the optimizer's
+    state, the place in the schedule and callbacks from there. The optimizer's settings and the schedule itself are
+    those of the config, also where it has changed since.
+
+    Raises:
+        ConfigError: if the checkpoint cannot be continued with a setting that has changed.
     """
     ptl_model._train_dl, ptl_model._train_ds = train_dataloader, train_ds
     disable_data_callbacks(ptl_model)
     _set_schedule_horizon(ptl_trainer, ptl_model.cfg, train_ds)
     if not ptl_model.with_distributed_adam:
         _drop_distributed_optimizer_keys(ptl_model.cfg.optim)
+    ptl_model.rs_settings = deciding_settings(ptl_model.cfg, ptl_model.restored_from, len(train_ds))
+    if ptl_trainer.ckpt_path is not None:
+        check_resumed(ptl_trainer.ckpt_path, ptl_model.rs_settings)
     ptl_trainer.state.fn = TrainerFn.FITTING
     ptl_trainer.strategy.connect(ptl_model)
     ptl_trainer._callback_connector._attach_model_callbacks()
@@ -166,10 +178,10 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
         adam_step.restore_on_load(optimizer)
     call._call_callback_hooks(ptl_trainer, "on_fit_start")
     call._call_lightning_module_hook(ptl_trainer, "on_fit_start")
-    ptl_trainer._checkpoint_connector._restore_modules_and_callbacks(ptl_trainer.ckpt_path)
-    ptl_trainer._checkpoint_connector.restore_training_state()
-    ptl_trainer._checkpoint_connector.resume_end()
-    _apply_restored_learning_rate(ptl_trainer)
+    with _keeping_optimizer_settings(ptl_trainer):
+        ptl_trainer._checkpoint_connector._restore_modules_and_callbacks(ptl_trainer.ckpt_path)
+        ptl_trainer._checkpoint_connector.restore_training_state()
+        ptl_trainer._checkpoint_connector.resume_end()
 
 
 def disable_data_callbacks(ptl_model) -> None:
@@ -179,17 +191,20 @@ def disable_data_callbacks(ptl_model) -> None:
 
 
 def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds) -> None:
-    """Count the learning-rate schedule in optimizer steps: RS steps, times those that run in each."""
+    """Count the learning-rate schedule in optimizer steps: those done, and those of each RS step that is to come."""
     sched = OmegaConf.select(model_cfg, "optim.sched")
     if sched is None:
         return
     if sched.get("max_steps") is None:
-        rs = model_cfg.rs
-        rs_steps = len(train_ds) // rs.num_rollout_samples * ptl_trainer.max_epochs
+        num_prompts, num_per_step = len(train_ds), model_cfg.rs.num_rollout_samples
+        done = retrieve_custom_trainer_state_dict(ptl_trainer) or dict.fromkeys(COUNTERS, 0)
+        position, _ = data_position(done, num_prompts, num_per_step)
+        rs_steps = num_prompts // num_per_step * ptl_trainer.max_epochs - position // num_per_step
         if ptl_trainer.max_steps >= 0:
-            rs_steps = min(rs_steps, ptl_trainer.max_steps)
+            rs_steps = min(rs_steps, ptl_trainer.max_steps - done["step"])
+        rows = max(0, rs_steps) * num_per_step * model_cfg.rs.top_n_rollouts
         with open_dict(model_cfg):
-            sched.max_steps = rs_steps * rs.num_rollout_samples * rs.top_n_rollouts // model_cfg.global_batch_size
+            sched.max_steps = done["rs_optimization_step"] + rows // model_cfg.global_batch_size
     # NeMo prefers the limit of Lightning's loop, which counts RS steps here and does not run.
     ptl_trainer.fit_loop.epoch_loop.max_steps = sched.max_steps
 
@@ -204,21 +219,38 @@ def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
             optim_cfg.pop(key)
 
 
-def _apply_restored_learning_rate(ptl_trainer: Trainer) -> None:
-    """A restored scheduler knows its last rate, but sets it only with its next step."""
-    for config in ptl_trainer.lr_scheduler_configs if ptl_trainer.ckpt_path else []:
-        scheduler = config.scheduler
-        for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+@contextlib.contextmanager
+def _keeping_optimizer_settings(ptl_trainer: Trainer):
+    """Within, the optimizers' state and the number of steps of each schedule may be restored, but no settings."""
+    groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
+    settings = [{key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in groups]
+    schedules = [config.scheduler for config in ptl_trainer.lr_scheduler_configs]
+    beginnings = [copy.deepcopy(schedule.state_dict()) for schedule in schedules]
+    yield
+    groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
+    for group, own in zip(groups, settings, strict=True):
+        group.update(own)
+    for schedule, beginning in zip(schedules, beginnings, strict=True):
+        num_steps = schedule.last_epoch
+        schedule.load_state_dict(beginning)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the optimizer should step first
+            for _ in range(num_steps):  # as some schedules know no rate but the one after the last
+                schedule.step()
 
 
-def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict[str, int] | None:
+def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict | None:
     """The RS counters of the checkpoint that the trainer resumes from, or None if it starts fresh.
 
+    Under `settings` are those of the run that wrote it, as `deciding_settings` has them, if they are known.
+
     Raises:
-        ValueError: if they are neither in the checkpoint nor in its name.
+        ValueError: if the counters are neither in the checkpoint nor in its name.
     """
-    return None if ptl_trainer.ckpt_path is None else read_counters(ptl_trainer.ckpt_path)
+    if ptl_trainer.ckpt_path is None:
+        return None
+    settings = stored_settings(ptl_trainer.ckpt_path)
+    return {**read_counters(ptl_trainer.ckpt_path), **({} if settings is None else {"settings": settings})}
 
 
 class FakeScheduler:

@@ -178,6 +178,7 @@ def load_from_nemo(
         save_restore_connector=CustomSaveRestoreConnector(load_base_model_only=load_base_model_only),
         strict=strict,
     )
+    model.restored_from = os.path.realpath(restore_path)
     return (model, model_cfg) if return_updated_cfg else model
 
 

@@ -47,7 +47,7 @@ def main_gradients(nemo_path: str, world_size: int, way: str) -> tuple[int, floa
         gradient_as_bucket_view=True, data={"seq_length": 12},
         **{key: OmegaConf.create(value) if key == "optim" else value for key, value in WAYS[way].items()},
     )  # fmt: skip
-    init_using_ptl(model.trainer, model, None, None)
+    init_using_ptl(model.trainer, model, None, [])
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     generator = torch.Generator().manual_seed(5)
     mask = (torch.arange(11) < torch.tensor(LENGTHS)[:, None]).float()

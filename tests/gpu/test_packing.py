@@ -93,7 +93,7 @@ def load_in_bfloat16(tiny_nemo, kind: str):
         tiny_nemo, precision="bf16", megatron_amp_O2=True, gradient_as_bucket_view=True,
         gradient_accumulation_fusion=kind == "O2 fused", optim=OmegaConf.create(optim), **SETTINGS,
     )  # fmt: skip
-    init_using_ptl(actor.trainer, actor, None, None)
+    init_using_ptl(actor.trainer, actor, None, [])
     return actor
 
 

@@ -101,7 +101,7 @@ def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
             optim=OmegaConf.create(optim),
         )  # fmt: skip
         assert actor.cfg.gradient_accumulation_fusion == fuses
-        init_using_ptl(actor.trainer, actor, None, None)
+        init_using_ptl(actor.trainer, actor, None, [])
         actor.prepare_for_training()
         actor._optimizer.zero_grad()
         actor.prepare_for_training_step()

@@ -27,7 +27,7 @@ def actor(tiny_nemo):
     actor = load_actor(
         tiny_nemo, optim=OmegaConf.create(optim), micro_batch_size=2, global_batch_size=2, gradient_as_bucket_view=True
     )
-    init_using_ptl(actor.trainer, actor, None, None)
+    init_using_ptl(actor.trainer, actor, None, [])
     return actor
 
 

@@ -219,6 +219,27 @@ def test_a_validation_that_could_not_be_scored_is_finished_first(tmp_path):
     assert "val_global_rewards" in second.ckpt_callback.saved[0][0]
 
 
+@pytest.mark.parametrize(
+    "change", ["model.seed", "pretrained_checkpoint.restore_from_path", "model.peft.restore_from_path"]
+)
+def test_rollouts_of_another_model_or_seed_are_not_taken_for_this_ones(tmp_path, change, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    with pytest.raises(RewardError):
+        make_trainer(rm=FlakyReward({1}), rollout_dir=tmp_path).fit()
+    model = FakeModel()
+    if change == "model.seed":
+        model.cfg.seed = 6
+    elif change == "pretrained_checkpoint.restore_from_path":
+        model.restored_from = "/models/other.nemo"
+    else:
+        model.cfg.peft = {"restore_from_path": "adapters.nemo"}
+    second = make_trainer(rm=SecondTokenReward(), rollout_dir=tmp_path, model=model)
+    second.fit()
+    assert len(model.requests) == 4, "two micro-batches of each of two steps"
+    assert f"made with another {change}; rolling out anew" in warnings[0]
+
+
 @pytest.mark.parametrize("change", ["settings", "prompts"])
 def test_rollouts_of_another_run_are_not_taken_for_this_ones(tmp_path, change, monkeypatch):
     warnings = []

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from megatron.core import parallel_state
+from nemo.utils import logging
 
 from nemo_aligner.algorithms.rs import compute_num_rollout_microbatches
 from nemo_aligner.testing.utils import Utils
@@ -488,6 +489,72 @@ def test_a_resumed_run_takes_the_prompts_that_an_uninterrupted_one_would_have():
         assert prompts_of(trainer) == whole[2 * step :]
         assert trainer.rs_optimization_step == 12
         assert trainer.step == 6 and trainer.consumed_samples == 12
+
+
+def resumed_with(g: int, state: dict, prompts=6, **settings):
+    """A trainer that continues, with steps of g prompts, a run of 6 prompts in steps of two."""
+    trainer = make_trainer(prompts=[(i,) for i in range(1, prompts + 1)], g=g, k=2, **settings)
+    stored = {"model.rs.num_rollout_samples": 2, "the number of training prompts": 6}
+    trainer.load_state_dict({**state, "settings": stored})
+    return trainer
+
+
+def order_of(prompts: int, epoch: int) -> list[int]:
+    return torch.randperm(prompts, generator=torch.Generator().manual_seed(5 + epoch)).tolist()  # 5: the seed
+
+
+AFTER_ONE_STEP = {"step": 1, "consumed_samples": 2, "epoch": 0, "rs_optimization_step": 2}
+AFTER_AN_EPOCH = {"step": 4, "consumed_samples": 8, "epoch": 1, "rs_optimization_step": 8}
+
+
+@pytest.mark.parametrize("state", [AFTER_ONE_STEP, AFTER_AN_EPOCH])
+@pytest.mark.parametrize("g", [1, 2])
+def test_a_step_of_fewer_prompts_goes_on_where_the_checkpoint_was(state, g, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    trainer = resumed_with(g, state, max_epochs=2)
+    trainer.fit()
+    left = (order_of(6, 0) + order_of(6, 1))[state["consumed_samples"] :]
+    assert [request["prompt_index"][0].item() for request in trainer.model.requests] == left
+    assert trainer.step == trainer.max_steps == state["step"] + len(left) // g
+    assert (trainer.consumed_samples, trainer.epoch) == (12, 2)
+    assert warnings == []
+
+
+@pytest.mark.parametrize("state", [AFTER_ONE_STEP, AFTER_AN_EPOCH])
+def test_a_step_of_more_prompts_skips_those_that_make_no_whole_step(state, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    trainer = resumed_with(3, state, gbs=3, max_epochs=2)
+    trainer.fit()
+    left = (order_of(6, 0) + order_of(6, 1))[state["consumed_samples"] + 1 :]
+    assert [request["prompt_index"][0].item() for request in trainer.model.requests] == left
+    assert trainer.consumed_samples == 12 and trainer.step == state["step"] + len(left) // 3
+    assert len(warnings) == 1 and "model.rs.num_rollout_samples=3" in warnings[0] and "1 of its prompts" in warnings[0]
+
+
+def test_a_step_of_more_prompts_than_are_left_is_reported(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    trainer = resumed_with(4, {"step": 2, "consumed_samples": 4, "epoch": 0, "rs_optimization_step": 4}, gbs=4)
+    trainer.fit()
+    assert trainer.model.requests == [] and trainer.step == 2
+    assert len(warnings) == 1 and "no step of model.rs.num_rollout_samples=4 is left" in warnings[0]
+    assert "trainer.rs.max_epochs=1" in warnings[0]
+
+
+def test_a_limit_in_steps_counts_those_before_the_change():
+    trainer = resumed_with(1, AFTER_ONE_STEP, max_steps=3)
+    trainer.fit()
+    assert trainer.step == 3 and trainer.consumed_samples == 4
+
+
+def test_more_prompts_leave_the_place_within_the_epoch():
+    trainer = resumed_with(2, AFTER_AN_EPOCH, prompts=9, max_epochs=2)
+    trainer.fit()
+    # an epoch is now of 8 prompts, and two of the second are behind it
+    assert [request["prompt_index"][0].item() for request in trainer.model.requests] == order_of(9, 1)[2:8]
+    assert (trainer.step, trainer.consumed_samples, trainer.epoch) == (7, 16, 2)
 
 
 def test_counters_beyond_float32_survive():

@@ -77,6 +77,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._training = TrainingSettings(**(cfg.rs.get("training") or {}))
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
+        self.rs_settings: dict | None = None  # those that decide what the run does, set by `init_using_ptl`
+        self.restored_from: str | None = None  # the archive or folder, set by `load_from_nemo`
         self._is_saving_archive = False
 
     def _build_tokenizer(self):
@@ -112,9 +114,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return optimizers
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the trainer's counters, which whoever saves has put into `rs_trainer_state`."""
+        """Add the trainer's counters, which whoever saves has put into `rs_trainer_state`, and the run's settings."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rs_trainer"] = self.rs_trainer_state
+        checkpoint["rs_settings"] = self.rs_settings
 
     def sharded_state_dict(self, prefix: str = "") -> ShardedStateDict | None:
         """What goes into a distributed checkpoint; with adapters these alone, and in an archive, for NeMo, none."""

@@ -1,0 +1,109 @@
+"""The settings that decide what a run does: a checkpoint carries them, and a run that resumes from it is compared."""
+
+from pathlib import Path
+
+import torch
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner.utils.errors import ConfigError
+
+# Keys and sections of `model`.
+DECIDING = (
+    "seed", "global_batch_size", "rs.num_rollout_samples", "rs.num_rollouts_per_prompt", "rs.top_n_rollouts",
+    "rs.sampling_params", "rs.length_params", "rs.reward", "rs.rewards", "rs.loss_normalization",
+    "data.data_prefix", "data.splits_string", "data.seq_length", "optim", "peft.peft_scheme",
+)  # fmt: skip
+PROMPTS_PER_STEP = "model.rs.num_rollout_samples"
+NUM_PROMPTS = "the number of training prompts"
+PRETRAINED = "pretrained_checkpoint.restore_from_path"
+# A checkpoint's optimizer state or adapters are of use only with these as they were.
+FIXED = (
+    "model.optim.name", "model.peft.peft_scheme", "model.peft.lora_tuning.target_modules",
+    "model.peft.lora_tuning.adapter_dim", "model.peft.lora_tuning.layer_selection",
+)  # fmt: skip
+
+
+def deciding_settings(model_cfg: DictConfig, pretrained: str | None, num_prompts: int) -> dict:
+    """Dotted key -> plain value, for settings that are set; where a server is counts for nothing.
+
+    Args:
+        pretrained: the archive that the run started from.
+        num_prompts: rows of the training set.
+    """
+    has_adapters = OmegaConf.select(model_cfg, "peft.peft_scheme") not in (None, "none")
+    chosen = [*DECIDING, "peft.lora_tuning"] if has_adapters else DECIDING
+    settings = {PRETRAINED: pretrained, NUM_PROMPTS: num_prompts}
+    for key in chosen:
+        value = OmegaConf.select(model_cfg, key)
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        settings.update(_leaves(f"model.{key}", plain))
+    return {key: value for key, value in settings.items() if value is not None and ".remote_rm." not in key}
+
+
+def _leaves(key: str, value) -> dict:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {leaf: v for name, part in value.items() for leaf, v in _leaves(f"{key}.{name}", part).items()}
+
+
+def stored_settings(ckpt_path: str | Path) -> dict | None:
+    """The settings of the run that wrote the checkpoint; None in one of the original, or of our first versions."""
+    common = Path(ckpt_path, "common.pt")
+    if not common.is_file():
+        return None
+    return torch.load(common, map_location="cpu", weights_only=True).get("rs_settings")
+
+
+def check_resumed(ckpt_path: str | Path, own: dict) -> None:
+    """Say, in one warning, which settings have changed since the checkpoint was written, if it knows its own.
+
+    Raises:
+        ConfigError: if it cannot be continued with one of them.
+    """
+    stored = stored_settings(ckpt_path)
+    if stored is None:
+        return
+    changed = [key for key in {**stored, **own} if stored.get(key) != own.get(key)]
+    for key in changed:
+        if key in FIXED:
+            raise ConfigError(
+                f"{key}={own.get(key)}: the checkpoint to resume from was made with {stored.get(key)} and cannot be "
+                f"continued with another; set it back, or start anew in another exp_manager.explicit_log_dir "
+                f"({ckpt_path})"
+            )
+    if changed:
+        differences = ", ".join(f"{key}={own.get(key)} (was {stored.get(key)})" for key in changed)
+        logging.warning(
+            f"resuming {ckpt_path} with other settings, which hold from here on; what was trained is the checkpoint's: "
+            f"{differences}"
+        )
+
+
+def data_position(state: dict, num_prompts: int, prompts_per_step: int) -> tuple[int, int]:
+    """Where a run continues in the stream of prompts over all epochs.
+
+    An epoch is as many whole steps as there are prompts for, so a run with another step size or number of prompts
+    counts anew: the epochs that are behind it, and as far into this one as it was, rounded up to a whole step.
+
+    Args:
+        state: a checkpoint's counters and, if it carries any, its `settings`. One of the original carries none, and
+            its `consumed_samples` counts something else; its steps are taken to be as large as this run's.
+
+    Returns:
+        The prompts before that place, and how many of them are skipped by rounding.
+    """
+    settings = state.get("settings")
+    if settings is None:
+        return int(state["step"]) * prompts_per_step, 0
+    old_step = settings[PROMPTS_PER_STEP]
+    epoch, offset = divmod(int(state["consumed_samples"]), settings[NUM_PROMPTS] // old_step * old_step)
+    rows_per_epoch = num_prompts // prompts_per_step * prompts_per_step
+    offset = min(offset, rows_per_epoch)
+    num_skipped = -offset % prompts_per_step
+    return epoch * rows_per_epoch + offset + num_skipped, num_skipped
+
+
+def has_other_step_size(state: dict, prompts_per_step: int) -> bool:
+    """Whether the checkpoint, as in `data_position`, is known to come from steps of another number of prompts."""
+    return state.get("settings", {}).get(PROMPTS_PER_STEP, prompts_per_step) != prompts_per_step
