@@ -26,6 +26,7 @@ from nemo_aligner import compat
 from nemo_aligner.compat import device, mcore_optimizer, virtual_stages
 from nemo_aligner.compat.apex_step import step_bucket_by_bucket
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation.ends import check_end_strings
 from nemo_aligner.generation.kv_cache import usable_memory
 from nemo_aligner.generation.rollouts import GenerationSettings, PromptBatch, RolloutGenerator
 from nemo_aligner.generation.sampling import random_streams
@@ -84,6 +85,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             super()._build_tokenizer()
         else:
             self.tokenizer = build_packed_tokenizer(self)
+        end_strings = self.cfg.rs.sampling_params.end_strings
+        check_end_strings(end_strings, self.tokenizer, key="model.rs.sampling_params.end_strings")
 
     def setup_mcore_distributed_parallel(self) -> None:
         """NeMo calls one option by two names."""
