@@ -25,11 +25,16 @@ GGUF_NAMES = {
 
 
 class HFFolder:
-    """A model folder as `save_pretrained` writes it. Weights stay on disk until they are asked for."""
+    """A model folder as `save_pretrained` writes it. Weights stay on disk until they are asked for.
+
+    Attributes:
+        generation_config: what is in `generation_config.json`, None if there is no such file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.config = AutoConfig.from_pretrained(path)
+        self.generation_config = _read_json(path / "generation_config.json")
         self.tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
         self._file_of = _weight_index(path)
         self._open_files = {}
@@ -55,6 +60,8 @@ class HFFolder:
 
 class GGUFFile:
     """A Llama model in llama.cpp's format. Each tensor is dequantized to float32 when it is asked for."""
+
+    generation_config = None
 
     def __init__(self, path: Path):
         from gguf import GGUFReader
@@ -165,6 +172,10 @@ def check_config(config: PretrainedConfig, path: str | Path) -> None:
     for holds, key, value, reason in checks:
         if not holds:
             raise ValueError(f"{path}: {key} is {value!r}: {reason}")
+
+
+def _read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _weight_index(path: Path) -> dict[str, str]:

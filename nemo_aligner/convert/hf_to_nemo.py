@@ -29,6 +29,8 @@ from nemo_aligner.models.nlp.gpt.reward_model_classes import RewardModelType
 compat.apply()
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+# What an archive keeps of the Hugging Face config, as training has its own values of these or none.
+KEPT_SETTINGS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ConvertedGPTModel(MegatronGPTModel):
@@ -61,6 +63,8 @@ def convert(source_path: str | Path, output_path: str | Path, precision: str = "
     with tempfile.TemporaryDirectory(dir=output_path.parent) as folder:
         source.tokenizer.save_pretrained(folder)
         cfg = model_config(source.config, tokenizer_config(folder), precision, dist_ckpt_format)
+        cfg.hf_config = {key: getattr(source.config, key) for key in KEPT_SETTINGS}
+        cfg.hf_generation_config = source.generation_config
         destroy_num_microbatches_calculator()  # an earlier model's sizes, on which NeMo would insist
         model = MODEL_CLASSES[source.config.architectures[0]](cfg, cpu_trainer())
         _copy_weights(source, model.get_model_module_list()[0])
