@@ -51,13 +51,16 @@ def convert(source_path: str | Path, output_path: str | Path, precision: str = "
     they are stored in; a reward model's head stays in float32.
 
     Raises:
-        ValueError: if the source cannot be represented, naming the file and the setting.
+        ValueError: one line, if the source is broken or cannot be represented, naming the file and the setting, or if
+            the output cannot be a file.
     """
+    output_path = Path(output_path)
+    if output_path.is_dir():
+        raise ValueError(f"{output_path}: the output is a folder; give a file name ending in .nemo")
     source = open_source(source_path)
     check_config(source.config, source_path)
     require_fast_tokenizer(source.tokenizer)
     cpu.enable()
-    output_path = Path(output_path)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     # beside the output, so that a finished archive is moved into place and an interrupted one leaves nothing behind
     with tempfile.TemporaryDirectory(dir=output_path.parent) as folder:
