@@ -129,6 +129,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format.
 
         It is there whole or not at all. Collective over the job.
+
+        Raises:
+            OSError: where it could not be written: on every rank for weights, on rank 0 for the archive around them.
         """
         final = Path(save_path)
         # NeMo writes weights beside an archive, for which there must be nothing of a process that was killed meanwhile
@@ -141,6 +144,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._is_saving_archive = True
         try:
             super().save_to(str(folder / final.name))
+        except OSError:
+            if is_first_rank:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             self._is_saving_archive = False
         torch.distributed.barrier()
