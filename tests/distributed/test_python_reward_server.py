@@ -287,6 +287,12 @@ def refusal(process):
     return errors.strip().splitlines()[-1]
 
 
+def test_the_script_refuses_an_end_string_that_no_response_can_have(functions, tiny_hf):
+    settings = ["reward.target=functions.py:length", f"tokenizer={tiny_hf}", f"inference.port={free_port()}"]
+    process = start(SCRIPTS / "serve_python_reward.py", *settings, f"end_strings=['{END}.']", cwd=functions.parent)
+    assert refusal(process).startswith(f"error: end_strings: no response can end with '{END}.', as texts are without")
+
+
 def test_the_scripts_refuse_an_occupied_port_and_unknown_keys_before_a_model_is_loaded(tmp_path):
     archive = tmp_path / "archive"
     (archive / "model_weights").mkdir(parents=True)
