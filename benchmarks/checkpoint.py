@@ -103,11 +103,11 @@ class Checkpoints:
     def __init__(self, trainer, model, callback):
         self.trainer, self.model, self.callback, self.step = trainer, model, callback, 0
 
-    def save(self, **metrics: float) -> None:
+    def save(self, is_train_end: bool = False, **metrics: float) -> None:
         self.step += 1
         counters = {name: torch.tensor(self.step) for name in ("step", "consumed_samples", "rs_optimization_step")}
         metrics = {name: torch.tensor(value) for name, value in metrics.items()}
-        self.callback.custom_save({**counters, "epoch": torch.tensor(0), **metrics})
+        self.callback.custom_save({**counters, "epoch": torch.tensor(0), **metrics}, is_train_end=is_train_end)
 
     @property
     def path(self) -> Path:

@@ -94,11 +94,12 @@ class PythonRewardServer:
     def _read(self, inputs: dict[str, np.ndarray]) -> dict[str, list]:
         """What the function sees of one request: lists of B entries by the names of `score`."""
         self._check_columns(inputs)
-        is_text = inputs.get("sentences") is not None
-        rollouts = self._read_sentences(inputs) if is_text else self._read_tokens(inputs)
-        records = [{}] * len(rollouts["prompts"])  # not passed on unless the request has them
+        num_rows = len(next(iter(inputs.values()), ()))
+        records = [{}] * num_rows  # not passed on unless the request has them
         if inputs.get("records") is not None:
             records = [_read_record(text) for text in inputs["records"][:, 0]]
+        is_text = inputs.get("sentences") is not None
+        rollouts = self._read_sentences(inputs) if is_text else self._read_tokens(inputs, records)
         return {**rollouts, "records": records}
 
     def _check_columns(self, inputs: dict) -> None:
@@ -125,7 +126,7 @@ class PythonRewardServer:
             "finished": [None] * len(responses) if finished is None else finished[:, 0].tolist(),
         }
 
-    def _read_tokens(self, inputs: dict) -> dict[str, list]:
+    def _read_tokens(self, inputs: dict, records: list[dict]) -> dict[str, list]:
         tokens, lengths = read_tokens(inputs)
         check_request_size(*tokens.shape, self.max_request_tokens)
         check_ids(tokens, self.tokenizer.vocab_size)
@@ -146,6 +147,8 @@ class PythonRewardServer:
             "response_lengths": lengths.squeeze(1),
             "prompt_lengths": prompt_lengths.squeeze(1),
         }
+        if inputs.get("prompt_lengths") is not None:
+            batch["records"] = records
         if inputs.get("finished") is not None:
             batch["is_end"] = torch.from_numpy(inputs["finished"]).squeeze(1)
         return decode_rollouts(batch, self.tokenizer, self.end_strings)

@@ -4,6 +4,7 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.rewards.python_reward import prompt_text
 
 # Rewards of one kind among several, by name; see `rewards/weighted_sum.py`.
 PART_PREFIX = "reward_"
@@ -41,12 +42,12 @@ def selection_metrics(kept_batches: list[dict]) -> dict[str, float]:
 
 
 def example(rollouts: dict, tokenizer) -> dict:
-    """Texts and reward of the first row."""
+    """Texts and reward of the first row; its prompt by `records`, where `rollouts` has them."""
     prompt_length, response_length = int(rollouts["prompt_lengths"][0]), int(rollouts["response_lengths"][0])
     tokens = rollouts["response_tokens"][0].tolist()
     return {
         "reward": rollouts["rewards"].flatten()[0].item(),
-        "prompt": tokenizer.ids_to_text(tokens[:prompt_length]),
+        "prompt": prompt_text(rollouts.get("records", [{}])[0], tokens[:prompt_length], tokenizer),
         "response": tokenizer.ids_to_text(tokens[prompt_length:response_length]),
     }
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nemo_aligner.algorithms.rollout_batches import take_up_or_generate
 from nemo_aligner.algorithms.rollout_metrics import example, global_rollout_metrics, selection_metrics
-from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, wait_on_all_ranks
+from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, records_of, wait_on_all_ranks
 from nemo_aligner.algorithms.training_batches import optimizer_batches, stack_rollouts
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
@@ -299,7 +299,7 @@ class RSTrainer:
         if not batches:
             raise ValueError(f"the {'validation' if is_validation else 'training'} prompts make no micro-batch")
         stored = self.unscored.load(split, self.step, batches, num_rollouts)
-        made, futures, kept = [], [], []
+        made, records, futures, kept = [], [], [], []
         try:
             bring_states = None if is_validation else partial(self._bring_optimizer_states, beside_rollouts=True)
             done = take_up_or_generate(self.model, batches, stored, num_rollouts, self._meet, bring_states, self.step)
@@ -307,33 +307,35 @@ class RSTrainer:
             with self.phases("rollout"):
                 for batch, rollouts in done:
                     with self.phases("score"):
-                        futures.append(ask_for_rewards(self.rm, rollouts, batch, dataset))
+                        records.append(records_of(dataset, batch, len(rollouts["prompt_index"])))
+                        futures.append(ask_for_rewards(self.rm, rollouts, records[-1]))
                     made.append(rollouts)
             if not is_validation:
                 self._bring_optimizer_states()  # while the last rollouts are scored
             with self.phases("rollout"):
                 wait_on_all_ranks(self._meet)  # those of the replicas that still generate meet meanwhile
-            for rollouts, future in zip(made, futures, strict=True):
+            for rollouts, its_records, future in zip(made, records, futures, strict=True):
                 with self.phases("score"):
                     add_rewards_(rollouts, future, self._meet)
                 with self.phases("select"):
                     kept.append(rollouts if is_validation else self._select(rollouts))
                 kept_rows = () if is_validation else kept[-1].pop("row").tolist()
                 if future is not None:  # else an earlier start wrote them
-                    self.rollout_log.write(split, self.step, rollouts, kept_rows)
+                    self.rollout_log.write(split, self.step, {**rollouts, "records": its_records}, kept_rows)
         except ENDS_OF_A_RUN as error:
             not_reached = [rollouts for rollouts in stored[len(made) :] if rollouts is not None]
             where = self.unscored.save(split, self.step, made + not_reached)
             raise type(error)(f"{error}{where}") from error
         except BaseException:
-            for rollouts, future in zip(made[len(kept) :], futures[len(kept) :], strict=False):
+            unwritten = zip(made[len(kept) :], records[len(kept) :], futures[len(kept) :], strict=False)
+            for rollouts, its_records, future in unwritten:
                 if future is not None:
-                    self.rollout_log.write(split, self.step, rollouts)
+                    self.rollout_log.write(split, self.step, {**rollouts, "records": its_records})
             raise
         metrics = self.compute_global_rollout_metrics(made)
         if not is_validation:
             metrics.update(selection_metrics(kept))
-            metrics["table"] = example(kept[0], self.model.tokenizer)
+        metrics["table"] = example({**kept[0], "records": records[0]}, self.model.tokenizer)
         self.unscored.remove(split, self.step)
         return kept, metrics
 

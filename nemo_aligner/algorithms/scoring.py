@@ -10,15 +10,15 @@ from nemo_aligner.utils.server_utils import fail_on_all_ranks
 MEETING_INTERVAL_S = 5.0
 
 
-def ask_for_rewards(rm, rollouts: dict, batch: dict, dataset):
+def ask_for_rewards(rm, rollouts: dict, records: list[dict]):
     """The future of a micro-batch's rewards, or None if it has them from an earlier start.
 
     Args:
-        batch: the collated prompts of `dataset` that the rollouts answer.
+        records: of each row; see `records_of`.
     """
     if "rewards" in rollouts:
         return None
-    return rm.infer_rm({**rollouts, "records": _records(dataset, batch, len(rollouts["prompt_index"]))})
+    return rm.infer_rm({**rollouts, "records": records})
 
 
 def add_rewards_(rollouts: dict, future, meet: Callable[[bool], bool]) -> None:
@@ -56,8 +56,12 @@ def wait_on_all_ranks(meet: Callable[[bool], bool], future=None) -> None:
         pass
 
 
-def _records(dataset, batch: dict, num_rows: int) -> list[dict]:
-    """Each row's line of the prompt file; rollouts of a prompt share one. Foreign datasets have none: empty dicts."""
+def records_of(dataset, batch: dict, num_rows: int) -> list[dict]:
+    """Each row's line of the prompt file; rollouts of a prompt share one. Foreign datasets have none: empty dicts.
+
+    Args:
+        batch: collated prompts of `dataset`, which neighbouring rows answer.
+    """
     if "prompt_index" not in batch or not hasattr(dataset, "record"):
         return [{}] * num_rows
     records = [dataset.record(index) for index in batch["prompt_index"].tolist()]

@@ -1,10 +1,14 @@
 """Read a Hugging Face model tensor by tensor: from a folder of safetensors or .bin files, or from a GGUF file."""
 
+import contextlib
 import json
+import pickle
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+from nemo_aligner.utils.server_utils import one_line
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "LlamaForCausalLM", "LlamaForSequenceClassification"
 # Hugging Face name -> llama.cpp's name of the same tensor; {i} is the layer.
@@ -25,12 +29,18 @@ GGUF_NAMES = {
 
 
 class HFFolder:
-    """A model folder as `save_pretrained` writes it. Weights stay on disk until they are asked for."""
+    """A model folder as `save_pretrained` writes it. Weights stay on disk until they are asked for.
+
+    Attributes:
+        generation_config: what is in `generation_config.json`, None if there is no such file.
+    """
 
     def __init__(self, path: Path):
+        """Raises ValueError, in one line, for a file that is missing or broken."""
         self.path = path
-        self.config = AutoConfig.from_pretrained(path)
-        self.tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        self.config = _load_config(path)
+        self.generation_config = _read_json(path / "generation_config.json")
+        self.tokenizer = _load_tokenizer(path)
         self._file_of = _weight_index(path)
         self._open_files = {}
 
@@ -38,29 +48,32 @@ class HFFolder:
         """The tensor of that Hugging Face name, in the dtype it is stored in.
 
         Raises:
-            ValueError: if the folder has no such tensor.
+            ValueError: if the folder has no such tensor, or its file is not whole.
         """
         if name not in self._file_of:
             raise ValueError(f"{self.path}: the checkpoint has no tensor {name!r}")
         file = self.path / self._file_of[name]
         if file.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(file, framework="pt") as weights:
+            with _opened_safetensors(file) as weights:
                 return weights.get_tensor(name)
         if file not in self._open_files:
-            self._open_files[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            self._open_files[file] = _load_torch_file(file)
         return self._open_files[file][name]
 
 
 class GGUFFile:
     """A Llama model in llama.cpp's format. Each tensor is dequantized to float32 when it is asked for."""
 
+    generation_config = None
+
     def __init__(self, path: Path):
         from gguf import GGUFReader
 
         self.path = path
-        self._reader = GGUFReader(path)
+        try:
+            self._reader = GGUFReader(path)
+        except (IndexError, ValueError) as error:
+            raise ValueError(one_line(f"{path}: not a whole GGUF file ({error}); copy it again")) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         architecture = self._field("general.architecture")
         if architecture != "llama":
@@ -167,19 +180,68 @@ def check_config(config: PretrainedConfig, path: str | Path) -> None:
             raise ValueError(f"{path}: {key} is {value!r}: {reason}")
 
 
+def _load_config(path: Path) -> PretrainedConfig:
+    _read_json(path / "config.json")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(one_line(f"{path / 'config.json'}: {error}")) from error
+
+
+def _load_tokenizer(path: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _read_json(path / name)
+    try:
+        return AutoTokenizer.from_pretrained(path, use_fast=True)
+    except (OSError, ValueError) as error:
+        files = "copy tokenizer.json and tokenizer_config.json into it"
+        raise ValueError(f"{path}: no tokenizer in it that transformers can load; {files}") from error
+
+
+def _read_json(path: Path) -> dict | None:
+    """The object in a JSON file, None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a {type(content).__name__}, not an object; copy the file again")
+    return content
+
+
+@contextlib.contextmanager
+def _opened_safetensors(file: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except (OSError, SafetensorError) as error:
+        raise ValueError(one_line(f"{file}: not a whole safetensors file ({error}); copy it again")) from error
+
+
+def _load_torch_file(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file}: not a whole file of tensors; copy it again") from error
+
+
 def _weight_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, for one weight file or a sharded set."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / index).is_file():
-            return json.loads((path / index).read_text())["weight_map"]
+        content = _read_json(path / index)
+        if content is not None and not isinstance(content.get("weight_map"), dict):
+            raise ValueError(f"{path / index}: no weight_map in it; copy the file again")
+        if content is not None:
+            return content["weight_map"]
     if (path / "model.safetensors").is_file():
-        from safetensors import safe_open
-
-        with safe_open(path / "model.safetensors", framework="pt") as weights:
+        with _opened_safetensors(path / "model.safetensors") as weights:
             return dict.fromkeys(weights.keys(), "model.safetensors")
     if (path / "pytorch_model.bin").is_file():
-        weights = torch.load(path / "pytorch_model.bin", map_location="cpu", mmap=True, weights_only=True)
-        return dict.fromkeys(weights, "pytorch_model.bin")
+        return dict.fromkeys(_load_torch_file(path / "pytorch_model.bin"), "pytorch_model.bin")
     raise ValueError(f"{path}: no weights in it (model.safetensors, pytorch_model.bin or an index of either)")
 
 

@@ -29,6 +29,8 @@ from nemo_aligner.models.nlp.gpt.reward_model_classes import RewardModelType
 compat.apply()
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+# What an archive keeps of the Hugging Face config, as training has its own values of these or none.
+KEPT_SETTINGS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ConvertedGPTModel(MegatronGPTModel):
@@ -49,18 +51,23 @@ def convert(source_path: str | Path, output_path: str | Path, precision: str = "
     they are stored in; a reward model's head stays in float32.
 
     Raises:
-        ValueError: if the source cannot be represented, naming the file and the setting.
+        ValueError: one line, if the source is broken or cannot be represented, naming the file and the setting, or if
+            the output cannot be a file.
     """
+    output_path = Path(output_path)
+    if output_path.is_dir():
+        raise ValueError(f"{output_path}: the output is a folder; give a file name ending in .nemo")
     source = open_source(source_path)
     check_config(source.config, source_path)
     require_fast_tokenizer(source.tokenizer)
     cpu.enable()
-    output_path = Path(output_path)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     # beside the output, so that a finished archive is moved into place and an interrupted one leaves nothing behind
     with tempfile.TemporaryDirectory(dir=output_path.parent) as folder:
         source.tokenizer.save_pretrained(folder)
         cfg = model_config(source.config, tokenizer_config(folder), precision, dist_ckpt_format)
+        cfg.hf_config = {key: getattr(source.config, key) for key in KEPT_SETTINGS}
+        cfg.hf_generation_config = source.generation_config
         destroy_num_microbatches_calculator()  # an earlier model's sizes, on which NeMo would insist
         model = MODEL_CLASSES[source.config.architectures[0]](cfg, cpu_trainer())
         _copy_weights(source, model.get_model_module_list()[0])

@@ -1,5 +1,6 @@
 """`.nemo` archives of Llama-family language models back to Hugging Face folders."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -86,6 +87,9 @@ def export(
             add_adapters_(model, model.cfg, lora_path, key="--lora")
             merge_lora_(model)
         to_llama(model.get_model_module_list()[0], hf_config, PRECISIONS[precision]).save_pretrained(folder)
+        if cfg.get("hf_generation_config") is not None:
+            content = json.dumps(OmegaConf.to_container(cfg.hf_generation_config), indent=2)
+            Path(folder, "generation_config.json").write_text(f"{content}\n", encoding="utf-8")
         folder.replace(output_path)
 
 
@@ -117,8 +121,17 @@ def check_is_llama(cfg: DictConfig, path: Path) -> None:
 
 
 def llama_config(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The Hugging Face config that describes the NeMo model config `cfg`; the inverse of `model_config`."""
+    """The Hugging Face config that describes the NeMo model config `cfg`; the inverse of `model_config`.
+
+    An archive of an older converter keeps no `hf_config`: its context is the training's, its tokens the tokenizer's.
+    """
     num_heads = cfg.num_attention_heads
+    kept = {
+        "max_position_embeddings": cfg.max_position_embeddings,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **OmegaConf.to_container(cfg.get("hf_config") or OmegaConf.create()),
+    }
     return LlamaConfig(
         architectures=[CAUSAL_LM],
         vocab_size=cfg.get("override_vocab_size") or len(tokenizer),
@@ -128,13 +141,11 @@ def llama_config(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaCo
         num_attention_heads=num_heads,
         num_key_value_heads=cfg.get("num_query_groups") or num_heads,
         head_dim=cfg.get("kv_channels") or cfg.hidden_size // num_heads,
-        max_position_embeddings=cfg.max_position_embeddings,
         initializer_range=cfg.get("init_method_std", 0.02),
         rms_norm_eps=cfg.get("layernorm_epsilon", 1e-5),
         rope_theta=cfg.get("rotary_base", 10000),
         tie_word_embeddings=cfg.get("share_embeddings_and_output_weights", True),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **kept,
     )
 
 

@@ -1,8 +1,29 @@
 """Whether a text that was generated token by token ends with one of several strings, found on the host."""
 
+from collections.abc import Sequence
+
 import torch
 
+from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.text_generation_utils import ends_with_text
+
+
+def check_end_strings(texts: Sequence[str], tokenizer, key: str) -> None:
+    """Refuse a string of several tokens that no text can end with, as one of them is special and never in a text.
+
+    Raises:
+        ConfigError: naming `key` of the configuration, the string and what to write instead.
+    """
+    for text in texts:
+        ids = tokenizer.text_to_ids(text)
+        if len(ids) == 1:
+            continue
+        for token_id, token in zip(ids, tokenizer.ids_to_tokens(ids), strict=True):
+            if token in text and not tokenizer.ids_to_text([token_id]):
+                raise ConfigError(
+                    f"{key}: no response can end with {text!r}, as texts are without special tokens such as {token!r}; "
+                    f"write {token!r} alone, which ends a response by itself"
+                )
 
 
 class EndStrings:

@@ -9,8 +9,9 @@ The function is called with a batch and returns one number per response:
     def reward(prompts, responses, *, records, weight):
         return [weight * (record["answer"] in response) for response, record in zip(responses, records)]
 
-The first two positional arguments are always the prompt and the response texts. Beyond them a function names what it
-wants, and gets only that (a function that ends in `**kwargs` gets everything):
+The first two positional arguments are always the prompt and the response texts: prompts as they stand in the prompt
+file, responses decoded without special tokens. Beyond them a function names what it wants, and gets only that (a
+function that ends in `**kwargs` gets everything):
 
     response_tokens  list[list[int]]  ids of the response alone, including the token(s) that ended it
     records          list[dict]       the prompt's line of the JSONL file; rollouts of one prompt share one dict
@@ -292,13 +293,14 @@ def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str
     Args:
         rollout_batch: CPU tensors `response_tokens` [B, S] int64 (prompt, response, padding), `response_lengths` and
             `prompt_lengths` [B] (both count from the first prompt token), optionally `is_end` [B] bool; without it, a
-            row is finished if its last token is the end-of-document id.
+            row is finished if its last token is the end-of-document id. Optionally `records`, B dicts; see
+            `prompt_text`.
         tokenizer: has `eos_id` and `ids_to_text`.
         end_strings: a finished response that ends in one of them loses it in its text.
 
     Returns:
-        `prompts`, `responses` (texts; a finished response is without its ending), `response_tokens` (ids, with the
-        ending) and `finished`; lists of B entries.
+        `prompts`, `responses` (texts; a response is without special tokens, a finished one without its ending),
+        `response_tokens` (ids, with the ending) and `finished`; lists of B entries.
     """
     rows = rollout_batch["response_tokens"].tolist()
     prompt_lengths, ends = rollout_batch["prompt_lengths"].tolist(), rollout_batch["response_lengths"].tolist()
@@ -309,9 +311,9 @@ def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str
     else:
         finished = [ids[-1:] == [tokenizer.eos_id] for ids in response_ids]
 
-    prompt_texts = {ids: tokenizer.ids_to_text(list(ids)) for ids in {tuple(ids) for ids in prompt_ids}}
+    records = rollout_batch.get("records", [{}] * len(rows))
     return {
-        "prompts": [prompt_texts[tuple(ids)] for ids in prompt_ids],
+        "prompts": [prompt_text(record, ids, tokenizer) for record, ids in zip(records, prompt_ids, strict=True)],
         "responses": [
             _response_text(ids, is_finished, tokenizer, end_strings)
             for ids, is_finished in zip(response_ids, finished, strict=True)
@@ -319,6 +321,12 @@ def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str
         "response_tokens": response_ids,
         "finished": finished,
     }
+
+
+def prompt_text(record: dict, ids: list[int], tokenizer) -> str:
+    """The prompt as it stands in its file, special tokens and all; where `record` has no text, its ids decoded."""
+    text = record.get("text")
+    return text if isinstance(text, str) else tokenizer.ids_to_text(ids)
 
 
 def _response_text(ids: list[int], is_finished: bool, tokenizer, end_strings: Sequence[str]) -> str:

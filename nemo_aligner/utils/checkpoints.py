@@ -8,6 +8,8 @@ import contextlib
 import copy
 import errno
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from weakref import proxy
@@ -19,6 +21,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import ckpt_to_dir
 
 from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, complete_in, is_complete, settle
+from nemo_aligner.utils.errors import ConfigError
 
 COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -96,6 +99,7 @@ def custom_save_ckpt_func(
 
     Raises:
         OSError: on every rank, if one of them could not write this checkpoint or the one before.
+        ConfigError: there is no room on the disk for the final `.nemo`; on rank 0 or on all.
     """
     advance_save(self, wait=True)
     pl_module.rs_trainer_state = {
@@ -125,7 +129,8 @@ def custom_save_ckpt_func(
         # The hook would save once more, with metrics of Lightning's loop, which does not run here.
         self._last_checkpoint_saved = self._last_checkpoint_saved or self.last_model_path or "none"
         val_check_interval, trainer.val_check_interval = trainer.val_check_interval, 0
-        self.on_train_end(trainer, pl_module)
+        with _explaining_a_full_disk(self):
+            self.on_train_end(trainer, pl_module)
         trainer.val_check_interval = val_check_interval
 
 
@@ -178,12 +183,16 @@ def write_missing_archive(self, pl_module) -> None:
 
     Args:
         self: the `NeMoModelCheckpoint` callback.
+
+    Raises:
+        ConfigError: there is no room on the disk for it; on rank 0 or on all.
     """
     path = Path(self._format_nemo_checkpoint_name())
     is_missing = [self.save_nemo_on_train_end and not path.exists()]
     torch.distributed.broadcast_object_list(is_missing, src=0)
     if is_missing[0]:
-        pl_module.save_to(str(path))
+        with _explaining_a_full_disk(self):
+            pl_module.save_to(str(path))
 
 
 @contextlib.contextmanager
@@ -222,3 +231,19 @@ def _surviving_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
             raise
         last = callback.last_model_path or "none"
         logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")
+
+
+@contextlib.contextmanager
+def _explaining_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
+    """Within, want of room for the final `.nemo` ends the run in one line: there is no later save to make up for it."""
+    try:
+        yield
+    except OSError as error:
+        # shutil tells of what it could not copy to the folder for temporary files, but not why
+        if error.errno not in DISK_IS_FULL and not isinstance(error, shutil.Error):
+            raise
+        raise ConfigError(
+            f"{callback._format_nemo_checkpoint_name()} could not be written ({error.strerror or error}); make room "
+            f"there and in {tempfile.gettempdir()}, and start the same command again, which goes on from its last "
+            f"checkpoint, {callback.last_model_path or 'none'}"
+        ) from error

@@ -14,10 +14,10 @@ from nemo_aligner.utils.tensors import cpu_dict
 class RolloutLog:
     """Appends rollouts to `<folder>/<split>_rank<r>.jsonl`, r being the replica's source rank, which alone writes.
 
-    A line has `step`, `prompt_index` (row of the dataset), `prompt`, `response`, `num_tokens` (of the response, with
-    its ending), `finished` (ended by itself), `reward` (null if it could not be judged, or was never scored) and `kept`
-    (chosen for training). If the reward is a sum, each of its parts stands under `reward_<name>`. A step that a killed
-    run had not saved is done again, and then has its lines twice.
+    A line has `step`, `prompt_index` (row of the dataset), `prompt` and `response` (as a reward function sees them),
+    `num_tokens` (of the response, with its ending), `finished` (ended by itself), `reward` (null if it could not be
+    judged, or was never scored) and `kept` (chosen for training). If the reward is a sum, each of its parts stands
+    under `reward_<name>`. A step that a killed run had not saved is done again, and then has its lines twice.
     """
 
     def __init__(self, folder: str | Path | None, tokenizer, end_strings=(), rank: int = 0):
@@ -28,7 +28,12 @@ class RolloutLog:
         self.rank = rank
 
     def write(self, split: str, step: int, rollouts: dict, kept_rows=()) -> None:
-        """Append a batch of rollouts (tensors with one leading size; `rewards` may be missing) and flush it to disk."""
+        """Append a batch of rollouts and flush it to disk.
+
+        Args:
+            rollouts: tensors with one leading size, `rewards` may be missing; and `records`, for `decode_rollouts`.
+            kept_rows: numbers of the rows that were chosen for training.
+        """
         if self.folder is None or not is_replica_source():
             return
         rollouts = cpu_dict(rollouts)

@@ -102,10 +102,11 @@ def rewards_of(answer):
 def test_the_function_sees_what_it_would_see_in_the_trainer(make, rollouts):
     server, seen = make("exact")
     request = rollouts(("the dog", f" is kind{END}"), ("one", " two DONE"), ("one", " two DONE"))
-    request |= {"finished": flags(True, True, False), "records": records(*[{"answer": " is kind"}] * 2, {"answer": 0})}
+    first = {"text": f"{END}the dog", "answer": " is kind"}  # as the prompt stands in its file
+    request |= {"finished": flags(True, True, False), "records": records(first, {"answer": " is kind"}, {"answer": 0})}
     (answer,) = server.answer([request])
     # The ending of a finished response is cut off, that of an unfinished one is text.
-    assert seen == [(["the dog", "one", "one"], [" is kind", " two ", " two DONE"])]
+    assert seen == [([f"{END}the dog", "one", "one"], [" is kind", " two ", " two DONE"])]
     assert rewards_of(answer) == [1, 0, 0]
 
 
@@ -124,6 +125,7 @@ def test_older_clients_send_no_prompts(make, rollouts, monkeypatch):
     server, seen = make("length")
     request = rollouts(("the dog", "sleeps"))
     del request["prompt_lengths"]
+    request["records"] = records({"text": "the dog"})
     assert rewards_of(server.answer([request])[0]) == [13]
     server.answer([request, {"sentences": bytes_column("ab")}])
     assert seen == [([""], ["the dogsleeps"]), (["", ""], ["the dogsleeps", "ab"])]
@@ -283,6 +285,12 @@ def refusal(process):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     return errors.strip().splitlines()[-1]
+
+
+def test_the_script_refuses_an_end_string_that_no_response_can_have(functions, tiny_hf):
+    settings = ["reward.target=functions.py:length", f"tokenizer={tiny_hf}", f"inference.port={free_port()}"]
+    process = start(SCRIPTS / "serve_python_reward.py", *settings, f"end_strings=['{END}.']", cwd=functions.parent)
+    assert refusal(process).startswith(f"error: end_strings: no response can end with '{END}.', as texts are without")
 
 
 def test_the_scripts_refuse_an_occupied_port_and_unknown_keys_before_a_model_is_loaded(tmp_path):

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nemo_aligner.testing.utils import Utils
 from nemo_aligner.utils.phases import OTHER, PHASES, TOTAL
 from nemo_aligner.utils.utils import extract_value_from_ckpt
-from tests.tiny import load_actor
+from tests.tiny import END, load_actor
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples/nlp/gpt/train_gpt_rs_actor.py"
@@ -39,7 +39,7 @@ def workplace(tmp_path_factory, tiny_nemo):
     """A folder with prompts and a reward function, where the script is started."""
     folder = tmp_path_factory.mktemp("run")
     for name, count in (("train", 6), ("val", NUM_VAL)):
-        lines = [json.dumps({"text": f"the quick brown {name} {i}"}) for i in range(count)]
+        lines = [json.dumps({"text": f"{END}the quick brown {name} {i}"}) for i in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "reward.py").write_text(REWARD)
     (folder / "tiny.nemo").symlink_to(tiny_nemo)
@@ -114,7 +114,7 @@ def test_every_rollout_is_on_disk_and_k_of_each_prompt_are_kept(finished_run):
     assert set(generated.values()) == {N} and set(kept.values()) == {K} and len(kept) == 2 * G
     assert {line["step"] for line in lines} == {0, 1}
     for line in lines:
-        assert line["prompt"] == f"the quick brown train {line['prompt_index']}"
+        assert line["prompt"] == f"{END}the quick brown train {line['prompt_index']}"
         assert line["reward"] in range(10) and 1 <= line["num_tokens"] <= 8
         assert line["finished"] or line["num_tokens"] == 8
     assert {line["finished"] for line in lines} == {True, False}

@@ -6,12 +6,14 @@ import errno
 import io
 import operator
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils import AppState, logging
 
 from benchmarks.checkpoint import Checkpoints, build
@@ -25,6 +27,7 @@ from nemo_aligner.utils.checkpoints import (
     read_counters,
     saving_in_background,
 )
+from nemo_aligner.utils.errors import ConfigError
 
 OVERRIDES = [
     "model.encoder_seq_length=128", "model.rs.length_params.max_length=8",
@@ -238,6 +241,40 @@ def test_a_full_disk_leaves_the_checkpoints_and_the_books_as_they_were(run, tmp_
     assert "step=1-" in line
     run.save(val_global_rewards=1.0)
     assert names(tmp_path) == {"3", "3-last"}
+
+
+@pytest.mark.parametrize("where", ["weights", "archive", "temporary folder"])
+def test_a_disk_too_full_for_the_final_archive_ends_the_run_in_one_line(run, tmp_path, monkeypatch, where):
+    def fail(*args, **kwargs):
+        raise FULL if where != "temporary folder" else shutil.Error([("here", "there", str(FULL))])
+
+    run.save(val_global_rewards=0.0)
+    before, last = sorted(tmp_path.iterdir()), run.callback.last_model_path
+    with monkeypatch.context() as full:
+        if where == "weights":
+            full.setattr(filesystem_async, "_write_item", fail)
+        elif where == "archive":
+            full.setattr(SaveRestoreConnector, "_make_nemo_file_from_folder", fail)
+        else:
+            full.setattr(shutil, "move", fail)
+        with pytest.raises(ConfigError) as refused:
+            run.callback.write_missing_archive()
+    message, archive = str(refused.value), run.callback._format_nemo_checkpoint_name()
+    assert message.startswith(f"{archive} could not be written (") and "\n" not in message
+    assert "No space left on device" in message and message.endswith(f"from its last checkpoint, {last}")
+    assert sorted(tmp_path.iterdir()) == before
+    run.callback.write_missing_archive()
+    assert sorted(tmp_path.iterdir()) == sorted([*before, Path(archive)])
+
+
+def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise FULL
+
+    monkeypatch.setattr(SaveRestoreConnector, "_make_nemo_file_from_folder", fail)
+    with pytest.raises(ConfigError, match=r"could not be written \(No space left on device\); .*step=1-.*-last"):
+        run.save(is_train_end=True, val_global_rewards=0.0)
+    assert names(tmp_path) == {"1", "1-last"} and not list(tmp_path.glob(".*"))
 
 
 def test_another_failure_ends_the_run_at_the_next_meeting(run, disk, tmp_path):

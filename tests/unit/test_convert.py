@@ -1,7 +1,9 @@
 """Hugging Face models to `.nemo` archives: packing, whole models, the tokenizer that travels along, refused sources."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -188,7 +190,75 @@ def test_a_file_that_is_no_gguf(tmp_path):
         open_source(tmp_path / "model.gguf")
 
 
-def test_a_gguf_file_of_another_architecture(tmp_path):
+def cut(name):
+    def halve(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return halve
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+def cut_shard(folder):
+    shard(folder)
+    cut("model-00002-of-00008.safetensors")(folder)
+
+
+def without_shard(folder):
+    shard(folder)
+    (folder / "model-00002-of-00008.safetensors").unlink()
+
+
+def cut_torch_file(folder):
+    as_torch_file(folder)
+    cut("pytorch_model.bin")(folder)
+
+
+def with_text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+DAMAGES = [
+    (without_tokenizer, ": no tokenizer in it that transformers can load; copy tokenizer.json and"),
+    (cut("tokenizer.json"), "/tokenizer.json: not valid JSON (Expecting"),
+    (cut("config.json"), "/config.json: not valid JSON (Unterminated string"),
+    (with_text("config.json", "[]"), "/config.json: a list, not an object; copy the file again"),
+    (with_text("config.json", "{}"), "/config.json: Unrecognized model in "),
+    (cut("generation_config.json"), "/generation_config.json: not valid JSON (Expecting"),
+    (cut("model.safetensors"), "/model.safetensors: not a whole safetensors file (Error while deserializing header: "),
+    (cut_shard, "/model-00002-of-00008.safetensors: not a whole safetensors file (Error while deserializing header: "),
+    (without_shard, "/model-00002-of-00008.safetensors: not a whole safetensors file (No such file or directory"),
+    (with_text("model.safetensors.index.json", "{}"), "/model.safetensors.index.json: no weight_map in it; copy"),
+    (cut_torch_file, "/pytorch_model.bin: not a whole file of tensors; copy it again"),
+]
+
+
+def run_script(monkeypatch, capfd, source, output):
+    """The exit code and the last line on stderr."""
+    monkeypatch.setattr(sys, "argv", ["convert", "--input", str(source), "--output", str(output)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("examples/nlp/gpt/convert_hf_to_nemo.py", run_name="__main__")
+    return end.value.code, capfd.readouterr().err.rstrip("\n").splitlines()[-1]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(copied, tmp_path, monkeypatch, capfd, damage, message):
+    damage(copied)
+    code, line = run_script(monkeypatch, capfd, copied, tmp_path / "never.nemo")
+    assert code == 2 and line.startswith(f"error: {copied}{message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_folder_as_output_is_refused_at_once(tmp_path, monkeypatch, capfd):
+    expected = f"error: {tmp_path}: the output is a folder; give a file name ending in .nemo"
+    assert run_script(monkeypatch, capfd, "nowhere", tmp_path) == (2, expected)
+
+
+def test_a_gguf_file_of_another_architecture_and_one_that_was_cut(tmp_path):
     from gguf import GGUFWriter
 
     writer = GGUFWriter(tmp_path / "model.gguf", "gpt2")
@@ -199,6 +269,11 @@ def test_a_gguf_file_of_another_architecture(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"architecture 'gpt2' is not supported; only 'llama'"):
         open_source(tmp_path / "model.gguf")
+    content = (tmp_path / "model.gguf").read_bytes()
+    for length in (20, len(content) - 8):
+        (tmp_path / "model.gguf").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/model\.gguf: not a whole GGUF file \(.*\); copy it again$"):
+            open_source(tmp_path / "model.gguf")
 
 
 def test_tokenizers_that_cannot_travel_are_refused(tiny_hf):

@@ -93,6 +93,33 @@ def test_the_round_trip_is_bit_equal(tmp_path, config, precision, dist_ckpt_form
     assert settings(tmp_path / "back") == settings(folder)
 
 
+def test_what_training_does_not_have_comes_back(tmp_path):
+    folder = save_tiny_llama(tmp_path / "hf", num_hidden_layers=1, pad_token_id=7, eos_token_id=[0, 5])
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [0, 5], "max_length": 77}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    convert(folder, tmp_path / "base.nemo")
+    overrides = {"encoder_seq_length": 32, "max_position_embeddings": 32}
+    load_actor(tmp_path / "base.nemo", **overrides).save_to(str(tmp_path / "trained.nemo"))
+    assert load_checkpoint_model_config(str(tmp_path / "trained.nemo")).max_position_embeddings == 32
+    export(tmp_path / "trained.nemo", tmp_path / "back")
+    assert settings(tmp_path / "back") == settings(folder)
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == generation
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert model.generation_config.eos_token_id == [0, 5] and model.generation_config.temperature == 0.6
+
+
+def test_an_older_archive_has_the_values_of_its_training(trained, tmp_path):
+    folder = extract(trained[0], tmp_path / "archive")
+    config = OmegaConf.load(folder / "model_config.yaml")
+    config.max_position_embeddings = 48
+    del config.hf_config, config.hf_generation_config
+    OmegaConf.save(config, folder / "model_config.yaml")
+    export(folder, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert (model.config.max_position_embeddings, model.config.eos_token_id) == (48, 0)
+    assert model.generation_config.eos_token_id == 0
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A trained model's archive, the model itself, and the tokenizer it was converted with."""

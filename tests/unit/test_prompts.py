@@ -1,9 +1,11 @@
+import os
 import pickle
 import re
 
 import pytest
 
 from nemo_aligner.data.nlp.prompts import PromptFile
+from nemo_aligner.utils.errors import ConfigError
 
 
 @pytest.fixture
@@ -38,6 +40,22 @@ def test_a_copy_sent_to_a_worker_reads_the_same(write):
     assert list(pickle.loads(pickle.dumps(prompts))) == list(prompts)
 
 
+def test_both_halves_of_a_surrogate_pair_are_a_character(write):
+    assert PromptFile(write(b'{"text": "\\ud83d\\ude00"}\n'))[0]["text"] == "\U0001f600"
+
+
+@pytest.mark.parametrize("content", [b'{"text": "aa"}\n{"text": "b"}\n', b'{"text": "b"}\n{"text": "a"}\n'])
+def test_a_file_that_changed_after_it_was_opened_is_refused(write, content):
+    path = write(b'{"text": "a"}\n{"text": "b"}\n')
+    prompts = pickle.loads(pickle.dumps(PromptFile(path)))
+    assert prompts[1] == {"text": "b"}
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns - 1))  # whatever the clock's resolution, the next write differs
+    prompts = PromptFile(path)
+    write(content)
+    with pytest.raises(ConfigError, match=f"^{path}: the prompt file has changed since this run opened it; start"):
+        prompts[1]
+
+
 # the second line of each file is at fault, unless the file as a whole is
 BROKEN = [
     (b'{"text": "a"}\n{"text": "b"\n', "line 2: not valid JSON (Expecting ',' delimiter, column 13)"),
@@ -47,6 +65,15 @@ BROKEN = [
     (b'{"text": "a"}\n{"text": null}\n', 'line 2: "text" is a NoneType'),
     (b'{"text": "a"}\n{"text": ["b"]}\n', 'line 2: "text" is a list'),
     (b'{"text": "a"}\n{"text": "\xe4"}\n', "line 2: not UTF-8"),
+    (
+        b'{"text": "a"}\n{"text": "b \\ud83d"}\n',
+        "line 2: \"text\" holds '\\ud83d', half of a surrogate pair; write both",
+    ),
+    (b'{"text": "a"}\n{"text": "b", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2: JSON nested too deeply"),
+    (
+        b'{"text": "a"}\n{"text": "b", "x": ' + b"1" * 5000 + b"}",
+        "line 2: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; write",
+    ),
     (b'\n\n{"text": 1}\n', 'line 3: "text" is a int'),
     (b"", "the prompt file holds no records"),
     (b"\n \n", "the prompt file holds no records"),

@@ -262,6 +262,12 @@ def test_rollouts_are_cut_into_texts_and_ids():
     }
 
 
+def test_a_prompt_is_the_text_of_its_record_where_that_has_one():
+    records = [{"text": "<user>ab"}, {}, {"text": [1, 2, 3]}, {"text": ""}]
+    columns = decode_rollouts(rollouts(records=records), LetterTokenizer())
+    assert columns["prompts"] == ["<user>ab", "b", "abc", ""]
+
+
 def test_without_is_end_the_last_token_tells_what_is_finished():
     assert decode_rollouts(rollouts(), LetterTokenizer())["finished"] == [True, False, True, False]
 

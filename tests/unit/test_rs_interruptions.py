@@ -1,5 +1,6 @@
 """Phases of RSTrainer that end early: what is kept, what is reported, and how the next start goes on."""
 
+import contextlib
 import gc
 import json
 import types
@@ -339,3 +340,20 @@ def test_the_log_has_every_rollout_with_reward_and_choice(tmp_path):
         (0, 1, "2 2", "40", 2, True, 40.0, True),
     ]
     assert [(line["step"], line["reward"]) for line in logged_rollouts(tmp_path, "val")] == [(1, 20.0)]
+
+
+@pytest.mark.parametrize("model", [FakeModel(), InterruptedModel()], ids=["finished", "interrupted"])
+def test_logs_and_tables_show_prompts_as_they_stand_in_their_file(tmp_path, model):
+    trainer = make_trainer(model=model, g=4, rollout_dir=tmp_path, val_check_interval=1)
+    for loader in (trainer.train_dataloader, trainer.val_dataloader):
+        loader.dataset.record = lambda index: {"text": f"<user>{index}"}
+    with pytest.raises(KeyboardInterrupt) if isinstance(model, InterruptedModel) else contextlib.nullcontext():
+        trainer.fit()
+    lines = logged_rollouts(tmp_path)
+    assert lines and all(line["prompt"] == f"<user>{line['prompt_index']}" for line in lines)
+    if isinstance(model, InterruptedModel):
+        return
+    assert {key: table["prompt"][0] for key, _, table in trainer.logger.tables} == {
+        "table/train_rollouts": f"<user>{lines[0]['prompt_index']}",
+        "table/val_rollouts": "<user>0",
+    }

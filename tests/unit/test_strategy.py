@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from nemo_aligner.generation.ends import check_end_strings
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import load_tokenizer
+from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
+from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.text_generation_utils import (
     TrackLengthGPTModelTextGenerationStrategy,
     ends_with_text,
@@ -90,6 +94,21 @@ def test_end_strings_of_one_and_of_several_tokens(run, ids):
     flags, lengths, is_end = run(rows, [1, 1, 1], 5, ["Q", "STOP"])
     assert lengths == [5, 3, 6] and is_end == [True, True, False]
     assert flags == [[False] * 3, [False, True, False], [False] * 3, [True, False, False], [False] * 3]
+
+
+@pytest.mark.parametrize("text", [f"{END}\n", f"the dog{END}", f"{END}{END}"])
+def test_a_special_token_among_others_is_refused_before_there_is_a_model(monkeypatch, tiny_nemo, text):
+    monkeypatch.setattr(MegatronGPTRSModel, "model_provider_func", None)
+    with pytest.raises(ConfigError) as refused:
+        load_actor(tiny_nemo, rs={"sampling_params.end_strings": ["the dog", END, text]})
+    assert str(refused.value) == (
+        f"model.rs.sampling_params.end_strings: no response can end with {text!r}, as texts are without special tokens "
+        f"such as {END!r}; write {END!r} alone, which ends a response by itself"
+    )
+
+
+def test_texts_and_single_special_tokens_are_end_strings(tiny_hf):
+    check_end_strings([END, " ", "\n\n", "<extra_id_1>", "the dog", "€"], load_tokenizer(tiny_hf), key="end_strings")
 
 
 def test_another_number_of_rows_is_an_error(actor):

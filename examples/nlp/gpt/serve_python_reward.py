@@ -10,6 +10,7 @@ inference.address=0.0.0.0 here.
 from nemo.core.config import hydra_runner
 
 from nemo_aligner.algorithms.python_reward_server import PythonRewardServer
+from nemo_aligner.generation.ends import check_end_strings
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import load_tokenizer
 from nemo_aligner.rewards.python_reward import load_reward_function
 from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
@@ -27,6 +28,7 @@ def serve(cfg) -> None:
     check_port_is_free(endpoint.get("address", LOOPBACK), endpoint["port"])
     function = load_reward_function(cfg.reward.target, cfg.reward.kwargs, key="reward")
     tokenizer = load_tokenizer(cfg.tokenizer)
+    check_end_strings(cfg.end_strings, tokenizer, key="end_strings")
     PythonRewardServer(function, tokenizer, end_strings=list(cfg.end_strings), **endpoint).run_server()
 
 

@@ -3,6 +3,9 @@
 import json
 import os
 from array import array
+from typing import BinaryIO
+
+from nemo_aligner.utils.errors import ConfigError
 
 
 class PromptFile:
@@ -12,11 +15,12 @@ class PromptFile:
     themselves are read when asked for. An instance holds no open file, so loader workers can be sent a copy.
 
     Opening raises ValueError, in one line that names the file, the line and the fix, for the first thing that is wrong.
+    Asking for a record raises ConfigError if the file has changed since it was opened.
     """
 
     def __init__(self, path: str):
         self.path = path
-        self._offsets = _find_records(path)
+        self._offsets, self._version = _find_records(path)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -24,17 +28,29 @@ class PromptFile:
     def __getitem__(self, row: int) -> dict:
         offset = self._offsets[row]
         with open(self.path, "rb") as file:
+            if _version(file) != self._version:
+                raise ConfigError(
+                    f"{self.path}: the prompt file has changed since this run opened it; start the run again, and "
+                    "leave its files as they are"
+                )
             file.seek(offset)
             return _parse_record(file.readline(), f"{self.path}, byte {offset}")
 
 
-def _find_records(path: str) -> array:
-    """Byte offsets of all records of a file, each of which has been checked."""
+def _version(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of the last change, by which to tell that a file is no longer the same."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _find_records(path: str) -> tuple[array, tuple[int, int]]:
+    """Byte offsets of all records of a file, each of which has been checked, and the version that was read."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such prompt file; correct the path in model.data.data_prefix")
     offsets = array("q")
     offset = 0
     with open(path, "rb") as file:
+        version = _version(file)
         for number, line in enumerate(file, start=1):
             if line.strip():
                 _parse_record(line, f"{path}, line {number}")
@@ -42,7 +58,7 @@ def _find_records(path: str) -> array:
             offset += len(line)
     if not offsets:
         raise ValueError(f'{path}: the prompt file holds no records; write one {{"text": "..."}} per line')
-    return offsets
+    return offsets, version
 
 
 def _parse_record(line: bytes, where: str) -> dict:
@@ -55,10 +71,21 @@ def _parse_record(line: bytes, where: str) -> dict:
         raise ValueError(
             f'{where}: not valid JSON ({error.msg}, column {error.colno}); write one {{"text": "..."}} per line'
         ) from None
+    except RecursionError:
+        raise ValueError(f"{where}: JSON nested too deeply to be read; flatten it") from None
+    except ValueError as error:  # of all numbers only integers of thousands of digits
+        raise ValueError(f"{where}: {error.args[0].split(';')[0]}; write the number as a string") from None
     if not isinstance(record, dict):
         raise ValueError(f'{where}: a {type(record).__name__}, not an object; write one {{"text": "..."}} per line')
     if "text" not in record:
         raise ValueError(f'{where}: no "text" among the keys {list(record)}; put the prompt under "text"')
     if not isinstance(record["text"], str):
         raise ValueError(f'{where}: "text" is a {type(record["text"]).__name__}; put the prompt there as a string')
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:
+        half = record["text"][error.start]
+        raise ValueError(
+            f'{where}: "text" holds {half!r}, half of a surrogate pair; write both halves, or the character itself'
+        ) from None
     return record

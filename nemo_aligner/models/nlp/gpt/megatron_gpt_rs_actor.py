@@ -26,6 +26,7 @@ from nemo_aligner import compat
 from nemo_aligner.compat import device, mcore_optimizer, virtual_stages
 from nemo_aligner.compat.apex_step import step_bucket_by_bucket
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation.ends import check_end_strings
 from nemo_aligner.generation.kv_cache import usable_memory
 from nemo_aligner.generation.rollouts import GenerationSettings, PromptBatch, RolloutGenerator
 from nemo_aligner.generation.sampling import random_streams
@@ -86,6 +87,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             super()._build_tokenizer()
         else:
             self.tokenizer = build_packed_tokenizer(self)
+        end_strings = self.cfg.rs.sampling_params.end_strings
+        check_end_strings(end_strings, self.tokenizer, key="model.rs.sampling_params.end_strings")
 
     def setup_mcore_distributed_parallel(self) -> None:
         """NeMo calls one option by two names."""
@@ -133,6 +136,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format.
 
         It is there whole or not at all. Collective over the job.
+
+        Raises:
+            OSError: where it could not be written: on every rank for weights, on rank 0 for the archive around them.
         """
         final = Path(save_path)
         # NeMo writes weights beside an archive, for which there must be nothing of a process that was killed meanwhile
@@ -145,6 +151,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._is_saving_archive = True
         try:
             super().save_to(str(folder / final.name))
+        except OSError:
+            if is_first_rank:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             self._is_saving_archive = False
         torch.distributed.barrier()
