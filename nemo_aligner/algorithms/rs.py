@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nemo_aligner.algorithms.rollout_batches import take_up_or_generate
 from nemo_aligner.algorithms.rollout_metrics import example, global_rollout_metrics, selection_metrics
 from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, wait_on_all_ranks
-from nemo_aligner.algorithms.training_batches import optimizer_batches, stack_rollouts
+from nemo_aligner.algorithms.training_batches import count_trained_rows, optimizer_batches, stack_rollouts
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 from nemo_aligner.utils.distributed import ScopedTimer
@@ -56,7 +56,7 @@ class RSTrainer:
 
     Attributes:
         step: RS steps done.
-        rs_optimization_step: optimizer steps done.
+        rs_optimization_step: optimizer steps done, those left out for want of anything to train on counted in.
         consumed_samples: prompts consumed by the whole job.
     """
 
@@ -388,12 +388,15 @@ class RSTrainer:
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.
 
+        A batch without a token to train on, on any replica, changes neither weights nor learning rate.
+
         Raises:
             ValueError: if there is no batch.
         """
         with self.phases("load_state"):
             self.model.prepare_for_training()
         loss_mean = None
+        trained_rows = []  # by batch
         for batch in dataloader_iter:
             start = time.monotonic()
             with self.phases("forward_backward"):
@@ -404,8 +407,10 @@ class RSTrainer:
                 self.model.finish_training_step()
                 grad_norm = clip_gradients(self.model, self.cfg.gradient_clip_val)
                 lr = self.optimizer.param_groups[0]["lr"]
-                self.optimizer.step()
-                self.scheduler.step()
+                trained_rows.append(count_trained_rows(batch))
+                if trained_rows[-1] > 0:  # else weight decay and momentum would act alone
+                    self.optimizer.step()
+                    self.scheduler.step()
             metrics = {**metrics, "lr": lr, "optim_step": self.rs_optimization_step}
             if grad_norm is not None:
                 metrics["grad_norm"] = grad_norm
@@ -415,10 +420,20 @@ class RSTrainer:
             self._advance_save()
         if loss_mean is None:
             raise ValueError("run_training got no batch: there are no rollouts to train on")
+        self._warn_of_empty_batches(trained_rows)
         with self.phases("optimizer"):
             self.model.finish_training()
             self.optimizer.zero_grad()
         return loss_mean, metrics
+
+    def _warn_of_empty_batches(self, trained_rows: list[int]) -> None:
+        if all(trained_rows):
+            return
+        logging.warning(
+            f"RS step {self.step + 1}: {trained_rows.count(0)} of {len(trained_rows)} optimizer steps had nothing to "
+            f"train on and were left out; {sum(trained_rows)} of {len(trained_rows) * self.cfg.model_gbs} kept rollouts "
+            "were fit for training (others were cut off, empty, not judged, or of a prompt that was too long)"
+        )
 
     # What the parts of a step share
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from nemo_aligner.algorithms import rs
 from nemo_aligner.algorithms.rs import compute_num_rollout_microbatches
 from nemo_aligner.testing.utils import Utils
 from nemo_aligner.utils.errors import ConfigError
@@ -82,6 +83,40 @@ def test_all_rejected_trains_on_nothing_but_keeps_the_row_count():
     assert [batch["mask"].shape[0] for batch in trainer.model.batches] == [2, 2]
     assert trainer.model.weight.item() == 0
     assert [metrics["selected_fraction_fit"] for _, metrics in trainer.logger.of("train_rollouts/")] == [0, 0]
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    caught = []
+    monkeypatch.setattr(rs.logging, "warning", caught.append)
+    return caught
+
+
+def test_without_a_token_to_train_on_the_weights_stay_as_they_are(warnings):
+    """Momentum and weight decay move them without a gradient, too."""
+    trainer = make_trainer()
+    weight = trainer.model.weight
+    trainer.optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.5)
+    trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.5**step)
+    weight.data.fill_(3.0)
+    nothing, something = {"mask": torch.zeros(2, 3)}, {"mask": torch.tensor([[0.0, 1, 1], [0, 1, 1]])}
+
+    trainer.run_training(iter([nothing]))
+    assert weight.item() == 3.0 and trainer.optimizer.state_dict()["state"] == {}
+    assert warnings == [
+        "RS step 1: 1 of 1 optimizer steps had nothing to train on and were left out; 0 of 2 kept rollouts were fit for "
+        "training (others were cut off, empty, not judged, or of a prompt that was too long)"
+    ]
+    trainer.run_training(iter([something]))
+    assert weight.item() < 3.0 and len(warnings) == 1
+
+    trainer.run_training(iter([nothing, something]))
+    assert "1 of 2 optimizer steps had nothing to train on and were left out; 2 of 4 kept" in warnings[1]
+    # counted and logged all the same; the schedule stands still meanwhile
+    logged = trainer.logger.of("train_optim/")
+    assert [(step, metrics["lr"], metrics["loss"]) for step, metrics in logged] == [
+        (0, 0.5, 0), (1, 0.5, 4), (2, 0.25, 0), (3, 0.25, 4),
+    ]  # fmt: skip
 
 
 def test_a_replaced_prompt_is_not_trained_on():
