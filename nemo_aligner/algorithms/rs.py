@@ -429,10 +429,11 @@ class RSTrainer:
     def _warn_of_empty_batches(self, trained_rows: list[int]) -> None:
         if all(trained_rows):
             return
+        num_steps, num_rows = len(trained_rows), self.cfg.model_gbs * len(trained_rows)
         logging.warning(
-            f"RS step {self.step + 1}: {trained_rows.count(0)} of {len(trained_rows)} optimizer steps had nothing to "
-            f"train on and were left out; {sum(trained_rows)} of {len(trained_rows) * self.cfg.model_gbs} kept rollouts "
-            "were fit for training (others were cut off, empty, not judged, or of a prompt that was too long)"
+            f"RS step {self.step + 1}: {trained_rows.count(0)} of {num_steps} optimizer steps had nothing to train on "
+            f"and were left out; {sum(trained_rows)} of {num_rows} kept rollouts were fit for training "
+            "(others were cut off, empty, not judged, or of a prompt that was too long)"
         )
 
     # What the parts of a step share

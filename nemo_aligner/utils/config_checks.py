@@ -179,8 +179,8 @@ def _check_lengths(model: DictConfig) -> None:
     seq_length, context = model.data.seq_length, model.encoder_seq_length
     if min_length >= max_length:
         raise ConfigError(
-            f"model.rs.length_params: no response could end, as it may only behind min_length={min_length} tokens and is "
-            f"cut off at max_length={max_length}, and none would be trained on; lower min_length or raise max_length"
+            f"model.rs.length_params: no response could end, as it may only behind min_length={min_length} tokens, but "
+            f"is cut off at max_length={max_length}, and none would be trained on; lower min_length"
         )
     if seq_length > context:
         raise ConfigError(

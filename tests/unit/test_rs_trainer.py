@@ -104,8 +104,8 @@ def test_without_a_token_to_train_on_the_weights_stay_as_they_are(warnings):
     trainer.run_training(iter([nothing]))
     assert weight.item() == 3.0 and trainer.optimizer.state_dict()["state"] == {}
     assert warnings == [
-        "RS step 1: 1 of 1 optimizer steps had nothing to train on and were left out; 0 of 2 kept rollouts were fit for "
-        "training (others were cut off, empty, not judged, or of a prompt that was too long)"
+        "RS step 1: 1 of 1 optimizer steps had nothing to train on and were left out; 0 of 2 kept rollouts were fit "
+        "for training (others were cut off, empty, not judged, or of a prompt that was too long)"
     ]
     trainer.run_training(iter([something]))
     assert weight.item() < 3.0 and len(warnings) == 1
