@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from nemo.utils import AppState, logging
 from tqdm import tqdm
 
-from nemo_aligner.algorithms.rollout_batches import take_up_or_generate
+from nemo_aligner.algorithms.rollout_batches import take_up_or_generate, without_stand_ins
 from nemo_aligner.algorithms.rollout_metrics import example, global_rollout_metrics, selection_metrics
 from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, wait_on_all_ranks
 from nemo_aligner.algorithms.training_batches import count_trained_rows, optimizer_batches, stack_rollouts
@@ -291,6 +291,8 @@ class RSTrainer:
         batches = list(islice(dataloader_iter, num_microbatches))
         if not batches:
             raise ValueError(f"the {'validation' if is_validation else 'training'} prompts make no micro-batch")
+        if is_validation:
+            batches = [without_stand_ins(batch) for batch in batches]
         stored = self.unscored.load(split, self.step, batches, num_rollouts)
         made, futures, kept = [], [], []
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import math
 
 import pytest
@@ -297,6 +298,21 @@ def test_validation_scores_every_prompt_once_up_to_the_limit(num_val, scored):
         assert metrics["global_rewards"] == sum(range(scored)) * 10 / scored
         assert metrics["global_response_lengths_mean"] == sum(lengths[:scored]) / scored
     assert "selected_rewards_mean" not in metrics
+
+
+def test_a_validation_prompt_that_stands_in_for_another_is_counted_once(tmp_path):
+    answers = {index: ([10 * index, EOS],) for index in range(4)}
+    settings = {"val_prompts": ((1,),) * 4, "val_mbs": 2, "num_val": 4, "answers": answers, "rollout_dir": tmp_path}
+    trainer = make_trainer(val_replaced=(1, 2), **settings)
+    metrics = trainer.run_validation()
+    assert metrics["global_rewards"] == (0 + 30) / 2 and metrics["fraction_fit"] == 1
+    logged = (tmp_path / "val_rank0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt_index"] for line in logged] == [0, 3]
+
+
+def test_a_validation_of_stand_ins_alone_has_no_means():
+    metrics = make_trainer(val_replaced=(0,)).run_validation()
+    assert all(math.isnan(value) for name, value in metrics.items() if name != "table")
 
 
 def test_an_empty_rollout_phase_is_an_error():
