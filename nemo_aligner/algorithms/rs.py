@@ -172,6 +172,11 @@ class RSTrainer:
         try:
             self.run_timer.start_time()
             self._catch_up()
+            if self.step >= self.max_steps:
+                logging.info(
+                    f"step {self.step} of {self.max_steps}: nothing left to train; raise trainer.rs.max_steps or "
+                    "trainer.rs.max_epochs, or give another exp_manager.explicit_log_dir"
+                )
             dataloader_iter = None
             with _progress_bar(total=self.max_steps, initial=self.step, desc="RS steps", unit="step") as progress:
                 while self.step < self.max_steps:
@@ -182,7 +187,12 @@ class RSTrainer:
                     progress.set_postfix_str(summary)
                     logging.info(f"RS step {self.step}/{self.max_steps}: {summary}")
                     if run_time_exceeded:
-                        return
+                        break
+            if self.step < self.max_steps:
+                logging.info(
+                    f"RS step {self.step}/{self.max_steps}: the time of exp_manager.max_time_per_run is up; the same "
+                    "command continues from its last checkpoint"
+                )
         except ENDS_OF_A_RUN:
             self.model.finish_inference()
             advance_save(self.ckpt_callback, wait=True)

@@ -14,7 +14,7 @@ from nemo_aligner.algorithms.rs import compute_num_rollout_microbatches
 from nemo_aligner.testing.utils import Utils
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.phases import OTHER, PHASES, TOTAL
-from tests.fake_trainer import EOS, make_trainer
+from tests.fake_trainer import EOS, OutOfTimeAfter, make_trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -370,6 +370,37 @@ def test_number_of_steps(max_epochs, max_steps, done):
     assert (trainer.step, trainer.max_steps) == (done, done)
     assert trainer.consumed_samples == 2 * done
     assert [step for step, _ in trainer.logger.of("train_rollouts/")] == list(range(done))
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    caught = []
+    monkeypatch.setattr(rs.logging, "info", caught.append)
+    return caught
+
+
+@pytest.mark.parametrize("limits, last", [({"max_steps": 2}, 2), ({"max_epochs": 0}, 0)])
+def test_a_run_with_nothing_left_to_do_says_so(messages, limits, last):
+    trainer = make_trainer(**limits)
+    trainer.fit()
+    first_messages = list(messages)
+    trainer.fit()
+    nothing_left = (
+        f"step {last} of {last}: nothing left to train; raise trainer.rs.max_steps or trainer.rs.max_epochs, or give "
+        "another exp_manager.explicit_log_dir"
+    )
+    assert messages[len(first_messages) :] == [nothing_left]
+    assert (nothing_left in first_messages) == (last == 0)
+
+
+@pytest.mark.parametrize("max_steps, stops_early", [(2, True), (1, False)])
+def test_a_run_whose_time_is_up_says_so(messages, max_steps, stops_early):
+    make_trainer(run_timer=OutOfTimeAfter(1), max_steps=max_steps).fit()
+    said = (
+        "RS step 1/2: the time of exp_manager.max_time_per_run is up; the same command continues from its last "
+        "checkpoint"
+    )
+    assert (said in messages) == stops_early
 
 
 def test_every_epoch_takes_each_prompt_at_most_once():
