@@ -138,6 +138,22 @@ def test_a_run_killed_before_or_while_its_archive_was_written_writes_it(workplac
     assert {path.name for path in checkpoints.iterdir()} == names
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(workplace, zygote, undisturbed):
+    first = zygote.start(arguments("twice"), workplace / "twice.log")
+    while not (workplace / "twice/rollouts/train_rank0.jsonl").exists():
+        assert os.path.exists(f"/proc/{first}/exe"), (workplace / "twice.log").read_text()[-3000:]
+        time.sleep(0.001)
+    os.kill(first, signal.SIGSTOP)
+    second = zygote.start(arguments("twice"), workplace / "twice_second.log")
+    while os.path.exists(f"/proc/{second}/exe"):
+        time.sleep(0.01)
+    os.kill(first, signal.SIGCONT)
+    assert zygote.wait() == 0, (workplace / "twice.log").read_text()[-3000:]
+    assert zygote.wait() == 2
+    assert "error: the log folder" in (workplace / "twice_second.log").read_text().splitlines()[-1]
+    assert_equal_runs(workplace / "twice", undisturbed[0])
+
+
 def test_sigterm_saves_first(workplace, zygote, undisturbed):
     pid = zygote.start(arguments("stopped", "trainer.rs.save_interval=6"), workplace / "stopped.log")
     written = workplace / "stopped/rollouts/train_rank0.jsonl"
