@@ -182,7 +182,8 @@ class OutOfTimeAfter(Timer):
 
 def make_trainer(
     prompts=((1,), (2,), (3,), (4,)), n=2, k=1, g=2, mbs=1, gbs=2, model=None, rm=None, val_prompts=((5,),), val_mbs=1,
-    num_val=1, replaced=(), answers=None, run_timer=None, rollout_dir=None, loss_normalization="global_batch", **cfg,
+    num_val=1, replaced=(), val_replaced=(), answers=None, run_timer=None, rollout_dir=None,
+    loss_normalization="global_batch", **cfg,
 ):  # fmt: skip
     events = []
     model = model or FakeModel(answers, events, loss_normalization)
@@ -206,7 +207,7 @@ def make_trainer(
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
         train_dataloader=build_dataloader(dataset=Prompts(prompts, replaced), mbs=mbs, gbs=g, **load),
         val_dataloader=build_dataloader(
-            dataset=Prompts(val_prompts), mbs=val_mbs, gbs=num_val, use_random_sampler=False, **load
+            dataset=Prompts(val_prompts, val_replaced), mbs=val_mbs, gbs=num_val, use_random_sampler=False, **load
         ),
         logger=Logger(),
         ckpt_callback=Checkpoints(events),

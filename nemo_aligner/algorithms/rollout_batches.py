@@ -50,6 +50,18 @@ def take_up_or_generate(
         raise FloatingPointError(f"RS step {step}: {error}") from error
 
 
+def without_stand_ins(batch: dict) -> dict:
+    """The batch with those rows as padding whose prompt stands in for another: it has a row of its own.
+
+    Args:
+        batch: collated prompts; where known `loss_multiplier` bool [B], False for stand-ins, and `is_padding` bool [B].
+    """
+    if "loss_multiplier" not in batch:
+        return batch
+    is_stand_in = ~batch["loss_multiplier"]
+    return {**batch, "is_padding": batch.get("is_padding", torch.zeros_like(is_stand_in)) | is_stand_in}
+
+
 def _generate(model, batches: list[dict], num_rollouts: int, **hooks: Callable[[], object] | None) -> Iterator[dict]:
     """The model gets all batches at once, so that rows of one take the place of those of an earlier one that end."""
     repeated = [_repeated(batch, num_rollouts) for batch in batches]

@@ -11,7 +11,7 @@ PART_PREFIX = "reward_"
 
 
 def global_rollout_metrics(rollout_batches: list[dict]) -> dict[str, float]:
-    """Means over the rows of all replicas, without padding rows. Every rank calls it.
+    """Means over the rows of all replicas, without padding rows; NaN if there are no others. Every rank calls it.
 
     Args:
         rollout_batches: dicts of tensors with one leading size: `rewards` (NaN: not judged), `response_lengths`,
@@ -19,12 +19,12 @@ def global_rollout_metrics(rollout_batches: list[dict]) -> dict[str, float]:
     """
     num_rows, lengths, prompt_lengths, num_judged, rewards, ended, fit, *parts = _sums(rollout_batches)
     metrics = {
-        "global_response_lengths_mean": lengths / num_rows,
-        "global_prompt_lengths": prompt_lengths / num_rows,
+        "global_response_lengths_mean": _mean(lengths, num_rows),
+        "global_prompt_lengths": _mean(prompt_lengths, num_rows),
         "global_rewards": _mean(rewards, num_judged),
-        "fraction_finished": ended / num_rows,
-        "fraction_fit": fit / num_rows,
-        "fraction_unjudged": 1 - num_judged / num_rows,
+        "fraction_finished": _mean(ended, num_rows),
+        "fraction_fit": _mean(fit, num_rows),
+        "fraction_unjudged": 1 - _mean(num_judged, num_rows),
     }
     for index, name in enumerate(_part_names(rollout_batches[0])):
         metrics[name] = _mean(*parts[2 * index : 2 * index + 2])
@@ -36,8 +36,8 @@ def selection_metrics(kept_batches: list[dict]) -> dict[str, float]:
     num_rows, lengths, _, num_judged, rewards, _, fit, *_ = _sums(kept_batches)
     return {
         "selected_rewards_mean": _mean(rewards, num_judged),
-        "selected_response_lengths_mean": lengths / num_rows,
-        "selected_fraction_fit": fit / num_rows,
+        "selected_response_lengths_mean": _mean(lengths, num_rows),
+        "selected_fraction_fit": _mean(fit, num_rows),
     }
 
 

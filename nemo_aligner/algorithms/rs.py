@@ -18,10 +18,10 @@ from nemo.utils import AppState, logging
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_aligner.algorithms.rollout_batches import take_up_or_generate
+from nemo_aligner.algorithms.rollout_batches import take_up_or_generate, without_stand_ins
 from nemo_aligner.algorithms.rollout_metrics import example, global_rollout_metrics, selection_metrics
 from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, records_of, wait_on_all_ranks
-from nemo_aligner.algorithms.training_batches import optimizer_batches, stack_rollouts
+from nemo_aligner.algorithms.training_batches import count_trained_rows, optimizer_batches, stack_rollouts
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 from nemo_aligner.utils.distributed import ScopedTimer
@@ -58,7 +58,7 @@ class RSTrainer:
 
     Attributes:
         step: RS steps done.
-        rs_optimization_step: optimizer steps done.
+        rs_optimization_step: optimizer steps done, those left out for want of anything to train on counted in.
         consumed_samples: prompts consumed by the whole job.
     """
 
@@ -179,6 +179,11 @@ class RSTrainer:
         try:
             self.run_timer.start_time()
             self._catch_up()
+            if self.step >= self.max_steps:
+                logging.info(
+                    f"step {self.step} of {self.max_steps}: nothing left to train; raise trainer.rs.max_steps or "
+                    "trainer.rs.max_epochs, or give another exp_manager.explicit_log_dir"
+                )
             dataloader_iter = None
             with _progress_bar(total=self.max_steps, initial=self.step, desc="RS steps", unit="step") as progress:
                 while self.step < self.max_steps:
@@ -189,7 +194,12 @@ class RSTrainer:
                     progress.set_postfix_str(summary)
                     logging.info(f"RS step {self.step}/{self.max_steps}: {summary}")
                     if run_time_exceeded:
-                        return
+                        break
+            if self.step < self.max_steps:
+                logging.info(
+                    f"RS step {self.step}/{self.max_steps}: the time of exp_manager.max_time_per_run is up; the same "
+                    "command continues from its last checkpoint"
+                )
         except ENDS_OF_A_RUN:
             self.model.finish_inference()
             advance_save(self.ckpt_callback, wait=True)
@@ -298,6 +308,8 @@ class RSTrainer:
         batches = list(islice(dataloader_iter, num_microbatches))
         if not batches:
             raise ValueError(f"the {'validation' if is_validation else 'training'} prompts make no micro-batch")
+        if is_validation:
+            batches = [without_stand_ins(batch) for batch in batches]
         stored = self.unscored.load(split, self.step, batches, num_rollouts)
         made, records, futures, kept = [], [], [], []
         try:
@@ -397,12 +409,15 @@ class RSTrainer:
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.
 
+        A batch without a token to train on, on any replica, changes neither weights nor learning rate.
+
         Raises:
             ValueError: if there is no batch.
         """
         with self.phases("load_state"):
             self.model.prepare_for_training()
         loss_mean = None
+        trained_rows = []  # by batch
         for batch in dataloader_iter:
             start = time.monotonic()
             with self.phases("forward_backward"):
@@ -413,8 +428,10 @@ class RSTrainer:
                 self.model.finish_training_step()
                 grad_norm = clip_gradients(self.model, self.cfg.gradient_clip_val)
                 lr = self.optimizer.param_groups[0]["lr"]
-                self.optimizer.step()
-                self.scheduler.step()
+                trained_rows.append(count_trained_rows(batch))
+                if trained_rows[-1] > 0:  # else weight decay and momentum would act alone
+                    self.optimizer.step()
+                    self.scheduler.step()
             metrics = {**metrics, "lr": lr, "optim_step": self.rs_optimization_step}
             if grad_norm is not None:
                 metrics["grad_norm"] = grad_norm
@@ -424,10 +441,21 @@ class RSTrainer:
             self._advance_save()
         if loss_mean is None:
             raise ValueError("run_training got no batch: there are no rollouts to train on")
+        self._warn_of_empty_batches(trained_rows)
         with self.phases("optimizer"):
             self.model.finish_training()
             self.optimizer.zero_grad()
         return loss_mean, metrics
+
+    def _warn_of_empty_batches(self, trained_rows: list[int]) -> None:
+        if all(trained_rows):
+            return
+        num_steps, num_rows = len(trained_rows), self.cfg.model_gbs * len(trained_rows)
+        logging.warning(
+            f"RS step {self.step + 1}: {trained_rows.count(0)} of {num_steps} optimizer steps had nothing to train on "
+            f"and were left out; {sum(trained_rows)} of {num_rows} kept rollouts were fit for training "
+            "(others were cut off, empty, not judged, or of a prompt that was too long)"
+        )
 
     # What the parts of a step share
 

@@ -38,6 +38,17 @@ def stack_rollouts(
     return cpu_dict({"response_tokens": tokens, "mask": mask, "prompt_tokens": prompts})
 
 
+def count_trained_rows(batch: dict[str, torch.Tensor]) -> int:
+    """Rows with a token in the loss, over all replicas. Collective over the data-parallel group.
+
+    Args:
+        batch: this replica's part of a global batch, `mask` [rows, S - 1] in it.
+    """
+    count = (batch["mask"] != 0).any(dim=1).sum().to(current_device())
+    torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    return int(count)
+
+
 def optimizer_batches(
     rows: dict[str, torch.Tensor], num_rows: int, rows_per_batch: int, balance: bool, pad_id: int
 ) -> list[dict[str, torch.Tensor]]:

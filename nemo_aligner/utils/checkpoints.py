@@ -7,6 +7,7 @@ then renamed; only after that does an older one go. How is in `background_save`,
 import contextlib
 import copy
 import errno
+import math
 import re
 import shutil
 import tempfile
@@ -108,11 +109,12 @@ def custom_save_ckpt_func(
     self.has_last_save_failed = False
     self.books_before_save = {name: copy.copy(getattr(self, name)) for name in BOOKS}
     with _recording(self) as (folders, obsolete):
-        if self.monitor is None or self.monitor in monitor_candidates:
+        why_not_ranked = _why_not_ranked(self.monitor, monitor_candidates)
+        if why_not_ranked is None:
             self._save_topk_checkpoint(trainer, monitor_candidates)
         elif self.save_top_k != 0:
             logging.warning(
-                f"exp_manager.checkpoint_callback_params.monitor={self.monitor} was not measured in this step, so this "
+                f"exp_manager.checkpoint_callback_params.monitor={self.monitor} {why_not_ranked} in this step, so this "
                 f"checkpoint is not ranked by it; measured were {', '.join(sorted(monitor_candidates))}"
             )
         if not save_top_only:
@@ -132,6 +134,16 @@ def custom_save_ckpt_func(
         with _explaining_a_full_disk(self):
             self.on_train_end(trainer, pl_module)
         trainer.val_check_interval = val_check_interval
+
+
+def _why_not_ranked(monitor: str | None, candidates: dict) -> str | None:
+    if monitor is None:
+        return None
+    if monitor not in candidates:
+        return "was not measured"
+    value = float(candidates[monitor])
+    # NeMo would read the value back from the checkpoint's name, and die of one without digits at every later start.
+    return None if math.isfinite(value) else f"is {value}"
 
 
 @contextlib.contextmanager

@@ -207,8 +207,11 @@ def _check_numbers(cfg: DictConfig) -> None:
 def _check_lengths(model: DictConfig) -> None:
     max_length, min_length = model.rs.length_params.max_length, model.rs.length_params.min_length
     seq_length, context = model.data.seq_length, model.encoder_seq_length
-    if min_length > max_length:
-        raise ConfigError(f"model.rs.length_params: max_length={max_length} must not be below min_length={min_length}")
+    if min_length >= max_length:
+        raise ConfigError(
+            f"model.rs.length_params: no response could end, as it may only behind min_length={min_length} tokens, but "
+            f"is cut off at max_length={max_length}, and none would be trained on; lower min_length"
+        )
     if seq_length > context:
         raise ConfigError(
             f"model.data.seq_length={seq_length} (longest prompt + max_length={max_length}) exceeds the model's "

@@ -68,7 +68,7 @@ class _Watch(threading.Thread):
         super().__init__(name="rank-failure-watch", daemon=True)
         self.is_over = threading.Event()
         self.rank_0_is_done = False
-        self._own_message = None
+        self._own_message, self._exit_code = None, 1
 
     def run(self) -> None:
         while not _has_peers():
@@ -95,7 +95,7 @@ class _Watch(threading.Thread):
             with contextlib.suppress(RuntimeError):  # the store may be gone already
                 store.add(_key("silent"), 1)
                 store.wait([_key("printed")], timedelta(seconds=ANSWER_S))
-            _leave(1)
+            _leave(self._exit_code)
 
     def finish(self) -> None:
         """Watch no longer. Rank 0, with which the store may go, tells the others."""
@@ -108,14 +108,18 @@ class _Watch(threading.Thread):
     def end_job(self, error: BaseException) -> None:
         """Print the error when the other ranks are silent, and end this process."""
         rank, reason = torch.distributed.get_rank(), " ".join(str(error).split())
-        self._own_message = f"rank {rank}: {type(error).__name__}: {reason}"
         is_users_mistake = isinstance(error, ConfigError)
+        self._exit_code = 2 if is_users_mistake else 1
+        self._own_message = f"rank {rank}: {type(error).__name__}: {reason}"
         store = None
         with contextlib.suppress(KeyError, RuntimeError):  # without a store only this process ends here
             store = _connect()
             first = store.compare_set(_key("failed"), "", self._own_message).decode()
             if first != self._own_message:
-                _say(f"{self._own_message} ({first.split(':')[0]} failed before)")
+                # A mistake that every rank has found stands on the first one's line alone.
+                first_rank, _, first_error = first.partition(": ")
+                if not (is_users_mistake and self._own_message.endswith(f": {first_error}")):
+                    _say(f"{self._own_message} ({first_rank} failed before)")
                 time.sleep(3 * ANSWER_S)  # `run` ends this process
         if not is_users_mistake:
             traceback.print_exception(error)
@@ -128,7 +132,7 @@ class _Watch(threading.Thread):
         with contextlib.suppress(RuntimeError):
             if store is not None:
                 store.set(_key("printed"), "yes")
-        _leave(2 if is_users_mistake else 1, has_failed=True)
+        _leave(self._exit_code, has_failed=True)
 
 
 def _has_peers() -> bool:

@@ -16,8 +16,10 @@ class RolloutLog:
 
     A line has `step`, `prompt_index` (row of the dataset), `prompt` and `response` (as a reward function sees them),
     `num_tokens` (of the response, with its ending), `finished` (ended by itself), `reward` (null if it could not be
-    judged, or was never scored) and `kept` (chosen for training). If the reward is a sum, each of its parts stands
-    under `reward_<name>`. A step that a killed run had not saved is done again, and then has its lines twice.
+    judged, or was never scored), `kept` (among the best of its prompt) and `trained_on` (kept, and fit for training:
+    neither cut off nor empty, judged, and not of a stand-in for another prompt). If the reward is a sum, each of its
+    parts stands under `reward_<name>`. A step that a killed run had not saved is done again, and then has its lines
+    twice.
     """
 
     def __init__(self, folder: str | Path | None, tokenizer, end_strings=(), rank: int = 0):
@@ -38,7 +40,7 @@ class RolloutLog:
             return
         rollouts = cpu_dict(rollouts)
         kept = set(kept_rows)
-        padding = rollouts.get("is_padding")
+        fit, padding = rollouts.get("is_fit"), rollouts.get("is_padding")
         texts = decode_rollouts(rollouts, self.tokenizer, self.end_strings)
         rewards = rollouts["rewards"].flatten().tolist() if "rewards" in rollouts else None
         parts = {name: part.tolist() for name, part in rollouts.items() if name.startswith(PART_PREFIX)}
@@ -59,6 +61,7 @@ class RolloutLog:
                     "reward": None if rewards is None else _or_null(rewards[row]),
                     **{name: _or_null(part[row]) for name, part in parts.items()},
                     "kept": row in kept,
+                    "trained_on": row in kept and (fit is None or bool(fit[row])),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -15,13 +15,16 @@ LENGTHS = ([20, 19, 18, 17, 3, 3, 3, 3], [2, 3, 4, 5, 30, 3, 0, 30])  # the firs
 
 def test_balancing():
     ranks = run_ranks(rank_main, 2)
-    check_exchange([exchanged for exchanged, _, _ in ranks])
-    check_trainer(*zip(*[trained for _, *trained in ranks], strict=True))
+    check_exchange([exchanged for exchanged, *_ in ranks])
+    check_trainer(*zip(*[trained for _, *trained, _ in ranks], strict=True))
+    # the second step is taken by both replicas, the third by neither
+    assert [num_steps for *_, num_steps in ranks] == [2, 2]
 
 
 def rank_main(rank: int):
     Utils.initialize_model_parallel()
-    return exchanged_rows(rank), trained_by_the_trainer("global_batch"), trained_by_the_trainer("micro_batch")
+    trained = [trained_by_the_trainer(normalization) for normalization in ("global_batch", "micro_batch")]
+    return exchanged_rows(rank), *trained, num_steps_taken(rank)
 
 
 def check_exchange(ranks) -> None:
@@ -85,3 +88,10 @@ def trained_by_the_trainer(loss_normalization: str) -> list[list[tuple[int, int]
         list(zip(batch["response_tokens"][:, 0].tolist(), batch["mask"].sum(1).int().tolist(), strict=True))
         for batch in trainer.model.batches
     ]
+
+
+def num_steps_taken(rank: int) -> int:
+    """Of three, in the first of which both replicas have tokens, in the second one of them, in the third none."""
+    trainer = make_trainer(n=1, g=4, gbs=4, num_val=2)
+    trainer.run_training(iter([{"mask": torch.full((2, 5), float(has_tokens))} for has_tokens in (1, rank, 0)]))
+    return trainer.scheduler.last_epoch

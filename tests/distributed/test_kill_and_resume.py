@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nemo_aligner.utils.checkpoints import newest_complete_checkpoint, read_counters
-from tests.distributed.test_training_script import command, environment, rollouts, scalars, workplace
+from tests.distributed.test_training_script import G, K, command, environment, rollouts, scalars, workplace
 from tests.distributed.zygote import Zygote
 from tests.tiny import load_actor
 
@@ -138,6 +138,22 @@ def test_a_run_killed_before_or_while_its_archive_was_written_writes_it(workplac
     assert {path.name for path in checkpoints.iterdir()} == names
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(workplace, zygote, undisturbed):
+    first = zygote.start(arguments("twice"), workplace / "twice.log")
+    while not (workplace / "twice/rollouts/train_rank0.jsonl").exists():
+        assert os.path.exists(f"/proc/{first}/exe"), (workplace / "twice.log").read_text()[-3000:]
+        time.sleep(0.001)
+    os.kill(first, signal.SIGSTOP)
+    second = zygote.start(arguments("twice"), workplace / "twice_second.log")
+    while os.path.exists(f"/proc/{second}/exe"):
+        time.sleep(0.01)
+    os.kill(first, signal.SIGCONT)
+    assert zygote.wait() == 0, (workplace / "twice.log").read_text()[-3000:]
+    assert zygote.wait() == 2
+    assert "error: the log folder" in (workplace / "twice_second.log").read_text().splitlines()[-1]
+    assert_equal_runs(workplace / "twice", undisturbed[0])
+
+
 def test_sigterm_saves_first(workplace, zygote, undisturbed):
     pid = zygote.start(arguments("stopped", "trainer.rs.save_interval=6"), workplace / "stopped.log")
     written = workplace / "stopped/rollouts/train_rank0.jsonl"
@@ -160,6 +176,21 @@ def test_the_time_limit_saves_first(workplace, zygote, undisturbed):
     assert 0 < first <= NUM_STEPS
     run(zygote, workplace, "timed", "trainer.rs.save_interval=6")
     assert_equal_runs(workplace / "timed", undisturbed[0])
+
+
+def test_a_run_that_could_judge_nothing_leaves_the_weights_and_continues(workplace, zygote):
+    (workplace / "nulls.py").write_text("def reward(prompts, responses):\n    return [None] * len(prompts)\n")
+    run(zygote, workplace, "unjudged", "model.rs.reward.target=nulls.py:reward", "trainer.rs.max_steps=1")
+    first = newest_complete_checkpoint(workplace / "unjudged/checkpoints")
+    assert read_counters(first) == {"step": 1, "consumed_samples": G, "epoch": 0, "rs_optimization_step": K}
+    (workplace / "untrained/checkpoints").mkdir(parents=True)
+    (workplace / "untrained/checkpoints/tiny.nemo").symlink_to(workplace / "tiny.nemo")
+    untrained, after_nothing = weights(workplace / "untrained"), weights(workplace / "unjudged")
+    assert all(torch.equal(after_nothing[name], untrained[name]) for name in untrained)
+    run(zygote, workplace, "unjudged", "trainer.rs.max_steps=2")
+    assert scalars(workplace / "unjudged")["train_optim/optim_step"] == [(2, 2), (3, 3)]
+    trained = weights(workplace / "unjudged")
+    assert not all(torch.equal(trained[name], untrained[name]) for name in untrained)
 
 
 # A user's module that also plays a disk which is full in the second and third step: before anything is written, then in

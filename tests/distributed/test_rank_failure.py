@@ -90,6 +90,12 @@ def test_a_mistake_of_the_user_is_one_line(tmp_path):
     assert lines == ["error: model.x=1 must be 2"]
 
 
+def test_a_mistake_of_the_user_that_every_rank_finds_is_one_line(tmp_path):
+    codes, lines, _ = run_ranks(tmp_path, "raise ConfigError('model.x=1 must be 2')")
+    assert codes == [2, 2]
+    assert lines == ["error: model.x=1 must be 2"]
+
+
 def test_of_several_errors_the_first_is_last(tmp_path):
     body = "time.sleep(rank * 0.2)\nraise ValueError(f'the error of rank {rank}')"
     codes, lines, _ = run_ranks(tmp_path, body)

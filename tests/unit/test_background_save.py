@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import io
+import math
 import operator
 import os
 import shutil
@@ -140,6 +141,18 @@ def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_it
     assert len(warnings) == 1 and "monitor=val_global_rewards was not measured in this step" in warnings[0]
     assert names(tmp_path) == {"1", "2-last"}
     assert run.callback.last_model_path.endswith("epoch=0-val_global_rewards=nan-last.ckpt")
+    assert list(run.callback.best_k_models.values()) == [torch.tensor(-1.0)]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_save_whose_reward_is_no_number_is_not_among_the_best(run, tmp_path, monkeypatch, reward):
+    """NeMo takes the values of the best from their names, and gives up on one that is no number."""
+    warnings = []
+    monkeypatch.setattr(checkpoints.logging, "warning", warnings.append)
+    run.save(val_global_rewards=-1.0)
+    run.save(val_global_rewards=reward)
+    assert len(warnings) == 1 and f"monitor=val_global_rewards is {reward} in this step" in warnings[0]
+    assert names(tmp_path) == {"1", "2-last"}
     assert list(run.callback.best_k_models.values()) == [torch.tensor(-1.0)]
 
 

@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from nemo_aligner.data.nlp.datasets import BlendedDataset, RLHFDataset, blend_rows
 from nemo_aligner.data.nlp.samplers import PaddingRow
+from nemo_aligner.utils.errors import ConfigError
 
 
 class LetterTokenizer:
@@ -145,6 +146,15 @@ def test_count_over_long(warnings):
     assert "3 of 5 prompts are empty or longer than 4 tokens" in warnings[0]
     assert make_dataset(["abcd", "b"]).count_over_long() == 0
     assert len(warnings) == 1
+
+
+def test_prompts_of_which_none_is_admissible_are_refused_when_they_are_counted():
+    with pytest.raises(ConfigError) as error:
+        make_dataset(["", "abcde"]).count_over_long()
+    assert str(error.value) == (
+        "train: every prompt is empty or longer than 4 tokens; shorten the prompts, raise model.data.seq_length or "
+        "lower model.rs.length_params.max_length"
+    )
 
 
 def test_end_token_counts_towards_the_limit(warnings):

@@ -327,17 +327,25 @@ def test_rollouts_are_on_disk_after_a_failure_in_their_selection(tmp_path):
     assert written == [(50, False), (50, False), (None, False), (None, False)]
 
 
+def test_the_log_says_which_of_the_kept_were_trained_on(tmp_path):
+    answers = {0: ([30, 31, 32],), 1: ([99, EOS],), 2: ([40, EOS],), 3: ([50, EOS],)}
+    trainer = make_trainer(n=1, g=4, answers=answers, replaced=(3,), rollout_dir=tmp_path)
+    trainer.fit()
+    lines = sorted(logged_rollouts(tmp_path), key=lambda line: line["prompt_index"])
+    assert [(line["kept"], line["trained_on"]) for line in lines] == [(True, index == 2) for index in range(4)]
+
+
 def test_the_log_has_every_rollout_with_reward_and_choice(tmp_path):
     answers = {0: ([20, EOS], [30, 31, 32]), 1: ([99, EOS], [40, EOS])}
     trainer = make_trainer(prompts=((1,), (2, 2)), answers=answers, rollout_dir=tmp_path, val_check_interval=1)
     trainer.fit()
     lines = sorted(logged_rollouts(tmp_path), key=lambda line: line["prompt_index"])
-    columns = ("step", "prompt_index", "prompt", "response", "num_tokens", "finished", "reward", "kept")
+    columns = ("step", "prompt_index", "prompt", "response", "num_tokens", "finished", "reward", "kept", "trained_on")
     assert [tuple(line[column] for column in columns) for line in lines] == [
-        (0, 0, "1", "20", 2, True, 20.0, True),
-        (0, 0, "1", "30 31 32", 3, False, 30.0, False),
-        (0, 1, "2 2", "99", 2, True, None, False),
-        (0, 1, "2 2", "40", 2, True, 40.0, True),
+        (0, 0, "1", "20", 2, True, 20.0, True, True),
+        (0, 0, "1", "30 31 32", 3, False, 30.0, False, False),
+        (0, 1, "2 2", "99", 2, True, None, False, False),
+        (0, 1, "2 2", "40", 2, True, 40.0, True, True),
     ]
     assert [(line["step"], line["reward"]) for line in logged_rollouts(tmp_path, "val")] == [(1, 20.0)]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import math
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from megatron.core import parallel_state
 from nemo.utils import logging
 
+from nemo_aligner.algorithms import rs
 from nemo_aligner.algorithms.rs import compute_num_rollout_microbatches
 from nemo_aligner.testing.utils import Utils
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.phases import OTHER, PHASES, TOTAL
-from tests.fake_trainer import EOS, make_trainer
+from tests.fake_trainer import EOS, OutOfTimeAfter, make_trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,6 +85,40 @@ def test_all_rejected_trains_on_nothing_but_keeps_the_row_count():
     assert [batch["mask"].shape[0] for batch in trainer.model.batches] == [2, 2]
     assert trainer.model.weight.item() == 0
     assert [metrics["selected_fraction_fit"] for _, metrics in trainer.logger.of("train_rollouts/")] == [0, 0]
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    caught = []
+    monkeypatch.setattr(rs.logging, "warning", caught.append)
+    return caught
+
+
+def test_without_a_token_to_train_on_the_weights_stay_as_they_are(warnings):
+    """Momentum and weight decay move them without a gradient, too."""
+    trainer = make_trainer()
+    weight = trainer.model.weight
+    trainer.optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.5)
+    trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.5**step)
+    weight.data.fill_(3.0)
+    nothing, something = {"mask": torch.zeros(2, 3)}, {"mask": torch.tensor([[0.0, 1, 1], [0, 1, 1]])}
+
+    trainer.run_training(iter([nothing]))
+    assert weight.item() == 3.0 and trainer.optimizer.state_dict()["state"] == {}
+    assert warnings == [
+        "RS step 1: 1 of 1 optimizer steps had nothing to train on and were left out; 0 of 2 kept rollouts were fit "
+        "for training (others were cut off, empty, not judged, or of a prompt that was too long)"
+    ]
+    trainer.run_training(iter([something]))
+    assert weight.item() < 3.0 and len(warnings) == 1
+
+    trainer.run_training(iter([nothing, something]))
+    assert "1 of 2 optimizer steps had nothing to train on and were left out; 2 of 4 kept" in warnings[1]
+    # counted and logged all the same; the schedule stands still meanwhile
+    logged = trainer.logger.of("train_optim/")
+    assert [(step, metrics["lr"], metrics["loss"]) for step, metrics in logged] == [
+        (0, 0.5, 0), (1, 0.5, 4), (2, 0.25, 0), (3, 0.25, 4),
+    ]  # fmt: skip
 
 
 def test_a_replaced_prompt_is_not_trained_on():
@@ -265,6 +301,21 @@ def test_validation_scores_every_prompt_once_up_to_the_limit(num_val, scored):
     assert "selected_rewards_mean" not in metrics
 
 
+def test_a_validation_prompt_that_stands_in_for_another_is_counted_once(tmp_path):
+    answers = {index: ([10 * index, EOS],) for index in range(4)}
+    settings = {"val_prompts": ((1,),) * 4, "val_mbs": 2, "num_val": 4, "answers": answers, "rollout_dir": tmp_path}
+    trainer = make_trainer(val_replaced=(1, 2), **settings)
+    metrics = trainer.run_validation()
+    assert metrics["global_rewards"] == (0 + 30) / 2 and metrics["fraction_fit"] == 1
+    logged = (tmp_path / "val_rank0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt_index"] for line in logged] == [0, 3]
+
+
+def test_a_validation_of_stand_ins_alone_has_no_means():
+    metrics = make_trainer(val_replaced=(0,)).run_validation()
+    assert all(math.isnan(value) for name, value in metrics.items() if name != "table")
+
+
 def test_an_empty_rollout_phase_is_an_error():
     trainer = make_trainer()
     with pytest.raises(ValueError, match="training prompts make no micro-batch"):
@@ -320,6 +371,37 @@ def test_number_of_steps(max_epochs, max_steps, done):
     assert (trainer.step, trainer.max_steps) == (done, done)
     assert trainer.consumed_samples == 2 * done
     assert [step for step, _ in trainer.logger.of("train_rollouts/")] == list(range(done))
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    caught = []
+    monkeypatch.setattr(rs.logging, "info", caught.append)
+    return caught
+
+
+@pytest.mark.parametrize("limits, last", [({"max_steps": 2}, 2), ({"max_epochs": 0}, 0)])
+def test_a_run_with_nothing_left_to_do_says_so(messages, limits, last):
+    trainer = make_trainer(**limits)
+    trainer.fit()
+    first_messages = list(messages)
+    trainer.fit()
+    nothing_left = (
+        f"step {last} of {last}: nothing left to train; raise trainer.rs.max_steps or trainer.rs.max_epochs, or give "
+        "another exp_manager.explicit_log_dir"
+    )
+    assert messages[len(first_messages) :] == [nothing_left]
+    assert (nothing_left in first_messages) == (last == 0)
+
+
+@pytest.mark.parametrize("max_steps, stops_early", [(2, True), (1, False)])
+def test_a_run_whose_time_is_up_says_so(messages, max_steps, stops_early):
+    make_trainer(run_timer=OutOfTimeAfter(1), max_steps=max_steps).fit()
+    said = (
+        "RS step 1/2: the time of exp_manager.max_time_per_run is up; the same command continues from its last "
+        "checkpoint"
+    )
+    assert (said in messages) == stops_early
 
 
 def test_every_epoch_takes_each_prompt_at_most_once():

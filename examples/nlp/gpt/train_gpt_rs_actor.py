@@ -30,6 +30,7 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 from nemo_aligner.rewards.build import build_reward
 from nemo_aligner.utils.distributed import Timer
 from nemo_aligner.utils.rank_failure import end_all_ranks_on_error
+from nemo_aligner.utils.run_lock import hold_log_dir
 from nemo_aligner.utils.termination import StopRequested
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
@@ -60,6 +61,7 @@ def train(cfg) -> None:
     cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
     trainer = resolve_and_create_trainer(cfg, "rs")
     log_dir = exp_manager(trainer, cfg.exp_manager)
+    hold_log_dir(log_dir)
     logger = CustomLoggerWrapper(trainer.loggers)
 
     model = load_from_nemo(

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from nemo_aligner.data.nlp.samplers import PaddingRow
+from nemo_aligner.utils.errors import ConfigError
 
 
 class RLHFDataset(Dataset):
@@ -101,12 +102,19 @@ class RLHFDataset(Dataset):
         return ids, len(ids)
 
     def count_over_long(self) -> int:
-        """Tokenise every prompt once and return how many are empty or over-long; if there are any, warn once."""
+        """Tokenise every prompt once and return how many are empty or over-long; if there are any, warn once.
+
+        Raises:
+            ConfigError: if all are.
+        """
         count = sum(not self._is_admissible(self._prompt_ids(row)) for row in range(len(self)))
+        if count == len(self):
+            raise ConfigError(self._none_is_admissible())
         if count:
             logging.warning(
                 f"{self.name}: {count} of {len(self)} prompts are empty or longer than {self.max_prompt_length} tokens "
-                f"(sequence length minus response length); others take their places and are kept out of the loss"
+                f"(sequence length minus response length); others take their places, neither trained on nor counted "
+                "in validation"
             )
         return count
 
@@ -123,7 +131,10 @@ class RLHFDataset(Dataset):
             candidate = (row + distance) % len(self)
             if self._is_admissible(self._prompt_ids(candidate)):
                 return candidate
-        raise RuntimeError(
+        raise RuntimeError(self._none_is_admissible())
+
+    def _none_is_admissible(self) -> str:
+        return (
             f"{self.name}: every prompt is empty or longer than {self.max_prompt_length} tokens; shorten the prompts, "
             f"raise model.data.seq_length or lower model.rs.length_params.max_length"
         )

@@ -1,0 +1,44 @@
+"""One run at a time in a log folder: two would write to the same checkpoints and rollout files."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
+
+from nemo_aligner.utils.errors import ConfigError
+
+# In a folder of its own, as NeMo moves the files that stand in the log folder itself away at every start.
+LOCK = Path(".lock", "holder")
+
+
+def hold_log_dir(log_dir: str | Path) -> None:
+    """Keep other runs out of the folder as long as this process lives, however it ends.
+
+    Global rank 0 does it for its job. On a file system that cannot lock, a warning is all.
+
+    Raises:
+        ConfigError: on global rank 0, if another process holds the folder.
+    """
+    if not is_global_rank_zero():
+        return
+    path = Path(log_dir) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Never closed. A record lock, unlike one of `flock`, does not go on in children that outlive this process.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # what POSIX has for a lock that another process holds
+        raise ConfigError(
+            f"the log folder {log_dir} is in use by {path.read_text() or 'another run'}; wait until that has ended, or "
+            "give this run another exp_manager.explicit_log_dir"
+        ) from None
+    except OSError as error:
+        logging.warning(
+            f"{path} cannot be locked ({error.strerror}); see to it that no other run has this log folder meanwhile"
+        )
+        return
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
