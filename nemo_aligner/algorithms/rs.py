@@ -121,6 +121,7 @@ class RSTrainer:
         self.profile = StepProfile(cfg.get("profile", False), None if log_dir is None else log_dir / "profile")
         self.termination = TerminationWatch()
         self.step = self.rs_optimization_step = self.consumed_samples = self._saved_step = 0
+        self._num_steps_before = 0  # as many more are behind it, had all been of today's number of prompts
         columns = ["step", "prompt", "response", "reward"]
         self.train_df, self.val_df = pd.DataFrame(columns=columns), pd.DataFrame(columns=columns)
         self.num_prompts_per_step = train_dataloader.batch_sampler.global_batch_size
@@ -148,11 +149,10 @@ class RSTrainer:
 
     @property
     def epoch(self) -> int:
-        return self.consumed_samples // self.num_prompts_per_epoch
+        return (self.step + self._num_steps_before) // self.num_steps_per_epoch
 
     def set_max_steps(self) -> None:
-        prompts_left = self.num_prompts_per_epoch * self.cfg.max_epochs - self.consumed_samples
-        self.max_steps = self.step + prompts_left // self.num_prompts_per_step
+        self.max_steps = self.num_steps_per_epoch * self.cfg.max_epochs - self._num_steps_before
         limit = self.cfg.get("max_steps", -1)
         if limit >= 0:
             self.max_steps = min(self.max_steps, limit)
@@ -527,6 +527,7 @@ class RSTrainer:
         sampler, num_per_step = self.train_dataloader.batch_sampler, self.num_prompts_per_step
         self.consumed_samples, num_skipped = data_position(state_dict, sampler.total_samples, num_per_step)
         sampler.consumed_samples = self.consumed_samples
+        self._num_steps_before = self.consumed_samples // num_per_step - self.step
         self.set_max_steps()
         self._report_other_step_size(state_dict, num_skipped)
 

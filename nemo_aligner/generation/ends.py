@@ -19,7 +19,7 @@ def check_end_strings(texts: Sequence[str], tokenizer, key: str) -> None:
         if len(ids) == 1:
             continue
         for token_id, token in zip(ids, tokenizer.ids_to_tokens(ids), strict=True):
-            if token in text and not tokenizer.ids_to_text([token_id]):
+            if token.strip() and token in text and not tokenizer.ids_to_text([token_id]):
                 raise ConfigError(
                     f"{key}: no response can end with {text!r}, as texts are without special tokens such as {token!r}; "
                     f"write {token!r} alone, which ends a response by itself"

@@ -66,8 +66,11 @@ class Inferrable(ABC):
 class AlignableGenerativeInterface(SupervisedInterface, Inferrable):
     """A policy: it generates responses and is trained on them.
 
-    Beside what is named here, a trainer reads its `cfg`, `tokenizer` and parameters.
+    Beside what is named here, a trainer reads its `cfg`, `tokenizer` and parameters, and `_sampling_params` and
+    `_length_params`, plain dicts of the sections of `cfg.rs` that are called so.
     """
+
+    restored_from: str | None = None  # the archive or folder that its first weights are from
 
     trains_with_sequence_parallel = False  # then training rows are padded to a multiple of the tensor-parallel size
 

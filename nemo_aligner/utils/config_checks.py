@@ -155,7 +155,7 @@ def _check_optimizer(cfg: DictConfig) -> None:
     optim = cfg.model.optim
     for key, name, known in (
         ("name", optim.name, {*AVAILABLE_OPTIMIZERS, *OPTIMIZERS_OF_MEGATRON}),
-        ("sched.name", (optim.get("sched") or {}).get("name"), set(AVAILABLE_SCHEDULERS)),
+        ("sched.name", (optim.get("sched") or {}).get("name"), set(AVAILABLE_SCHEDULERS) - {"ReduceLROnPlateau"}),
     ):
         if name is not None and name not in known:
             raise ConfigError(f"model.optim.{key}={name} must be one of {', '.join(sorted(known))}")

@@ -17,7 +17,8 @@ LOCK = Path(".lock", "holder")
 def hold_log_dir(log_dir: str | Path) -> None:
     """Keep other runs out of the folder as long as this process lives, however it ends.
 
-    Global rank 0 does it for its job. On a file system that cannot lock, a warning is all.
+    Global rank 0 does it for its job; if it is refused, the launcher ends the others (with srun: --kill-on-bad-exit).
+    Where files cannot be locked, a warning is all.
 
     Raises:
         ConfigError: on global rank 0, if another process holds the folder.
@@ -25,20 +26,28 @@ def hold_log_dir(log_dir: str | Path) -> None:
     if not is_global_rank_zero():
         return
     path = Path(log_dir) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Never closed. A record lock, unlike one of `flock`, does not go on in children that outlive this process.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # what POSIX has for a lock that another process holds
-        raise ConfigError(
-            f"the log folder {log_dir} is in use by {path.read_text() or 'another run'}; wait until that has ended, or "
-            "give this run another exp_manager.explicit_log_dir"
-        ) from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Never closed. A record lock, unlike one of `flock`, does not go on in children that outlive this process.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        is_ours = _try_to_lock(descriptor)
     except OSError as error:
         logging.warning(
             f"{path} cannot be locked ({error.strerror}); see to it that no other run has this log folder meanwhile"
         )
         return
+    if not is_ours:
+        raise ConfigError(
+            f"the log folder {log_dir} is in use by {path.read_text() or 'another run'}; wait until that has ended, or "
+            f"give this run another exp_manager.explicit_log_dir (if it has ended, delete {path})"
+        )
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def _try_to_lock(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # what POSIX has for a lock that another process holds
+        return False
+    return True

@@ -7,6 +7,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.peft_checks import TARGETS
 
 # Keys and sections of `model`.
 DECIDING = (
@@ -17,9 +18,10 @@ DECIDING = (
 PROMPTS_PER_STEP = "model.rs.num_rollout_samples"
 NUM_PROMPTS = "the number of training prompts"
 PRETRAINED = "pretrained_checkpoint.restore_from_path"
+TARGET_MODULES = "model.peft.lora_tuning.target_modules"
 # A checkpoint's optimizer state or adapters are of use only with these as they were.
 FIXED = (
-    "model.optim.name", "model.peft.peft_scheme", "model.peft.lora_tuning.target_modules",
+    "model.optim.name", "model.peft.peft_scheme", TARGET_MODULES,
     "model.peft.lora_tuning.adapter_dim", "model.peft.lora_tuning.layer_selection",
 )  # fmt: skip
 
@@ -33,12 +35,15 @@ def deciding_settings(model_cfg: DictConfig, pretrained: str | None, num_prompts
     """
     has_adapters = OmegaConf.select(model_cfg, "peft.peft_scheme") not in (None, "none")
     chosen = [*DECIDING, "peft.lora_tuning"] if has_adapters else DECIDING
-    settings = {PRETRAINED: pretrained, NUM_PROMPTS: num_prompts}
+    settings = {PRETRAINED: pretrained, NUM_PROMPTS: num_prompts, "model.peft.peft_scheme": "none"}
     for key in chosen:
         value = OmegaConf.select(model_cfg, key)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        settings.update(_leaves(f"model.{key}", plain))
-    return {key: value for key, value in settings.items() if value is not None and ".remote_rm." not in key}
+        settings.update({leaf: v for leaf, v in _leaves(f"model.{key}", plain).items() if v is not None})
+    targets = settings.get(TARGET_MODULES)
+    if targets is not None:
+        settings[TARGET_MODULES] = sorted({module for target in targets for module in TARGETS[target]})
+    return {key: value for key, value in settings.items() if ".remote_rm." not in key}
 
 
 def _leaves(key: str, value) -> dict:

@@ -39,8 +39,8 @@ DISTRIBUTED_OPTIMIZER_KEYS = (
     "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
     "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
 )  # fmt: skip
-# What a group of parameters has from the config.
-OPTIMIZER_SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
+# What a group of parameters has that is not from the config.
+OPTIMIZER_STATE = ("params", "step")
 
 
 def with_profile_as_override(arguments: list[str]) -> list[str]:
@@ -223,7 +223,7 @@ def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
 def _keeping_optimizer_settings(ptl_trainer: Trainer):
     """Within, the optimizers' state and the number of steps of each schedule may be restored, but no settings."""
     groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
-    settings = [{key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in groups]
+    settings = [{key: value for key, value in group.items() if key not in OPTIMIZER_STATE} for group in groups]
     schedules = [config.scheduler for config in ptl_trainer.lr_scheduler_configs]
     beginnings = [copy.deepcopy(schedule.state_dict()) for schedule in schedules]
     yield

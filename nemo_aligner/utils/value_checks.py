@@ -47,9 +47,6 @@ _RULES = {
     "trainer.num_nodes": _COUNT,
     "trainer.accelerator": _Rule(lambda value: value in ("gpu", "cpu"), "gpu or cpu"),
     "trainer.rs.max_epochs": _COUNT,
-    "trainer.rs.max_steps": _Rule(
-        lambda value: value == -1 or _WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
-    ),
     "trainer.rs.val_check_interval": _WHOLE,
     "trainer.rs.save_interval": _WHOLE,
     "model.global_batch_size": _COUNT,
@@ -79,9 +76,12 @@ _RULES = {
 }
 # These have defaults.
 _RULES_OF_OPTIONAL_KEYS = {
+    "trainer.rs.max_steps": _Rule(
+        lambda value: value == -1 or _WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
+    ),
     "trainer.rs.val_at_start": _SWITCH,
     "trainer.rs.gradient_clip_val": _Rule(
-        lambda value: value is None or (_is_number(value) and value >= 0), "a number, or null or 0 to switch it off"
+        lambda value: value is None or _is_number(value), "a number, or null to switch it off"
     ),
     "trainer.rs.rollout_batch_seq_length": _COUNT_OR_NULL,
     "exp_manager.max_time_per_run": _Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),

@@ -76,7 +76,7 @@ def test_an_extended_run_goes_on_at_the_rates_of_a_run_of_that_length(workplace,
 
 
 def test_the_same_command_says_nothing(workplace, start):
-    settings = ("trainer.rs.max_steps=6", "trainer.rs.max_epochs=2")
+    settings = ("trainer.rs.max_steps=6", "trainer.rs.max_epochs=2", "model.rs.reward.kwargs={seconds: 0.5}")
     code, output = start("same", *settings, "exp_manager.max_time_per_run=00:00:00:01")
     assert code == 0, output[-3000:]
     assert 0 < read_counters(newest_complete_checkpoint(workplace / "same/checkpoints"))["step"] < 6

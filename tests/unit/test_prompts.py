@@ -56,6 +56,13 @@ def test_a_file_that_changed_after_it_was_opened_is_refused(write, content):
         prompts[1]
 
 
+def test_a_file_that_was_only_touched_is_read_on(write):
+    path = write(b'{"text": "a"}\n{"text": "b"}\n')
+    prompts = PromptFile(path)
+    os.utime(path, ns=(0, 0))
+    assert list(prompts) == [{"text": "a"}, {"text": "b"}]
+
+
 # the second line of each file is at fault, unless the file as a whole is
 BROKEN = [
     (b'{"text": "a"}\n{"text": "b"\n', "line 2: not valid JSON (Expecting ',' delimiter, column 13)"),

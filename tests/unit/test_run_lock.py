@@ -40,7 +40,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, holder):
         hold_log_dir(tmp_path)
     message = str(error.value)
     assert "\n" not in message and f"{tmp_path} is in use by process {holder.pid} on " in message
-    assert message.endswith("give this run another exp_manager.explicit_log_dir")
+    assert f"give this run another exp_manager.explicit_log_dir (if it has ended, delete {tmp_path}" in message
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     hold_log_dir(tmp_path)
@@ -61,3 +61,14 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.logging, "warning", warnings.append)
     hold_log_dir(tmp_path)
     assert len(warnings) == 1 and "cannot be locked (No locks available)" in warnings[0]
+
+
+def test_a_lock_file_of_somebody_else_is_warned_of(tmp_path, monkeypatch):
+    def not_ours(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    warnings = []
+    monkeypatch.setattr(run_lock.os, "open", not_ours)
+    monkeypatch.setattr(run_lock.logging, "warning", warnings.append)
+    hold_log_dir(tmp_path)
+    assert len(warnings) == 1 and "cannot be locked (Permission denied)" in warnings[0]

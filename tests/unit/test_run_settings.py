@@ -60,6 +60,12 @@ def test_settings_that_decide_are_taken_and_plain():
     assert not any("lora_tuning" in key for key in without)
 
 
+def test_spellings_of_one_thing_do_not_differ():
+    assert settings(peft__peft_scheme=None) == settings(peft__peft_scheme="none") == settings(peft=None)
+    by_alias = settings(peft__lora_tuning__target_modules=["attention"])
+    assert by_alias == settings(peft__lora_tuning__target_modules=["attention_dense", "attention_qkv"])
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint of a run with `settings()`, after three steps of four prompts each, of six."""

@@ -60,8 +60,12 @@ def main(cfg) -> None:
 def train(cfg) -> None:
     cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
     trainer = resolve_and_create_trainer(cfg, "rs")
+    known_dir = cfg.exp_manager.get("explicit_log_dir")
+    if known_dir is not None:
+        hold_log_dir(known_dir)  # before NeMo moves an earlier run's files in it
     log_dir = exp_manager(trainer, cfg.exp_manager)
-    hold_log_dir(log_dir)
+    if known_dir is None:
+        hold_log_dir(log_dir)
     logger = CustomLoggerWrapper(trainer.loggers)
 
     model = load_from_nemo(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from array import array
 from typing import BinaryIO
 
@@ -20,7 +21,7 @@ class PromptFile:
 
     def __init__(self, path: str):
         self.path = path
-        self._offsets, self._version = _find_records(path)
+        self._offsets, self._version, self._checksum = _find_records(path)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -28,13 +29,22 @@ class PromptFile:
     def __getitem__(self, row: int) -> dict:
         offset = self._offsets[row]
         with open(self.path, "rb") as file:
-            if _version(file) != self._version:
+            if self._has_changed(file):
                 raise ConfigError(
                     f"{self.path}: the prompt file has changed since this run opened it; start the run again, and "
                     "leave its files as they are"
                 )
             file.seek(offset)
             return _parse_record(file.readline(), f"{self.path}, byte {offset}")
+
+    def _has_changed(self, file: BinaryIO) -> bool:
+        version = _version(file)
+        if version == self._version:
+            return False
+        if version[0] != self._version[0] or _checksum(file) != self._checksum:
+            return True
+        self._version = version  # touched, or copied there once more
+        return False
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -43,12 +53,19 @@ def _version(file: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _find_records(path: str) -> tuple[array, tuple[int, int]]:
-    """Byte offsets of all records of a file, each of which has been checked, and the version that was read."""
+def _checksum(file: BinaryIO) -> int:
+    checksum = 0
+    while chunk := file.read(2**20):
+        checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _find_records(path: str) -> tuple[array, tuple[int, int], int]:
+    """Byte offsets of all records of a file, each of which has been checked, the version read and its checksum."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such prompt file; correct the path in model.data.data_prefix")
     offsets = array("q")
-    offset = 0
+    offset = checksum = 0
     with open(path, "rb") as file:
         version = _version(file)
         for number, line in enumerate(file, start=1):
@@ -56,9 +73,10 @@ def _find_records(path: str) -> tuple[array, tuple[int, int]]:
                 _parse_record(line, f"{path}, line {number}")
                 offsets.append(offset)
             offset += len(line)
+            checksum = zlib.crc32(line, checksum)
     if not offsets:
         raise ValueError(f'{path}: the prompt file holds no records; write one {{"text": "..."}} per line')
-    return offsets, version
+    return offsets, version, checksum
 
 
 def _parse_record(line: bytes, where: str) -> dict:

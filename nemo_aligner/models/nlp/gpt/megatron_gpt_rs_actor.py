@@ -79,7 +79,6 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
         self.rs_settings: dict | None = None  # those that decide what the run does, set by `init_using_ptl`
-        self.restored_from: str | None = None  # the archive or folder, set by `load_from_nemo`
         self._is_saving_archive = False
 
     def _build_tokenizer(self):
