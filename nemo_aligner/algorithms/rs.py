@@ -127,7 +127,6 @@ class RSTrainer:
         self.num_prompts_per_step = train_dataloader.batch_sampler.global_batch_size
         self._check_sizes()
         self.num_steps_per_epoch = compute_num_steps_per_epoch(train_dataloader.batch_sampler)
-        self.num_prompts_per_epoch = self.num_steps_per_epoch * self.num_prompts_per_step
         self.set_max_steps()
 
     def _check_sizes(self) -> None:
@@ -187,7 +186,7 @@ class RSTrainer:
             dataloader_iter = None
             with _progress_bar(total=self.max_steps, initial=self.step, desc="RS steps", unit="step") as progress:
                 while self.step < self.max_steps:
-                    if dataloader_iter is None or self.consumed_samples % self.num_prompts_per_epoch == 0:
+                    if dataloader_iter is None or (self.step + self._num_steps_before) % self.num_steps_per_epoch == 0:
                         dataloader_iter = iter(self.train_dataloader)  # of the next epoch, or the rest of one
                     summary, run_time_exceeded = self._run_step(dataloader_iter)
                     progress.update()
@@ -534,8 +533,7 @@ class RSTrainer:
     def _report_other_step_size(self, state_dict: dict, num_skipped: int) -> None:
         """Say what a step size that does not fit the checkpoint's place in the prompts leads to."""
         key = f"model.rs.num_rollout_samples={self.num_prompts_per_step}"
-        is_over = self.consumed_samples >= self.num_prompts_per_epoch * self.cfg.max_epochs
-        if is_over and has_other_step_size(state_dict, self.num_prompts_per_step):
+        if self.epoch >= self.cfg.max_epochs and has_other_step_size(state_dict, self.num_prompts_per_step):
             logging.warning(
                 f"no step of {key} is left in trainer.rs.max_epochs={self.cfg.max_epochs}; lower the one or raise the "
                 "other to train further"

@@ -52,23 +52,19 @@ def test_other_ranks_of_the_job_hold_nothing(tmp_path, holder, monkeypatch):
     hold_log_dir(tmp_path)
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.mark.parametrize(
+    "function, error",
+    [
+        ("fcntl.lockf", OSError(errno.ENOLCK, "No locks available")),
+        ("os.open", PermissionError(errno.EACCES, "Permission denied")),  # the file is somebody else's
+    ],
+)
+def test_a_lock_that_cannot_be_had_is_warned_of(tmp_path, monkeypatch, function, error):
+    def fail(*args):
+        raise error
 
     warnings = []
-    monkeypatch.setattr(run_lock.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(f"nemo_aligner.utils.run_lock.{function}", fail)
     monkeypatch.setattr(run_lock.logging, "warning", warnings.append)
     hold_log_dir(tmp_path)
-    assert len(warnings) == 1 and "cannot be locked (No locks available)" in warnings[0]
-
-
-def test_a_lock_file_of_somebody_else_is_warned_of(tmp_path, monkeypatch):
-    def not_ours(*args):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    warnings = []
-    monkeypatch.setattr(run_lock.os, "open", not_ours)
-    monkeypatch.setattr(run_lock.logging, "warning", warnings.append)
-    hold_log_dir(tmp_path)
-    assert len(warnings) == 1 and "cannot be locked (Permission denied)" in warnings[0]
+    assert len(warnings) == 1 and f"cannot be locked ({error.strerror})" in warnings[0]
