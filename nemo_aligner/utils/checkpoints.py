@@ -51,12 +51,16 @@ def read_counters(ckpt_path: str | Path) -> dict[str, int]:
     Raises:
         ValueError: if they are in neither.
     """
-    common = Path(ckpt_path, "common.pt")
-    if common.is_file():
-        stored = torch.load(common, map_location="cpu", weights_only=True).get("rs_trainer")
-        if stored is not None:
-            return {name: int(stored[name]) for name in COUNTERS}
+    stored = read_common(ckpt_path).get("rs_trainer")
+    if stored is not None:
+        return {name: int(stored[name]) for name in COUNTERS}
     return {name: extract_value_from_ckpt(name, str(ckpt_path)) for name in COUNTERS}
+
+
+def read_common(ckpt_path: str | Path) -> dict:
+    """What a checkpoint holds beside its tensors, empty if it has no file for that."""
+    common = Path(ckpt_path, "common.pt")
+    return torch.load(common, map_location="cpu", weights_only=True) if common.is_file() else {}
 
 
 def newest_complete_checkpoint(folder: str | Path) -> Path | None:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner.utils.checkpoints import read_common
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.peft_checks import TARGETS
 
@@ -54,10 +54,7 @@ def _leaves(key: str, value) -> dict:
 
 def stored_settings(ckpt_path: str | Path) -> dict | None:
     """The settings of the run that wrote the checkpoint; None in one of the original, or of our first versions."""
-    common = Path(ckpt_path, "common.pt")
-    if not common.is_file():
-        return None
-    return torch.load(common, map_location="cpu", weights_only=True).get("rs_settings")
+    return read_common(ckpt_path).get("rs_settings")
 
 
 def check_resumed(ckpt_path: str | Path, own: dict) -> None:
