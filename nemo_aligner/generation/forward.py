@@ -28,12 +28,12 @@ def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor,
         tokens_M, positions_M: int64 [M].
         attend: attend(layer number, qkv_MX) -> context [M, heads * channels of this rank]; qkv_MX is the output of the
             layer's fused projection. It also keeps keys and values, where that is wanted.
-        ops: the module with `add_norm`, `product`, `activate` and `activated_product` for this device.
+        ops: the module with `add_norm`, `activate` and the products for this device.
     """
     hidden_MH, delta_MH, bias_H = _embed(weights, tokens_M, positions_M), None, None
     for number, layer in enumerate(weights.layers):
         hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.attention_norm)
-        context_MX = attend(number, _column_parallel(layer.qkv, normed_MH))
+        context_MX = attend(number, _column_parallel(layer.qkv, normed_MH, ops))
         delta_MH, bias_H = _row_parallel(layer.proj, context_MX, ops), layer.proj.bias
         hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.mlp_norm)
         activated_MF = _activated(layer.fc1, normed_MH, weights.activation, ops)
@@ -60,14 +60,14 @@ def _embed(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor) 
     return hidden_MH
 
 
-def _column_parallel(layer: Linear, x_MI: torch.Tensor) -> torch.Tensor:
-    return _add_adapter(layer, x_MI, linear(x_MI, layer.weight, layer.bias))
+def _column_parallel(layer: Linear, x_MI: torch.Tensor, ops) -> torch.Tensor:
+    return _add_adapter(layer, x_MI, ops.biased_product(x_MI, layer.weight, layer.bias))
 
 
 def _activated(layer: Linear, x_MI: torch.Tensor, activation: Activation, ops) -> torch.Tensor:
     if layer.adapter is None:
         return ops.activated_product(x_MI, layer.weight, layer.bias, activation)
-    return ops.activate(_column_parallel(layer, x_MI), activation)
+    return ops.activate(_column_parallel(layer, x_MI, ops), activation)
 
 
 def _row_parallel(layer: Linear, x_MI: torch.Tensor, ops) -> torch.Tensor:

@@ -77,8 +77,12 @@ def cached_memory(segments: list[dict], device_index: int, pools_of_graphs: Coll
 
 
 def least_of_all_ranks(number: int) -> int:
-    """The smallest `number` among the ranks of a replica, which must generate the same rows. Collective over them."""
-    if parallel_state.get_model_parallel_group().size() == 1:
+    """The smallest `number` among the ranks of a replica, which must generate the same rows. Collective over them.
+
+    A process that has not set up any ranks is the only one.
+    """
+    is_alone = not parallel_state.model_parallel_is_initialized()
+    if is_alone or parallel_state.get_model_parallel_group().size() == 1:
         return number
     least = torch.tensor(number, device=current_device())
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())

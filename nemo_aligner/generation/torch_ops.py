@@ -32,6 +32,11 @@ def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     return linear(x_MI, weight_OI)
 
 
+def biased_product(x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """x_MI @ weight_OI.T + bias_O, [M, O]."""
+    return linear(x_MI, weight_OI, bias_O)
+
+
 def activated_product(
     x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation
 ) -> torch.Tensor:

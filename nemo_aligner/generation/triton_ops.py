@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from nemo_aligner.generation.early_launch import early_launch, fetch_into_cache, let_next_begin, wait_for_previous
 from nemo_aligner.generation.sampling import NO_TOKEN
 from nemo_aligner.generation.weights import Norm
 from nemo_aligner.models.nlp.gpt.activation import Activation
@@ -19,7 +20,10 @@ from nemo_aligner.models.nlp.gpt.activation import Activation
 _ENOUGH_PROGRAMS = 512
 # Positions that are looked at together, warps and stages of the attention kernel: the best of those tried on an H100,
 # for one query head per group and for several.
-_ONE_HEAD, _SEVERAL_HEADS = (32, 2, 3), (64, 4, 3)
+_ONE_HEAD, _SEVERAL_HEADS = (16, 1, 3), (64, 4, 3)
+# Of a row's keys and values so many positions, and of each row of a weight so many bytes, are on their way into the
+# cache before the kernel in front has ended.
+_POSITIONS_AHEAD, _BYTES_AHEAD = 16, 512
 # Stands for minus infinity where the difference of two must be 0.
 _LOWEST = -1e30
 
@@ -38,7 +42,8 @@ def add_norm(
     _add_norm_kernel[(num_tokens,)](
         hidden_MH, delta_MH, bias_H, norm.weight, norm.bias, normed_MH, size, norm.eps,
         NUM_PARTS=num_parts, HAS_BIAS=bias_H is not None, HAS_NORM_BIAS=norm.bias is not None,
-        IS_RMS=norm.is_rms, ZERO_CENTERED=norm.zero_centered, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        IS_RMS=norm.is_rms, ZERO_CENTERED=norm.zero_centered, BLOCK=block, num_warps=min(16, max(1, block // 256)),
+        **early_launch(hidden_MH.device),
     )  # fmt: skip
     return hidden_MH, normed_MH
 
@@ -47,12 +52,14 @@ def add_norm(
 def _add_norm_kernel(
     hidden, delta, bias, weight, norm_bias, normed, size, eps,
     NUM_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, IS_RMS: tl.constexpr,
-    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(EARLY)
     start = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(EARLY)
     x = tl.load(hidden + start + column, mask=inside, other=0.0).to(tl.float32)
     if NUM_PARTS > 0:
         for part in tl.static_range(NUM_PARTS):
@@ -72,57 +79,6 @@ def _add_norm_kernel(
     if HAS_NORM_BIAS:
         y += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=inside)
-
-
-# ---- the product in front of a residual
-
-
-def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x_MI @ weight_OI.T for `add_norm`: [M, O], or, for a few rows, float32 parts of it, [2, M, O].
-
-    With few rows a product costs what reading the weight costs, for which a narrow matrix has too few tiles to occupy
-    every multiprocessor, unless its input is split too. cuBLAS sums such parts in a kernel of their own.
-    """
-    (num_tokens, size_in), size_out = x_MI.shape, weight_OI.size(0)
-    num_programs = _NUM_PARTS * size_out // _TILE_O
-    few = num_tokens <= 64 and num_programs <= _num_multiprocessors(x_MI.device)
-    fits = size_out % _TILE_O == 0 and size_in % (_NUM_PARTS * _TILE_I) == 0 and x_MI.dtype.itemsize == 2
-    if not (few and fits):
-        return F.linear(x_MI, weight_OI)
-    parts_ZMO = torch.empty(_NUM_PARTS, num_tokens, size_out, dtype=torch.float32, device=x_MI.device)
-    _product_kernel[(size_out // _TILE_O, _NUM_PARTS)](
-        x_MI, weight_OI, parts_ZMO, num_tokens, size_out, size_in, BLOCK_M=max(16, triton.next_power_of_2(num_tokens)),
-        TILE_O=_TILE_O, TILE_I=_TILE_I, NUM_PARTS=_NUM_PARTS, STAGES=5, num_warps=4,
-    )  # fmt: skip
-    return parts_ZMO
-
-
-# The best of eleven tilings on an H100, for 64 rows: 15 and 6 instead of cuBLAS's 18 and 7 microseconds for the two
-# products in front of a residual of 2048 channels. Wider ones cuBLAS does as fast.
-_TILE_O, _TILE_I, _NUM_PARTS = 32, 128, 2
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@triton.jit
-def _product_kernel(
-    x, weight, parts, num_tokens, size_out, size_in, BLOCK_M: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
-    NUM_PARTS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(1)
-    m, o = tl.arange(0, BLOCK_M), tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
-    inside = (m < num_tokens)[:, None]
-    per_part = size_in // NUM_PARTS
-    summed = tl.zeros([BLOCK_M, TILE_O], tl.float32)
-    for start in tl.range(0, per_part, TILE_I, num_stages=STAGES):
-        i = part * per_part + start + tl.arange(0, TILE_I)
-        x_tile = tl.load(x + m[:, None] * size_in + i[None, :], mask=inside, other=0.0)
-        weight_tile = tl.load(weight + o[:, None] * size_in + i[None, :])
-        summed = tl.dot(x_tile, tl.trans(weight_tile), summed)
-    tl.store(parts + (part * num_tokens + m[:, None]) * size_out + o[None, :], summed, mask=inside)
 
 
 # ---- activation
@@ -177,37 +133,129 @@ def _activate_kernel(
     tl.store(activated + row * size + column, y.to(activated.dtype.element_ty), mask=inside)
 
 
+# ---- products with few rows
+#
+# They cost what reading the weight costs, for which each multiprocessor should have one tile of it. What cuBLAS does as
+# fast, and what does not fit these tiles, is left to it.
+
+
+def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x_MI @ weight_OI.T for `add_norm`: [M, O], or, for a few rows, float32 parts of it, [2, M, O].
+
+    A narrow matrix has too few tiles to occupy every multiprocessor, unless its input is split too. cuBLAS sums such
+    parts in a kernel of their own.
+    """
+    (num_tokens, size_in), size_out = x_MI.shape, weight_OI.size(0)
+    if not _fits(x_MI, _NUM_PARTS * size_out, _TILE_O) or size_in % (_NUM_PARTS * _TILE_I) != 0:
+        return F.linear(x_MI, weight_OI)
+    parts_ZMO = torch.empty(_NUM_PARTS, num_tokens, size_out, dtype=torch.float32, device=x_MI.device)
+    _product_kernel[(size_out // _TILE_O, _NUM_PARTS)](
+        x_MI, weight_OI, parts_ZMO, num_tokens, size_out, size_in, TILE_O=_TILE_O, NUM_PARTS=_NUM_PARTS,
+        **_options(x_MI, size_in // _NUM_PARTS, _TILE_O),
+    )  # fmt: skip
+    return parts_ZMO
+
+
+# The best of those tried on an H100, for 64 rows of 2048 channels: output channels of a tile, where the input is split
+# and where it is not, input channels at a time, parts of the input, and how many pieces of them are on their way.
+_TILE_O, _WIDE_TILE_O, _TILE_I, _NUM_PARTS, _STAGES = 32, 64, 128, 2, 5
+
+
+def _fits(x_MI: torch.Tensor, size_out: int, tile: int) -> bool:
+    """Whether there are few rows, and whole tiles of the weight but no more than multiprocessors."""
+    num_tokens, size_in = x_MI.shape
+    is_whole = size_out % tile == 0 and size_in % _TILE_I == 0
+    is_few = num_tokens <= 64 and size_out // tile <= _num_multiprocessors(x_MI.device)
+    return is_whole and is_few and x_MI.dtype.itemsize == 2
+
+
+def _options(x_MI: torch.Tensor, size_in: int, num_channels: int) -> dict[str, int | bool]:
+    """What the kernels have in common; of `num_channels` output channels a tile reads `size_in` inputs each."""
+    block_m = max(16, triton.next_power_of_2(x_MI.size(0)))
+    piece_bytes = (block_m + num_channels) * _TILE_I * x_MI.itemsize
+    return {
+        "BLOCK_M": block_m,
+        "TILE_I": _TILE_I,
+        "STAGES": max(1, min(_STAGES, _shared_memory(x_MI.device) // piece_bytes)),
+        "BYTES_AHEAD": min(_BYTES_AHEAD, size_in * x_MI.itemsize),
+        "num_warps": 4,
+        **early_launch(x_MI.device),
+    }
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of its own that a program may have at most."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@triton.jit
+def _product_kernel(
+    x, weight, parts, num_tokens, size_out, size_in, BLOCK_M: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
+    NUM_PARTS: tl.constexpr, STAGES: tl.constexpr, BYTES_AHEAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    let_next_begin(EARLY)
+    part = tl.program_id(1)
+    m, o = tl.arange(0, BLOCK_M), tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
+    inside = (m < num_tokens)[:, None]
+    per_part = size_in // NUM_PARTS
+    fetch_into_cache(weight + o * size_in + part * per_part, BYTES_AHEAD, EARLY)
+    wait_for_previous(EARLY)
+    summed = tl.zeros([BLOCK_M, TILE_O], tl.float32)
+    for start in tl.range(0, per_part, TILE_I, num_stages=STAGES):
+        i = part * per_part + start + tl.arange(0, TILE_I)
+        x_tile = tl.load(x + m[:, None] * size_in + i[None, :], mask=inside, other=0.0)
+        weight_tile = tl.load(weight + o[:, None] * size_in + i[None, :])
+        summed = tl.dot(x_tile, tl.trans(weight_tile), summed)
+    tl.store(parts + (part * num_tokens + m[:, None]) * size_out + o[None, :], summed, mask=inside)
+
+
+def biased_product(x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """x_MI @ weight_OI.T + bias_O, [M, O]."""
+    if not _fits(x_MI, weight_OI.size(0), _WIDE_TILE_O):
+        return F.linear(x_MI, weight_OI, bias_O)
+    return _wide_product(x_MI, weight_OI, bias_O, "none", is_gated=False)
+
+
 def activated_product(
     x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation
 ) -> torch.Tensor:
-    """As `torch_ops.activated_product`; for a few rows in one kernel, if one tile for each multiprocessor is enough."""
-    (num_tokens, size_in), size = x_MI.shape, weight_OI.size(0) // (1 + activation.is_gated)
-    few = num_tokens <= 64 and size // _WIDE_TILE <= _num_multiprocessors(x_MI.device)
-    fits = size % _WIDE_TILE == 0 and size_in % _TILE_I == 0 and x_MI.dtype.itemsize == 2
-    if activation.name is None or not (few and fits):
+    """As `torch_ops.activated_product`; for a few rows in one kernel."""
+    fits = _fits(x_MI, weight_OI.size(0) // (1 + activation.is_gated), _WIDE_TILE_O)
+    if activation.name is None or not fits:
         return activate(F.linear(x_MI, weight_OI, bias_O), activation)
+    return _wide_product(x_MI, weight_OI, bias_O, activation.name, activation.is_gated)
+
+
+def _wide_product(x_MI, weight_OI, bias_O, name: str, is_gated: bool) -> torch.Tensor:
+    (num_tokens, size_in), size = x_MI.shape, weight_OI.size(0) // (1 + is_gated)
     activated_MF = x_MI.new_empty(num_tokens, size)
-    _activated_product_kernel[(size // _WIDE_TILE,)](
-        x_MI, weight_OI, bias_O, activated_MF, num_tokens, size, size_in,
-        BLOCK_M=max(16, triton.next_power_of_2(num_tokens)), TILE_F=_WIDE_TILE, TILE_I=_TILE_I, STAGES=4,
-        NAME=activation.name, IS_GATED=activation.is_gated, HAS_BIAS=bias_O is not None, num_warps=4,
+    _wide_product_kernel[(size // _WIDE_TILE_O,)](
+        x_MI, weight_OI, bias_O, activated_MF, num_tokens, size, size_in, TILE_F=_WIDE_TILE_O, NAME=name,
+        IS_GATED=is_gated, HAS_BIAS=bias_O is not None, **_options(x_MI, size_in, (1 + is_gated) * _WIDE_TILE_O),
     )  # fmt: skip
     return activated_MF
 
 
-# By calculation, not by trial: 8192 channels are 128 tiles, one for nearly every multiprocessor of an H100, and four
-# stages of weights on their way, 64 KiB, are several times what its memory's latency asks for.
-_WIDE_TILE = 64
-
-
 @triton.jit
-def _activated_product_kernel(
+def _wide_product_kernel(
     x, weight, bias, activated, num_tokens, size, size_in, BLOCK_M: tl.constexpr, TILE_F: tl.constexpr,
     TILE_I: tl.constexpr, STAGES: tl.constexpr, NAME: tl.constexpr, IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BYTES_AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(EARLY)
     m, f = tl.arange(0, BLOCK_M), tl.program_id(0) * TILE_F + tl.arange(0, TILE_F)
     inside = (m < num_tokens)[:, None]
     element: tl.constexpr = activated.dtype.element_ty
+    fetch_into_cache(weight + f * size_in, BYTES_AHEAD, EARLY)
+    if IS_GATED:
+        fetch_into_cache(weight + (size + f) * size_in, BYTES_AHEAD, EARLY)
+    wait_for_previous(EARLY)
     gate, up = tl.zeros([BLOCK_M, TILE_F], tl.float32), tl.zeros([BLOCK_M, TILE_F], tl.float32)
     for start in tl.range(0, size_in, TILE_I, num_stages=STAGES):
         i = start + tl.arange(0, TILE_I)
@@ -222,7 +270,9 @@ def _activated_product_kernel(
         if IS_GATED:
             up += tl.load(bias + size + f).to(tl.float32)[None, :]
     # rounded as the product alone would be
-    y = _activation(gate.to(element).to(tl.float32), NAME)
+    y = gate.to(element).to(tl.float32)
+    if NAME != "none":
+        y = _activation(y, NAME)
     if IS_GATED:
         y *= up.to(element).to(tl.float32)
     tl.store(activated + m[:, None] * size + f[None, :], y.to(element), mask=inside)
@@ -270,7 +320,8 @@ def row_attention(
         capacity, head_dim**-0.5 * 1.4426950408889634,
         Q=heads_per_group, BLOCK_Q=1 if heads_per_group == 1 else max(16, triton.next_power_of_2(heads_per_group)),
         D=head_dim, BLOCK_D=block_d, TURNED=0 if angles is None else cos_TD.size(1), BLOCK_T=block_t, Z=splits,
-        STAGES=stages, LOWEST=_LOWEST, num_warps=num_warps,
+        STAGES=stages, LOWEST=_LOWEST, POSITIONS_AHEAD=_POSITIONS_AHEAD, num_warps=num_warps,
+        **early_launch(qkv_BX.device),
     )  # fmt: skip
     if splits > 1:
         _join_splits_kernel[(num_rows * num_heads,)](
@@ -294,8 +345,10 @@ def _turned(start, d, inside, cos, sin, TURNED: tl.constexpr):
 def _row_attention_kernel(
     qkv, keys, values, positions, cos_table, sin_table, context, partial, partial_sums, capacity, scale_log2,
     Q: tl.constexpr, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK_T: tl.constexpr, Z: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
+    BLOCK_T: tl.constexpr, Z: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr, POSITIONS_AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(EARLY)
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_groups = tl.num_programs(1)
     element: tl.constexpr = keys.dtype.element_ty
@@ -308,6 +361,13 @@ def _row_attention_kernel(
         sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
     group_start = qkv + (row * num_groups + group) * (Q + 2) * D
     cached = (row.to(tl.int64) * num_groups + group) * capacity * D
+    per_split = tl.cdiv(tl.cdiv(position, Z), BLOCK_T) * BLOCK_T
+    start = split * per_split
+    end = tl.minimum(start + per_split, position)
+    soon = cached + tl.minimum(start + tl.arange(0, POSITIONS_AHEAD), position) * D
+    fetch_into_cache(keys + soon, D * element.primitive_bitwidth // 8, EARLY)
+    fetch_into_cache(values + soon, D * element.primitive_bitwidth // 8, EARLY)
+    wait_for_previous(EARLY)
 
     # the new token's own key and value: the first split takes them in and keeps them
     key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
@@ -316,9 +376,6 @@ def _row_attention_kernel(
         tl.store(keys + cached + position * D + d, key, mask=inside)
         tl.store(values + cached + position * D + d, value, mask=inside)
 
-    per_split = tl.cdiv(tl.cdiv(position, Z), BLOCK_T) * BLOCK_T
-    start = split * per_split
-    end = tl.minimum(start + per_split, position)
     is_first = split == 0
     if Q == 1:
         # One head: every lane of a block keeps a softmax of its own over every BLOCK_T-th position, and they are put

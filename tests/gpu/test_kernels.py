@@ -41,6 +41,7 @@ def normal():
 def multiprocessors(monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(triton_ops, "_num_multiprocessors", lambda device: 132)
+        monkeypatch.setattr(triton_ops, "_shared_memory", lambda device: 227 * 1024)
 
 
 def assert_close(ours, expected, dtype):
@@ -77,10 +78,20 @@ def test_products_in_parts_are_summed_with_the_residual(normal, rows, size_in, s
     assert_close(normed, torch_ops.add_norm(expected, None, None, Norm(ones, None, 1e-5, True, False))[1], dtype)
 
 
+@pytest.mark.parametrize(("rows", "size_in", "size_out"), [(64, 2048, 6144), (3, 128, 64), (17, 640, 192)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_have_their_bias(normal, rows, size_in, size_out, with_bias):
+    x, weight = normal(rows, size_in, dtype=HALF), normal(size_out, size_in, dtype=HALF) / size_in**0.5
+    bias = normal(size_out, dtype=HALF)
+    expected = x.float() @ weight.float().T + with_bias * bias.float()
+    assert_close(triton_ops.biased_product(x, weight, bias if with_bias else None), expected, HALF)
+
+
 def test_many_rows_and_odd_sizes_are_left_to_cublas(normal):
     for rows, size_in, size_out in ((65, 512, 64), (4, 500, 64), (4, 512, 70), (4, 512, 32768)):
         x, weight = normal(rows, size_in, dtype=HALF), normal(size_out, size_in, dtype=HALF)
         assert torch.equal(triton_ops.product(x, weight), F.linear(x, weight))
+        assert torch.equal(triton_ops.biased_product(x, weight, None), F.linear(x, weight))
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 64])
