@@ -1,6 +1,6 @@
 """Saving and restoring a training checkpoint, beside the disk's own rate and a plain copy of the state.
 
-    python benchmarks/checkpoint.py
+    python -m benchmarks.checkpoint
 
 A model with AdamW's state (weights, two moments, float32) is saved as in training, on one process. The disk writes and
 reads a plain file of the checkpoint's size in blocks of 4 MiB, before each save and each restore; every write ends with

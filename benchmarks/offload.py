@@ -1,6 +1,6 @@
 """How fast the optimizer's state leaves the GPU and comes back, beside a plain copy of the same tensors.
 
-    python benchmarks/offload.py --optimizer distributed_fused_adam
+    python -m benchmarks.offload --optimizer distributed_fused_adam
 
 The model is that of `gpt_1b.py`, in bf16 with fp32 moments and master weights. The plain copy is what one would write
 first: `tensor.to("cpu", non_blocking=True)` and back. Rates count the state's bytes once per direction.

@@ -1,6 +1,6 @@
 """What the reward client costs, against a server on the loopback that does nothing, beside a naive client.
 
-    python benchmarks/reward_client.py
+    python -m benchmarks.reward_client
 
 The client sends micro-batches, as the trainer does; the naive one sends one rollout a request and waits for its answer.
 Bytes are what the loopback device counts, both directions, headers and handshakes included.

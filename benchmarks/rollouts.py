@@ -1,7 +1,7 @@
 """Rollouts per second: the engine, NeMo's `generate` and transformers' `generate` on one machine, size and prompts.
 
-    python benchmarks/rollouts.py                # on a GPU: a random 1.27-billion-parameter GPT in bf16
-    python benchmarks/rollouts.py --cpu          # SmolLM2-135M in float32, models/SmolLM2-135M-Instruct.nemo
+    python -m benchmarks.rollouts                # on a GPU: a random 1.27-billion-parameter GPT in bf16
+    python -m benchmarks.rollouts --cpu          # SmolLM2-135M in float32, models/SmolLM2-135M-Instruct.nemo
 
 Every row generates exactly `--new-tokens` tokens, except under "geometric", where each token ends its row with
 probability 1 / 64. The roofline is what memory allows: weights and the filled part of the cache are read once a step,
@@ -11,9 +11,7 @@ at the bandwidth of a large copy measured here. What is printed goes to benchmar
 import argparse
 import contextlib
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from omegaconf import OmegaConf, open_dict
 from pytorch_lightning import Trainer
 
+from benchmarks.report import hardware, say_verdicts
 from nemo_aligner.compat import cpu, device
 from nemo_aligner.generation.engine import Engine
 
@@ -223,6 +222,37 @@ def roofline(actor, batch, args, in_flight: int, bandwidth: float) -> float:
     return in_flight * bandwidth / (weights + in_flight * filled * per_token)
 
 
+def verdicts(runs: dict[str, dict], num_rows: int, on_cpu: bool) -> list[tuple[str, float, str, bool]]:
+    """(what, value, target, whether it is met) of what was measured."""
+    found = []
+
+    def at_least(what: str, value: float, target: float) -> None:
+        found.append((what, value, f">= {target:g}", value >= target))
+
+    engine = runs.get(f"engine, {num_rows} in flight")
+    if engine is None:
+        return found
+    speed = engine["tokens_per_s"]
+    if "NeMo's generate" in runs:
+        at_least("times NeMo's generate", speed / runs["NeMo's generate"]["tokens_per_s"], 4 if on_cpu else 25)
+    if on_cpu:
+        if "transformers' generate" in runs:
+            at_least("times transformers' generate", speed / runs["transformers' generate"]["tokens_per_s"], 1)
+        return found
+    at_least("tokens/s", speed, 25_000)
+    at_least("share of the roofline", engine["share_of_roofline"], 0.7)
+    if "engine, 256 in flight" in runs:
+        at_least("tokens/s, 256 in flight", runs["engine, 256 in flight"]["tokens_per_s"], 38_000)
+    geometric = runs.get(f"engine, geometric, {num_rows} in flight")
+    if geometric is not None:
+        at_least("geometric lengths / fixed length", geometric["tokens_per_s"] / speed, 0.8)
+    found.append(("first call, s", engine["first_s"], "<= 30", engine["first_s"] <= 30))
+    if "NeMo's generate" in runs:
+        memory = engine["peak_gib"] / runs["NeMo's generate"]["peak_gib"]
+        found.append(("peak memory / that of NeMo's generate", memory, "<= 1", memory <= 1))
+    return found
+
+
 def measure(work, repeats: int) -> dict:
     """Seconds of the first call, and tokens per second of the later ones: the median and how far they spread."""
     seconds, num_tokens = [], 0
@@ -240,15 +270,6 @@ def measure(work, repeats: int) -> dict:
         "tokens": num_tokens, "first_s": seconds[0], "tokens_per_s": statistics.median(rates),
         "spread": (max(rates) - min(rates)) / statistics.median(rates), "peak_gib": peak,
     }  # fmt: skip
-
-
-def hardware() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    found = {"commit": commit.stdout.strip(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    if device.on_cpu():
-        return {**found, "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    query = ["nvidia-smi", "--query-gpu=name,power.limit,driver_version", "--format=csv,noheader"]
-    return {**found, "gpu": subprocess.run(query, capture_output=True, text=True).stdout.strip()}
 
 
 def main() -> None:
@@ -296,7 +317,7 @@ def main() -> None:
             lambda: run_geometric(actor, engine, streamed, args),
             args.repeats,
         )
-    runs["NeMo's generate"] = (lambda: run_nemo(actor, batch, args), 1 if args.cpu else 0)
+    runs["NeMo's generate"] = (lambda: run_nemo(actor, batch, args), 1)
     transformers = []
 
     def with_transformers():
@@ -304,6 +325,10 @@ def main() -> None:
         return run_transformers(transformers[0], batch, args, actor.tokenizer.eos_id)
 
     runs["transformers' generate"] = (with_transformers, 1)
+
+    unknown = sorted(set(args.only or ()) - set(runs))
+    if unknown:
+        raise SystemExit(f"--only: there is no {', '.join(unknown)}; there are {', '.join(runs)}")
 
     results = {"machine": hardware(), "copy_gb_per_s": bandwidth / 1e9, "runs": {}}
     print(json.dumps(results["machine"]))
@@ -325,6 +350,7 @@ def main() -> None:
             f"{found['peak_gib']:>11.1f}", flush=True,
         )  # fmt: skip
         results["runs"][name] = found
+    say_verdicts(verdicts(results["runs"], num_rows, args.cpu))
     if args.save:
         args.save.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
 """A whole RS step, 16 prompts x 4 rollouts, by phases: the library as it is, and NeMo's generate with plain training.
 
-    python benchmarks/rs_step.py            # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
-    python benchmarks/rs_step.py --cpu      # SmolLM2-135M in float32 and in small: checks the script itself
+    python -m benchmarks.rs_step            # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
+    python -m benchmarks.rs_step --cpu      # SmolLM2-135M in float32 and in small: checks the script itself
 
 A step rolls out responses of up to 256 tokens to prompts of 64 to 128, scores them by a Python function, selects the
 best of each prompt, trains on these 16 and steps the optimizer, through `RSTrainer` itself. "ours" generates with the
@@ -22,7 +22,7 @@ import nemo_aligner.compat.quiet_imports  # noqa: F401
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.rollouts import hardware
+from benchmarks.report import hardware, say, say_verdicts
 from benchmarks.train_step import (
     add_common_arguments,
     allocated,
@@ -30,8 +30,6 @@ from benchmarks.train_step import (
     build,
     parse_and_fill_in,
     release,
-    say,
-    say_verdicts,
 )
 from nemo_aligner.algorithms.rs import RSTrainer
 from nemo_aligner.compat import cpu

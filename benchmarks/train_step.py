@@ -1,8 +1,8 @@
 """One pass of training over 64 rollouts: the packed path beside the plain one, and what the machine's matmuls allow.
 
-    python benchmarks/train_step.py                  # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
-    python benchmarks/train_step.py --devices 2      # rollouts per second of two replicas, beside one of them alone
-    python benchmarks/train_step.py --cpu            # SmolLM2-135M in float32 and in small: checks the script itself
+    python -m benchmarks.train_step                  # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
+    python -m benchmarks.train_step --devices 2      # rollouts per second of two replicas, beside one of them alone
+    python -m benchmarks.train_step --cpu            # SmolLM2-135M in float32 and in small: checks the script itself
 
 "packed" is the library as it is: `model.rs.training.packing`, gradients accumulated in place. "streamed" has
 `model.rs.training.stream_adam_states` besides: the optimizer's state is on the host but for its step. "plain" is what
@@ -14,7 +14,8 @@ optimizer. FLOPs are those of the model over the tokens that the loss depends on
 (https://arxiv.org/abs/2204.02311): 6 for each parameter of a matrix and token, and attention; but of attention only the
 causal pairs, and of the output layer only the positions that predict a response token. Recomputed or padded work does
 not count.
-Peak memory is what torch's allocator had in use at most, weights, gradients and the optimizer's state included.
+Peak memory is what torch's allocator had in use at most while the measured steps ran, weights, gradients and the
+optimizer's state included.
 """
 
 import argparse
@@ -37,7 +38,7 @@ import torch
 from megatron.core import parallel_state
 
 from benchmarks.gpt_1b import SMOLLM2, build_actor, build_smollm2, gpt_model, unfused_attention
-from benchmarks.rollouts import hardware
+from benchmarks.report import hardware, say, say_verdicts
 from nemo_aligner.algorithms.balancing import balance_over_replicas
 from nemo_aligner.compat import cpu, device
 from nemo_aligner.utils.masks import trained_lengths
@@ -111,6 +112,7 @@ def build(args, folder: Path, kind: str, **overrides) -> tuple:
         "rs.training.packing": kind != "plain",
         "rs.training.stream_adam_states": kind == "streamed",
         "gradient_accumulation_fusion": kind != "plain" and args.fusion,
+        "optim.overlap_grad_sync": num_replicas > 1,
         "masked_softmax_fusion": False,  # asks for kernels of Apex that few have built, and only in unfused attention
         **overrides,
     }
@@ -126,9 +128,9 @@ def build(args, folder: Path, kind: str, **overrides) -> tuple:
 def measure(actor, optimizer, batch: dict[str, torch.Tensor], repeats: int, memory_before: int) -> dict:
     """Median seconds of passes and of whole steps after one of warm-up, and the peak memory above `memory_before`."""
     passes, steps, loss = [], [], 0.0
-    if not device.on_cpu():
-        torch.cuda.reset_peak_memory_stats()  # of an earlier case
-    for _ in range(repeats + 1):
+    for number in range(repeats + 1):
+        if number == 1 and not device.on_cpu():
+            torch.cuda.reset_peak_memory_stats()  # of the first step, in front of which a streamed state is on the GPU
         optimizer.zero_grad()
         actor.prepare_for_training_step()
         torch.cuda.synchronize()
@@ -212,11 +214,6 @@ def with_common_width(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {key: torch.nn.functional.pad(value, (0, missing)) for key, value in batch.items()}
 
 
-def say(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(line, flush=True)
-
-
 def attempt(name: str, function, *args, **kwargs) -> dict:
     """What the function returns, or nothing if it fails, so that one failure does not cost the rest of the run."""
     try:
@@ -251,15 +248,9 @@ def verdicts(found: dict) -> list[tuple[str, float, str, bool]]:
     return lines
 
 
-def say_verdicts(lines: list[tuple[str, float, str, bool]]) -> None:
-    say("")
-    for name, value, target, is_met in lines:
-        say(f"{name:40}{value:>9.3f}{target:>10}   {'PASS' if is_met else 'MISS'}")
-
-
 def one_replica_and_both(args) -> None:
     """Rollouts per second of `--devices` replicas and of one alone, each in processes of its own."""
-    script = [str(Path(__file__).resolve()), *(a for a in sys.argv[1:]), "--only", "packed"]
+    script = ["-m", "benchmarks.train_step", *sys.argv[1:], "--only", "packed"]
     rates = {}
     for number in (1, args.devices):
         with tempfile.TemporaryDirectory() as folder:
