@@ -59,25 +59,25 @@ def _add_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < size
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if ZERO_CENTERED:
+        scale += 1.0
+    shift, added = tl.zeros_like(scale), tl.zeros_like(scale)
+    if HAS_NORM_BIAS:
+        shift = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        added = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(EARLY)
     x = tl.load(hidden + start + column, mask=inside, other=0.0).to(tl.float32)
     if NUM_PARTS > 0:
         for part in tl.static_range(NUM_PARTS):
             from_here = delta + part * tl.num_programs(0) * size + start
             x += tl.load(from_here + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        rounded = x.to(hidden.dtype.element_ty)
+        rounded = (x + added).to(hidden.dtype.element_ty)
         tl.store(hidden + start + column, rounded, mask=inside)
         x = rounded.to(tl.float32)
     if not IS_RMS:
         x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
-    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-    if ZERO_CENTERED:
-        scale += 1.0
-    y *= scale
-    if HAS_NORM_BIAS:
-        y += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * scale + shift
     tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=inside)
 
 
@@ -353,96 +353,130 @@ def _row_attention_kernel(
     num_groups = tl.num_programs(1)
     element: tl.constexpr = keys.dtype.element_ty
     position = tl.load(positions + row).to(tl.int32)
+    start, end = 0, position
+    if Z > 1:
+        per_split = tl.cdiv(tl.cdiv(position, Z), BLOCK_T) * BLOCK_T
+        start = split * per_split
+        end = tl.minimum(start + per_split, position)
+    cached = (row.to(tl.int64) * num_groups + group) * capacity * D
+    soon = cached + tl.minimum(start + tl.arange(0, POSITIONS_AHEAD), position) * D
+    fetch_into_cache(keys + soon, D * element.primitive_bitwidth // 8, EARLY)
+    fetch_into_cache(values + soon, D * element.primitive_bitwidth // 8, EARLY)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     cos, sin = d.to(tl.float32), d.to(tl.float32)
     if TURNED > 0:
         cos = tl.load(cos_table + position * TURNED + d, mask=d < TURNED, other=1.0).to(tl.float32)
         sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
-    group_start = qkv + (row * num_groups + group) * (Q + 2) * D
-    cached = (row.to(tl.int64) * num_groups + group) * capacity * D
-    per_split = tl.cdiv(tl.cdiv(position, Z), BLOCK_T) * BLOCK_T
-    start = split * per_split
-    end = tl.minimum(start + per_split, position)
-    soon = cached + tl.minimum(start + tl.arange(0, POSITIONS_AHEAD), position) * D
-    fetch_into_cache(keys + soon, D * element.primitive_bitwidth // 8, EARLY)
-    fetch_into_cache(values + soon, D * element.primitive_bitwidth // 8, EARLY)
     wait_for_previous(EARLY)
 
     # the new token's own key and value: the first split takes them in and keeps them
+    group_start = qkv + (row * num_groups + group) * (Q + 2) * D
     key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
     value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
-    if split == 0:
+    is_first = split == 0
+    if is_first:
         tl.store(keys + cached + position * D + d, key, mask=inside)
         tl.store(values + cached + position * D + d, value, mask=inside)
+    keys += cached
+    values += cached
 
-    is_first = split == 0
+    head = (row * num_groups + group) * Q + tl.arange(0, BLOCK_Q)
     if Q == 1:
-        # One head: every lane of a block keeps a softmax of its own over every BLOCK_T-th position, and they are put
-        # together behind the loop. Within it no lane waits for another, and loads run ahead.
         query = _turned(group_start, d, inside, cos, sin, TURNED).to(element).to(tl.float32) * scale_log2
-        lane = tl.arange(0, BLOCK_T)
-        is_own = (lane == 0) & is_first
-        highest = tl.where(is_own, tl.sum(query * key.to(tl.float32), axis=0), LOWEST)
-        total = tl.where(is_own, 1.0, 0.0)
-        mixed = tl.where(is_own[:, None], value.to(tl.float32)[None, :], 0.0)
-        for t in tl.range(start, end, BLOCK_T, num_stages=STAGES):
-            at = t + lane
-            offset = cached + at[:, None] * D + d[None, :]
-            is_filled = at < end
-            k = tl.load(keys + offset, mask=is_filled[:, None] & inside[None, :], other=0.0)
-            v = tl.load(values + offset, mask=is_filled[:, None] & inside[None, :], other=0.0)
-            score = tl.where(is_filled, tl.sum(k.to(tl.float32) * query[None, :], axis=1), LOWEST)
-            new_highest = tl.maximum(highest, score)
-            fade = tl.exp2(highest - new_highest)
-            weight = tl.where(is_filled, tl.exp2(score - new_highest), 0.0)
-            total = total * fade + weight
-            mixed = mixed * fade[:, None] + weight[:, None] * v.to(tl.float32)
-            highest = new_highest
-        top = tl.max(highest, axis=0)
-        fade = tl.exp2(highest - top)
-        total = tl.sum(total * fade, axis=0)
-        mixed = tl.sum(mixed * fade[:, None], axis=0)
-        head = row * num_groups + group
-        if Z == 1:
-            tl.store(context + head * D + d, (mixed / total).to(element), mask=inside)
-        else:
-            tl.store(partial + (head * Z + split) * D + d, mixed, mask=inside)
-            tl.store(partial_sums + (head * Z + split) * 2, top)
-            tl.store(partial_sums + (head * Z + split) * 2 + 1, total)
+        mixed, highest, total = _attend_with_one_head(
+            query, key, value, is_first, keys, values, start, end, d, D, BLOCK_D, BLOCK_T, STAGES, LOWEST
+        )
+        mixed, highest, total = mixed[None, :], highest + tl.zeros([1], tl.float32), total + tl.zeros([1], tl.float32)
+        is_head = head >= 0
     else:
         q = tl.arange(0, BLOCK_Q)
         is_head = q < Q
-        both = is_head[:, None] & inside[None, :]
-        heads = group_start + q[:, None] * D
-        query = _turned(heads, d[None, :], both, cos[None, :], sin[None, :], TURNED)
-        query = query.to(element)
-        own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale_log2
-        highest = tl.where(is_first, own, LOWEST)
-        total = tl.where(is_first, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
-        mixed = tl.where(is_first, value.to(tl.float32), 0.0)[None, :] + tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        for t in tl.range(start, end, BLOCK_T, num_stages=STAGES):
-            at = t + tl.arange(0, BLOCK_T)
-            offset = cached + at[:, None] * D + d[None, :]
-            is_filled = (at < end)[:, None] & inside[None, :]
-            k = tl.load(keys + offset, mask=is_filled, other=0.0)
-            v = tl.load(values + offset, mask=is_filled, other=0.0)
-            score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale_log2
-            score = tl.where((at < end)[None, :], score, -float("inf"))
-            new_highest = tl.maximum(highest, tl.max(score, axis=1))
-            fade = tl.exp2(highest - new_highest)
-            weight = tl.exp2(score - new_highest[:, None])
-            total = total * fade + tl.sum(weight, axis=1)
-            mixed = mixed * fade[:, None] + tl.dot(weight.to(element), v, input_precision="ieee")
-            highest = new_highest
-        head = (row * num_groups + group) * Q + q
-        if Z == 1:
-            tl.store(context + head[:, None] * D + d[None, :], (mixed / total[:, None]).to(element), mask=both)
-        else:
-            part = head * Z + split
-            tl.store(partial + part[:, None] * D + d[None, :], mixed, mask=both)
-            tl.store(partial_sums + part * 2, highest, mask=is_head)
-            tl.store(partial_sums + part * 2 + 1, total, mask=is_head)
+        heads, both = group_start + q[:, None] * D, is_head[:, None] & inside[None, :]
+        query = _turned(heads, d[None, :], both, cos[None, :], sin[None, :], TURNED).to(element)
+        mixed, highest, total = _attend_with_heads(
+            query, key, value, is_first, keys, values, start, end, d, scale_log2, D, BLOCK_Q, BLOCK_D, BLOCK_T, STAGES,
+            LOWEST,
+        )  # fmt: skip
+    both = is_head[:, None] & inside[None, :]
+    if Z == 1:
+        tl.store(context + head[:, None] * D + d[None, :], (mixed / total[:, None]).to(element), mask=both)
+    else:
+        part = head * Z + split
+        tl.store(partial + part[:, None] * D + d[None, :], mixed, mask=both)
+        tl.store(partial_sums + part * 2, highest, mask=is_head)
+        tl.store(partial_sums + part * 2 + 1, total, mask=is_head)
+
+
+@triton.jit
+def _is_read(is_filled, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of the channels of some positions; a mask for all of a position's channels together costs less."""
+    mask = is_filled[:, None]
+    if D < BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    return mask
+
+
+@triton.jit
+def _attend_with_one_head(
+    query, key, value, is_first, keys, values, start, end, d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    """Values mixed, before they are divided by the weights' total, the highest score and that total.
+
+    Every lane of a block keeps a softmax of its own over every BLOCK_T-th position, and they are put together behind
+    the loop. Within it no lane waits for another, and loads run ahead.
+    """
+    lane = tl.arange(0, BLOCK_T)
+    is_own = (lane == 0) & is_first
+    highest = tl.where(is_own, tl.sum(query * key.to(tl.float32), axis=0), LOWEST)
+    total = tl.where(is_own, 1.0, 0.0)
+    mixed = tl.where(is_own[:, None], value.to(tl.float32)[None, :], 0.0)
+    for t in tl.range(start, end, BLOCK_T, num_stages=STAGES):
+        at = t + lane
+        offset = at[:, None] * D + d[None, :]
+        is_filled = at < end
+        mask = _is_read(is_filled, d, D, BLOCK_D)
+        k = tl.load(keys + offset, mask=mask, other=0.0)
+        v = tl.load(values + offset, mask=mask, other=0.0)
+        score = tl.where(is_filled, tl.sum(k.to(tl.float32) * query[None, :], axis=1), LOWEST)
+        new_highest = tl.maximum(highest, score)
+        fade = tl.exp2(highest - new_highest)
+        weight = tl.where(is_filled, tl.exp2(score - new_highest), 0.0)
+        total = total * fade + weight
+        mixed = mixed * fade[:, None] + weight[:, None] * v.to(tl.float32)
+        highest = new_highest
+    top = tl.max(highest, axis=0)
+    fade = tl.exp2(highest - top)
+    return tl.sum(mixed * fade[:, None], axis=0), top, tl.sum(total * fade, axis=0)
+
+
+@triton.jit
+def _attend_with_heads(
+    query, key, value, is_first, keys, values, start, end, d, scale_log2,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    LOWEST: tl.constexpr,
+):  # fmt: skip
+    """The same of each of a group's heads, which look at blocks of positions together."""
+    own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale_log2
+    highest = tl.where(is_first, own, LOWEST)
+    total = tl.where(is_first, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.where(is_first, value.to(tl.float32), 0.0)[None, :] + tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for t in tl.range(start, end, BLOCK_T, num_stages=STAGES):
+        at = t + tl.arange(0, BLOCK_T)
+        offset = at[:, None] * D + d[None, :]
+        mask = _is_read(at < end, d, D, BLOCK_D)
+        k = tl.load(keys + offset, mask=mask, other=0.0)
+        v = tl.load(values + offset, mask=mask, other=0.0)
+        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale_log2
+        score = tl.where((at < end)[None, :], score, -float("inf"))
+        new_highest = tl.maximum(highest, tl.max(score, axis=1))
+        fade = tl.exp2(highest - new_highest)
+        weight = tl.exp2(score - new_highest[:, None])
+        total = total * fade + tl.sum(weight, axis=1)
+        mixed = mixed * fade[:, None] + tl.dot(weight.to(query.dtype), v, input_precision="ieee")
+        highest = new_highest
+    return mixed, highest, total
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """The engine on a GPU, through captured graphs: tokens of Hugging Face, weights that change, precision in bf16."""
 
+import gc
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -107,8 +109,15 @@ def test_weights_that_changed_in_place_or_moved_are_seen_through_captured_graphs
     assert rollouts("engine") == rollouts("nemo") != stepped
 
 
+def forget_earlier_tests():
+    """Their actors, with graphs and memory, live on in cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize("memory", ["the same", "other"])
 def test_graphs_are_captured_anew_only_if_other_memory_comes_back(actor, monkeypatch, memory):
+    forget_earlier_tests()
     captured, capture = [], StepGraphs._capture
     monkeypatch.setattr(StepGraphs, "_capture", lambda self, size: captured.append(size) or capture(self, size))
     batch = batch_of(actor, ragged_prompts(8))
@@ -127,6 +136,7 @@ def test_graphs_are_captured_anew_only_if_other_memory_comes_back(actor, monkeyp
 
 
 def test_memory_that_captured_graphs_hold_is_not_usable(actor):
+    forget_earlier_tests()
     device, batch = current_device(), batch_of(actor, ragged_prompts(8))
     actor.infer(batch)
     actor.infer(batch)  # what ran for the first time is captured now
@@ -141,8 +151,8 @@ def test_memory_that_captured_graphs_hold_is_not_usable(actor):
     held = held_bytes(pools)
     assert len(pools) == 1 and held > 0
     actor._rollout_generator._engine._graphs = None
-    # the pool is there still, and torch would give it up
-    assert pools_in_use() == set() and usable_memory(device) == pytest.approx(usable + 0.85 * held, abs=2)
+    # the pool is there still, and torch would give it up; the graphs' random state, two numbers, has gone with them
+    assert pools_in_use() == set() and usable_memory(device) == pytest.approx(usable + 0.85 * held, abs=2048)
     torch.cuda.empty_cache()
     assert held_bytes(pools) == 0
 
