@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from nemo_aligner.compat import varlen_attention
+from nemo_aligner.compat.sdpa import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def packed_attention(
 
 def _one_sequence(query_LND, key_LGD, value_LGD, dropout) -> torch.Tensor:
     query_1NLD, key_1GLD, value_1GLD = (x.transpose(0, 1).unsqueeze(0) for x in (query_LND, key_LGD, value_LGD))
-    context_1NLD = F.scaled_dot_product_attention(
+    context_1NLD = scaled_dot_product_attention(
         query_1NLD,
         key_1GLD,
         value_1GLD,
