@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nemo_aligner.compat import varlen_attention
 from nemo_aligner.generation import sampling, torch_ops
 from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttention, RotaryTable
 from nemo_aligner.generation.kv_cache import KVCache
@@ -232,21 +233,23 @@ def test_the_next_tokens_are_those_of_the_cpu_for_the_same_rows(normal, dtype, t
 @DTYPES
 @pytest.mark.parametrize("num_padding", [0, 9])
 @pytest.mark.parametrize(("G", "Q", "D", "turned"), [(4, 1, 128, 128), (3, 3, 64, 64), (2, 2, 80, 32), (2, 4, 64, 0)])
-def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(normal, dtype, num_padding, G, Q, D, turned):
+def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(
+    normal, monkeypatch, dtype, num_padding, G, Q, D, turned
+):
+    of_one_kernel, causal = [], varlen_attention.causal
+    monkeypatch.setattr(varlen_attention, "causal", lambda *args: of_one_kernel.append(args[0].dtype) or causal(*args))
     lengths, capacity = [5, 0, 17, 1], 32
     num_tokens = sum(lengths)
-    rotary = RotaryTable(SimpleNamespace(rotary=None), capacity)
+    rotary, in_float = (RotaryTable(SimpleNamespace(rotary=None), capacity) for _ in range(2))
     if turned:
         angle = normal(capacity, turned // 2, dtype=torch.float32).repeat(1, 2)
         sign = torch.ones(turned, device=DEVICE)
         sign[: turned // 2] = -1
         rotary.cos_TD, rotary.sin_TD = angle.cos().to(dtype), (angle.sin() * sign).to(dtype)
-    exactly = RotaryTable(SimpleNamespace(rotary=None), capacity)
-    if turned:
-        exactly.cos_TD, exactly.sin_TD = rotary.cos_TD.float(), rotary.sin_TD.float()
+        in_float.cos_TD, in_float.sin_TD = rotary.cos_TD.float(), rotary.sin_TD.float()
     qkv = normal(num_tokens + num_padding, G * (Q + 2) * D, dtype=dtype)
     made = []
-    for attention, tables, x in ((PromptAttention, exactly, qkv.float()), (FusedPromptAttention, rotary, qkv)):
+    for attention, tables, x in ((PromptAttention, in_float, qkv.float()), (FusedPromptAttention, rotary, qkv)):
         weights = SimpleNamespace(
             num_groups=G, heads_per_group=Q, head_dim=D, dtype=x.dtype, device=torch.device(DEVICE)
         )
@@ -256,6 +259,7 @@ def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(normal,
         for number in (0, 1):  # what one layer leaves behind, the next one must not see
             context = attend(number, x * (1 + number))
         made.append((context, cache.keys_LRGTD, cache.values_LRGTD))
+    assert of_one_kernel == ([] if INTERPRETED or dtype == torch.float32 else [dtype] * 2)
     (plain, *plain_caches), (fused, *fused_caches) = made
     assert_close(fused[:num_tokens], plain[:num_tokens], dtype)
     assert fused.shape == qkv[:, : G * Q * D].shape and fused.isfinite().all()

@@ -54,8 +54,9 @@ def test_what_others_may_choose_is_left_as_it_was(choices, was_enabled):
         before = allowed()
         assert ("cudnn" in before) == was_enabled
         attention()(query, key, value, None)
+        attention()(query, key, value, torch.zeros(1, 1, 5, 5, dtype=torch.bool))
         with pytest.raises(RuntimeError, match="dropout"):
             scaled_dot_product_attention(query, query, query, dropout_p=-1.0)
-        assert choices == [OURS] * 2 and allowed() == before
+        assert choices == [OURS, before, OURS] and allowed() == before
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
