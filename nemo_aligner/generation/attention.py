@@ -4,15 +4,17 @@ Both take the output of a layer's fused projection, whose columns are, group by 
 the value head; both turn queries and keys by their positions and put keys and values into a cache.
 
 Legend: M tokens side by side, B rows, G key/value groups of this rank, Q query heads per group, T positions that a row
-has room for, t of them looked at, S longest prompt, P prompts, D channels per head.
+has room for, t of them looked at, D channels per head; of M tokens of prompts, U are not padding.
 """
 
+from dataclasses import replace
+
 import torch
-from torch.nn import functional as F
 
 from nemo_aligner.generation import torch_ops
 from nemo_aligner.generation.kv_cache import KVCache
 from nemo_aligner.generation.weights import Weights
+from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
 from nemo_aligner.utils.tensors import sent
 
 
@@ -45,63 +47,56 @@ class PromptAttention:
 
     Args:
         lengths: of the prompts that are packed one behind the other; not all are 0.
+        num_padding: tokens behind them, which attend to each other and go nowhere.
+
+    Attributes:
+        position_M: int64, each token's place in its prompt; of padding 0.
     """
 
-    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int]):
+    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int], num_padding: int):
         self.weights, self.cache = weights, cache
         device = weights.device
-        lengths_P = torch.tensor(lengths)
-        row_M = torch.arange(len(lengths)).repeat_interleave(lengths_P)
-        position_M = torch.cat([torch.arange(length) for length in lengths])
-        self.row_M, self.position_M = sent(row_M, device), sent(position_M, device)
-        self.num_prompts, self.longest = len(lengths), max(lengths)
+        row_U = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        position_M = torch.cat([*map(torch.arange, lengths), torch.zeros(num_padding, dtype=torch.int64)])
+        self.row_U, self.position_M = sent(row_U, device), sent(position_M, device)
+        self.position_U = self.position_M[: len(row_U)]
         self.angles = rotary.at(self.position_M)
+        sequences = PackedSequences.of([length for length in (*lengths, num_padding) if length > 0])
+        self.sequences = replace(sequences, bounds=sent(sequences.bounds, device))
 
     def __call__(self, number: int, qkv_MX: torch.Tensor) -> torch.Tensor:
+        qkv = self._turned_and_placed(qkv_MX, self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number])
+        return packed_attention(*qkv, self.sequences, dropout=0.0).flatten(1)
+
+    def _turned_and_placed(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [M, N, D], keys and values [M, G, D], of which the last two are in the cache then."""
         query_MND, key_MGD, value_MGD = _split(qkv_MX, self.weights, self.angles)
-        for cached_LRGTD, new_MGD in ((self.cache.keys_LRGTD, key_MGD), (self.cache.values_LRGTD, value_MGD)):
-            # an index on both sides of a slice would move to the front
-            cached_LRGTD[number].transpose(1, 2)[self.row_M, self.position_M] = new_MGD
-        query_PNSD, key_PGSD, value_PGSD = (self._padded(x).transpose(1, 2) for x in (query_MND, key_MGD, value_MGD))
-        return self._attended(query_PNSD, key_PGSD, value_PGSD)
-
-    def _attended(self, query_PNSD, key_PGSD, value_PGSD) -> torch.Tensor:
-        """What each token of the prompts sees, packed again, [M, N * D]."""
-        context_PNSD = F.scaled_dot_product_attention(
-            query_PNSD, key_PGSD, value_PGSD, is_causal=True, enable_gqa=self.weights.heads_per_group > 1
-        )
-        return context_PNSD.transpose(1, 2)[self.row_M, self.position_M].flatten(1)
-
-    def _padded(self, x_MND: torch.Tensor) -> torch.Tensor:
-        """[P, S, heads, D]; behind each prompt 0, which no token of it looks at."""
-        padded = x_MND.new_zeros(self.num_prompts, self.longest, *x_MND.shape[1:])
-        padded[self.row_M, self.position_M] = x_MND
-        return padded
+        num_placed = len(self.row_U)
+        for cached_RGTD, new_MGD in ((keys_RGTD, key_MGD), (values_RGTD, value_MGD)):
+            cached_RGTD.transpose(1, 2)[self.row_U, self.position_U] = new_MGD[:num_placed]
+        return query_MND, key_MGD, value_MGD
 
 
 class FusedPromptAttention(PromptAttention):
     """`PromptAttention` with one kernel between the projection and the attention itself."""
 
-    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int]):
-        super().__init__(weights, rotary, cache, lengths)
+    def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int], num_padding: int):
+        super().__init__(weights, rotary, cache, lengths, num_padding)
         self.tables = rotary.tables
         num_heads = weights.num_groups * weights.heads_per_group
         # padding stays 0 from layer to layer
-        self.query_PNSD, self.key_PGSD, self.value_PGSD = (
-            torch.zeros(
-                self.num_prompts, heads, self.longest, weights.head_dim, dtype=weights.dtype, device=weights.device
-            )
-            for heads in (num_heads, weights.num_groups, weights.num_groups)
+        self.query_MND, self.key_MGD = (
+            torch.zeros(len(self.position_M), heads, weights.head_dim, dtype=weights.dtype, device=weights.device)
+            for heads in (num_heads, weights.num_groups)
         )
 
-    def __call__(self, number: int, qkv_MX: torch.Tensor) -> torch.Tensor:
+    def _turned_and_placed(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from nemo_aligner.generation import triton_ops
 
         triton_ops.turn_and_place_(
-            qkv_MX, self.row_M, self.position_M, self.tables, self.query_PNSD, self.key_PGSD, self.value_PGSD,
-            self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number],
-        )  # fmt: skip
-        return self._attended(self.query_PNSD, self.key_PGSD, self.value_PGSD)
+            qkv_MX, self.row_U, self.position_U, self.tables, self.query_MND, self.key_MGD, keys_RGTD, values_RGTD
+        )
+        return self.query_MND, self.key_MGD, _heads(qkv_MX, self.weights)[:, :, -1]
 
 
 class RowAttention:
@@ -156,9 +151,14 @@ class FusedRowAttention:
 
 def _split(qkv_MX: torch.Tensor, weights: Weights, angles) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries [M, G * Q, D] and keys [M, G, D], turned by their positions, and values [M, G, D]."""
-    heads_MGKD = qkv_MX.view(len(qkv_MX), weights.num_groups, weights.heads_per_group + 2, weights.head_dim)
+    heads_MGKD = _heads(qkv_MX, weights)
     query_MND = heads_MGKD[:, :, :-2].flatten(1, 2)
     key_MGD, value_MGD = heads_MGKD[:, :, -2], heads_MGKD[:, :, -1]
     if angles is not None:
         query_MND, key_MGD = (torch_ops.rotate(x, *angles) for x in (query_MND, key_MGD))
     return query_MND, key_MGD, value_MGD
+
+
+def _heads(qkv_MX: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """[M, G, Q + 2, D]: each group's queries, its key and its value."""
+    return qkv_MX.view(len(qkv_MX), weights.num_groups, weights.heads_per_group + 2, weights.head_dim)

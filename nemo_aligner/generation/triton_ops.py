@@ -496,32 +496,32 @@ def _join_splits_kernel(
 
 def turn_and_place_(
     qkv_MX: torch.Tensor,
-    row_M: torch.Tensor,
-    position_M: torch.Tensor,
+    row_U: torch.Tensor,
+    position_U: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
-    query_PNSD: torch.Tensor,
-    key_PGSD: torch.Tensor,
-    value_PGSD: torch.Tensor,
+    query_MND: torch.Tensor,
+    key_MGD: torch.Tensor,
     keys_RGTD: torch.Tensor,
     values_RGTD: torch.Tensor,
 ) -> None:
-    """Put the queries, keys and values of packed prompts, turned by position, where attention and the cache want them.
+    """Turn queries and keys of packed prompts by position, for attention, and put keys and values into the cache.
 
     Args:
-        row_M, position_M: int64 [M], each token's prompt, which is also its row of the cache, and its place in it.
+        row_U, position_U: int64, row and position of the first U <= M tokens in the cache; the others are left alone.
+        query_MND, key_MGD: what attention reads beside the values, which it finds in `qkv_MX`.
     """
-    num_groups, head_dim = key_PGSD.size(1), key_PGSD.size(3)
+    num_groups, head_dim = key_MGD.size(1), key_MGD.size(2)
     cos_TD, sin_TD = angles if angles is not None else (qkv_MX, qkv_MX)
-    _turn_and_place_kernel[(qkv_MX.size(0), num_groups)](
-        qkv_MX, row_M, position_M, cos_TD, sin_TD, query_PNSD, key_PGSD, value_PGSD, keys_RGTD, values_RGTD,
-        key_PGSD.size(2), keys_RGTD.size(2), Q=query_PNSD.size(1) // num_groups, D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), TURNED=0 if angles is None else cos_TD.size(1), num_warps=1,
+    _turn_and_place_kernel[(row_U.numel(), num_groups)](
+        qkv_MX, row_U, position_U, cos_TD, sin_TD, query_MND, key_MGD, keys_RGTD, values_RGTD, keys_RGTD.size(2),
+        Q=query_MND.size(1) // num_groups, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+        TURNED=0 if angles is None else cos_TD.size(1), num_warps=1,
     )  # fmt: skip
 
 
 @triton.jit
 def _turn_and_place_kernel(
-    qkv, rows, positions, cos_table, sin_table, query, key, value, keys, values, longest, capacity,
+    qkv, rows, positions, cos_table, sin_table, query, key, keys, values, capacity,
     Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     token, group, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -532,18 +532,16 @@ def _turn_and_place_kernel(
     if TURNED > 0:
         cos = tl.load(cos_table + position * TURNED + d, mask=d < TURNED, other=1.0).to(tl.float32)
         sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
-    start = qkv + (token * num_groups + group) * (Q + 2) * D
+    place = token * num_groups + group
+    start = qkv + place * (Q + 2) * D
     for head in tl.static_range(Q):
         turned = _turned(start + head * D, d, inside, cos, sin, TURNED).to(query.dtype.element_ty)
-        place = ((row * num_groups + group) * Q + head) * longest + position
-        tl.store(query + place * D + d, turned, mask=inside)
+        tl.store(query + (place * Q + head) * D + d, turned, mask=inside)
     turned = _turned(start + Q * D, d, inside, cos, sin, TURNED).to(key.dtype.element_ty)
     unturned = tl.load(start + (Q + 1) * D + d, mask=inside, other=0.0)
-    place = ((row * num_groups + group) * longest + position) * D + d
     cached = ((row * num_groups + group) * capacity + position) * D + d
-    tl.store(key + place, turned, mask=inside)
+    tl.store(key + place * D + d, turned, mask=inside)
     tl.store(keys + cached, turned, mask=inside)
-    tl.store(value + place, unturned, mask=inside)
     tl.store(values + cached, unturned, mask=inside)
 
 

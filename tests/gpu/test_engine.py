@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.generation import engine as engine_module
 from nemo_aligner.generation.cuda_graph import StepGraphs, pools_in_use
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.kv_cache import usable_memory
@@ -69,6 +70,20 @@ def test_greedy_tokens_equal_hugging_face_with_rows_ending_and_joining(actor, ti
         assert rollouts["response_tokens"].is_cuda
         assert responses_of(rollouts) == expected
     assert len(set(replays)) > 2  # more rows than one graph
+
+
+def test_prefills_have_few_sizes(actor, monkeypatch):
+    sizes, forward = [], engine_module.forward
+
+    def recording(weights, tokens_M, positions_M, attend, ops):
+        if isinstance(attend, engine_module.FusedPromptAttention):
+            sizes.append(len(tokens_M))
+        return forward(weights, tokens_M, positions_M, attend, ops)
+
+    monkeypatch.setattr(engine_module, "forward", recording)
+    for number in (3, 5, 8):
+        actor.infer(batch_of(actor, [[5] * 100] * 2 + ragged_prompts(number)))
+    assert sizes == [256] * 3
 
 
 def test_a_rollout_is_the_same_in_any_batch(actor):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nemo_aligner.compat import varlen_attention
 from nemo_aligner.generation import sampling, torch_ops
 from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttention, RotaryTable
 from nemo_aligner.generation.kv_cache import KVCache
@@ -241,21 +242,39 @@ def test_the_next_tokens_are_those_of_the_cpu_for_the_same_rows(normal, dtype, t
 
 
 @DTYPES
+@pytest.mark.parametrize("num_padding", [0, 9])
 @pytest.mark.parametrize(("G", "Q", "D", "turned"), [(4, 1, 128, 128), (3, 3, 64, 64), (2, 2, 80, 32), (2, 4, 64, 0)])
-def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(normal, dtype, G, Q, D, turned):
-    lengths = [5, 0, 17, 1]
-    sizes = {"num_groups": G, "heads_per_group": Q, "head_dim": D, "dtype": dtype, "device": torch.device(DEVICE)}
-    angle = normal(32, turned // 2, dtype=torch.float32).repeat(1, 2) if turned else None
-    weights = SimpleNamespace(**sizes, rotary=turned and (lambda capacity: angle[:capacity, None, None]))
-    if not turned:
-        weights.rotary = None
-    rotary = RotaryTable(weights, 32)
-    made = {}
-    qkv = normal(sum(lengths), G * (Q + 2) * D, dtype=dtype)
-    for attention in (PromptAttention, FusedPromptAttention):
-        cache = KVCache(2, 4, G, 32, D, dtype, DEVICE)
-        made[attention] = (attention(weights, rotary, cache, lengths)(1, qkv), cache)
-    (plain, plain_cache), (fused, fused_cache) = made.values()
-    assert_close(fused, plain, dtype)
-    for name in ("keys_LRGTD", "values_LRGTD"):
-        assert_close(getattr(fused_cache, name), getattr(plain_cache, name), dtype)
+def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(
+    normal, monkeypatch, dtype, num_padding, G, Q, D, turned
+):
+    of_one_kernel, causal = [], varlen_attention.causal
+    monkeypatch.setattr(varlen_attention, "causal", lambda *args: of_one_kernel.append(args[0].dtype) or causal(*args))
+    lengths, capacity = [5, 0, 17, 1], 32
+    num_tokens = sum(lengths)
+    rotary, in_float = (RotaryTable(SimpleNamespace(rotary=None), capacity) for _ in range(2))
+    if turned:
+        angle = normal(capacity, turned // 2, dtype=torch.float32).repeat(1, 2)
+        sign = torch.ones(turned, device=DEVICE)
+        sign[: turned // 2] = -1
+        rotary.cos_TD, rotary.sin_TD = angle.cos().to(dtype), (angle.sin() * sign).to(dtype)
+        in_float.cos_TD, in_float.sin_TD = rotary.cos_TD.float(), rotary.sin_TD.float()
+    qkv = normal(num_tokens + num_padding, G * (Q + 2) * D, dtype=dtype)
+    made = []
+    for attention, tables, x in ((PromptAttention, in_float, qkv.float()), (FusedPromptAttention, rotary, qkv)):
+        weights = SimpleNamespace(
+            num_groups=G, heads_per_group=Q, head_dim=D, dtype=x.dtype, device=torch.device(DEVICE)
+        )
+        cache = KVCache(2, 5, G, capacity, D, x.dtype, DEVICE)
+        cache.keys_LRGTD.fill_(torch.nan), cache.values_LRGTD.fill_(torch.nan)
+        attend = attention(weights, tables, cache, lengths, num_padding)
+        attend(0, -x)  # what one layer leaves behind, the next one must not see
+        context = attend(1, x)
+        made.append((context, cache.keys_LRGTD, cache.values_LRGTD))
+    assert of_one_kernel == ([] if INTERPRETED or dtype == torch.float32 else [dtype] * 2)
+    (plain, *plain_caches), (fused, *fused_caches) = made
+    assert_close(fused[:num_tokens], plain[:num_tokens], dtype)
+    assert fused.shape == qkv[:, : G * Q * D].shape and fused.isfinite().all()
+    for ours, theirs in zip(fused_caches, plain_caches, strict=True):
+        is_filled = theirs.isfinite()
+        assert is_filled.sum() == 2 * num_tokens * G * D and torch.equal(ours.isfinite(), is_filled)
+        assert_close(ours[is_filled], theirs[is_filled], dtype)

@@ -112,6 +112,28 @@ def test_greedy_tokens_equal_the_schedules_and_transformers_with_rows_ending_and
         assert rollouts["is_end"].tolist() == [row[-1] in ends for row in expected]
 
 
+@pytest.mark.parametrize("step", [1, 64])
+def test_padding_behind_the_prompts_changes_no_token(actor, hf_responses, monkeypatch, step):
+    sizes, forward = [], engine_module.forward
+
+    def recording(weights, tokens_M, positions_M, attend, ops):
+        if isinstance(attend, engine_module.PromptAttention):
+            sizes.append(len(tokens_M))
+        return forward(weights, tokens_M, positions_M, attend, ops)
+
+    monkeypatch.setattr(engine_module, "forward", recording)
+    ids, num_tokens = actor.tokenizer.eos_id, actor.tokenizer.vocab_size
+    decoding = Decoding(SamplingParams(use_greedy=True), NUM_NEW_TOKENS, 0, (ids,), num_tokens)
+    rows = [Row(prompt, torch.zeros(NUM_NEW_TOKENS, dtype=torch.float64), 0) for prompt in ragged_prompts()]
+    monkeypatch.setattr(engine_module, "MAX_PROMPTS_PER_PREFILL", 10)
+    engine = Engine(actor.model, max_rows=10)
+    assert engine._prefill_step == 1  # on a CPU
+    engine._prefill_step = step
+    list(engine.generate(rows, decoding, EndStrings([], actor.tokenizer)))
+    assert [row.generated for row in rows] == [until_one_of(row, {ids}) for row in hf_responses]
+    assert len(set(sizes)) > 1 and all(size % step == 0 for size in sizes)
+
+
 def until_one_of(row: list[int], ends: set[int]) -> list[int]:
     return next((row[: index + 1] for index, token in enumerate(row) if token in ends), row)
 
@@ -200,9 +222,9 @@ def test_a_prompt_is_prefilled_once_for_all_its_rollouts_even_if_they_join_late(
     prefilled = []
     attention = engine_module.PromptAttention
 
-    def recording(weights, rotary, cache, lengths):
+    def recording(weights, rotary, cache, lengths, num_padding):
         prefilled.extend(lengths)
-        return attention(weights, rotary, cache, lengths)
+        return attention(weights, rotary, cache, lengths, num_padding)
 
     monkeypatch.setattr(engine_module, "PromptAttention", recording)
     monkeypatch.setattr(engine_module, "MAX_PROMPTS_PER_PREFILL", 2)

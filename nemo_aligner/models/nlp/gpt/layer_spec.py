@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch.nn import functional as F
 
+from nemo_aligner.compat.sdpa import scaled_dot_product_attention
 from nemo_aligner.models.nlp.gpt.fused_layer import fused_layer
 from nemo_aligner.models.nlp.gpt.packed_attention import packed_attention
 
@@ -109,7 +110,7 @@ class ScaledDotProductAttention(MegatronModule):
         query_BNSD, key_BGTD, value_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         is_causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and attention_mask is None
         with self._dropout_rng():
-            context_BNSD = F.scaled_dot_product_attention(
+            context_BNSD = scaled_dot_product_attention(
                 query_BNSD,
                 key_BGTD,
                 value_BGTD,

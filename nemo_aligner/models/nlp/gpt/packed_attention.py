@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from nemo_aligner.compat import varlen_attention
+from nemo_aligner.compat.sdpa import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,12 @@ def packed_attention(
     """
     if dropout == 0 and varlen_attention.can_compute(query_TND):
         return varlen_attention.causal(query_TND, key_TGD, value_TGD, sequences.bounds, max(sequences.lengths))
-    of_each = zip(*(x.split(sequences.lengths) for x in (query_TND, key_TGD, value_TGD)), strict=True)
-    return torch.cat([_one_sequence(*qkv, dropout) for qkv in of_each])
+    of_each = zip(*(_sequences(x, sequences.lengths) for x in (query_TND, key_TGD, value_TGD)), strict=True)
+    options = {"dropout_p": dropout, "is_causal": True, "enable_gqa": query_TND.size(1) != key_TGD.size(1)}
+    contexts = [scaled_dot_product_attention(*qkv, **options).transpose(1, 2) for qkv in of_each]
+    return torch.cat(contexts, dim=1).squeeze(0)
 
 
-def _one_sequence(query_LND, key_LGD, value_LGD, dropout) -> torch.Tensor:
-    query_1NLD, key_1GLD, value_1GLD = (x.transpose(0, 1).unsqueeze(0) for x in (query_LND, key_LGD, value_LGD))
-    context_1NLD = F.scaled_dot_product_attention(
-        query_1NLD,
-        key_1GLD,
-        value_1GLD,
-        dropout_p=dropout,
-        is_causal=True,
-        enable_gqa=query_LND.size(1) != key_LGD.size(1),
-    )
-    return context_1NLD.squeeze(0).transpose(0, 1)
+def _sequences(x_TND: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, ...]:
+    """Each sequence's [1, N, L, D]."""
+    return x_TND.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
