@@ -370,34 +370,35 @@ def _row_attention_kernel(
         sin = tl.load(sin_table + position * TURNED + d, mask=d < TURNED, other=0.0).to(tl.float32)
     wait_for_previous(EARLY)
 
-    # the new token's own key and value: the first split takes them in and keeps them
     group_start = qkv + (row * num_groups + group) * (Q + 2) * D
-    key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
-    value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
-    is_first = split == 0
-    if is_first:
-        tl.store(keys + cached + position * D + d, key, mask=inside)
-        tl.store(values + cached + position * D + d, value, mask=inside)
-    keys += cached
-    values += cached
-
-    head = (row * num_groups + group) * Q + tl.arange(0, BLOCK_Q)
+    q = tl.arange(0, BLOCK_Q)
+    is_head = q < Q
     if Q == 1:
-        query = _turned(group_start, d, inside, cos, sin, TURNED).to(element).to(tl.float32) * scale_log2
-        mixed, highest, total = _attend_with_one_head(
-            query, key, value, is_first, keys, values, start, end, d, D, BLOCK_D, BLOCK_T, STAGES, LOWEST
-        )
-        mixed, highest, total = mixed[None, :], highest + tl.zeros([1], tl.float32), total + tl.zeros([1], tl.float32)
-        is_head = head >= 0
+        query = _turned(group_start, d, inside, cos, sin, TURNED).to(element)
     else:
-        q = tl.arange(0, BLOCK_Q)
-        is_head = q < Q
         heads, both = group_start + q[:, None] * D, is_head[:, None] & inside[None, :]
         query = _turned(heads, d[None, :], both, cos[None, :], sin[None, :], TURNED).to(element)
+    key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
+    value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
+
+    # the first split takes the new token's own key and value in and keeps them
+    is_first = split == 0
+    keys += cached
+    values += cached
+    if Q == 1:
+        mixed, highest, total = _attend_with_one_head(
+            query, key, value, is_first, keys, values, start, end, d, scale_log2, D, BLOCK_T, BLOCK_D, STAGES, LOWEST
+        )
+    else:
         mixed, highest, total = _attend_with_heads(
-            query, key, value, is_first, keys, values, start, end, d, scale_log2, D, BLOCK_Q, BLOCK_D, BLOCK_T, STAGES,
+            query, key, value, is_first, keys, values, start, end, d, scale_log2, D, BLOCK_T, BLOCK_D, BLOCK_Q, STAGES,
             LOWEST,
         )  # fmt: skip
+    # only now: the compiler cannot know that nothing above reads what is written, and would keep loads behind it
+    if is_first:
+        tl.store(keys + position * D + d, key, mask=inside)
+        tl.store(values + position * D + d, value, mask=inside)
+    head = (row * num_groups + group) * Q + q
     both = is_head[:, None] & inside[None, :]
     if Z == 1:
         tl.store(context + head[:, None] * D + d[None, :], (mixed / total[:, None]).to(element), mask=both)
@@ -419,14 +420,15 @@ def _is_read(is_filled, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _attend_with_one_head(
-    query, key, value, is_first, keys, values, start, end, d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
+    query, key, value, is_first, keys, values, start, end, d, scale_log2,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """Values mixed, before they are divided by the weights' total, the highest score and that total.
+    """Values mixed, before they are divided by the weights' total, the highest score and that total; [1, D] and [1].
 
     Every lane of a block keeps a softmax of its own over every BLOCK_T-th position, and they are put together behind
     the loop. Within it no lane waits for another, and loads run ahead.
     """
+    query = query.to(tl.float32) * scale_log2
     lane = tl.arange(0, BLOCK_T)
     is_own = (lane == 0) & is_first
     highest = tl.where(is_own, tl.sum(query * key.to(tl.float32), axis=0), LOWEST)
@@ -448,13 +450,14 @@ def _attend_with_one_head(
         highest = new_highest
     top = tl.max(highest, axis=0)
     fade = tl.exp2(highest - top)
-    return tl.sum(mixed * fade[:, None], axis=0), top, tl.sum(total * fade, axis=0)
+    one = tl.zeros([1], tl.float32)
+    return tl.sum(mixed * fade[:, None], axis=0)[None, :], top + one, tl.sum(total * fade, axis=0) + one
 
 
 @triton.jit
 def _attend_with_heads(
     query, key, value, is_first, keys, values, start, end, d, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
     LOWEST: tl.constexpr,
 ):  # fmt: skip
     """The same of each of a group's heads, which look at blocks of positions together."""
