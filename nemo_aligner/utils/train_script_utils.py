@@ -14,6 +14,7 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerB
 from nemo.utils import logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from pytorch_lightning.trainer import call
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.trainer.trainer import Trainer
@@ -27,6 +28,7 @@ from nemo_aligner.utils.background_save import BackgroundSave
 from nemo_aligner.utils.checkpoints import COUNTERS, custom_save_ckpt_func, read_counters, write_missing_archive
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.peft_checks import check_scheme
 from nemo_aligner.utils.run_settings import check_resumed, data_position, deciding_settings, stored_settings
 from nemo_aligner.utils.server_utils import RewardError
@@ -60,11 +62,14 @@ def with_profile_as_override(arguments: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def exit_on_config_error():
-    """Turn a `ConfigError` into its one line on stderr and exit code 2."""
+    """Turn a `ConfigError`, or that of a key which cannot be read, into one line on stderr and exit code 2."""
     try:
         yield
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (InterpolationResolutionError, MissingMandatoryValue) as error:
+        print(f"error: {error.full_key}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -95,7 +100,7 @@ def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer
     Raises:
         ConfigError: for a mistake in the configuration or in a file it names.
     """
-    OmegaConf.resolve(cfg)
+    resolve_interpolations(cfg)
     if cfg.trainer.accelerator == "cpu":
         cpu.enable()
         with open_dict(cfg):

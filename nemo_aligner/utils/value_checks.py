@@ -10,7 +10,7 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.timers import Timer
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     words: str  # what the value must be
 
@@ -35,17 +35,17 @@ def _are_betas(value) -> bool:
     return isinstance(value, ListConfig) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
 
 
-_COUNT = _Rule(lambda value: type(value) is int and value > 0, "a positive whole number")
-_COUNT_OR_NULL = _Rule(lambda value: value is None or _COUNT.holds(value), "a positive whole number or null")
-_WHOLE = _Rule(lambda value: type(value) is int, "a whole number")
-_WHOLE_FROM_0 = _Rule(lambda value: type(value) is int and value >= 0, "a whole number, 0 or larger")
-_NUMBER_FROM_0 = _Rule(lambda value: _is_number(value) and value >= 0, "a number, 0 or larger")
-_SWITCH = _Rule(lambda value: isinstance(value, bool), "true or false")
+_COUNT = Rule(lambda value: type(value) is int and value > 0, "a positive whole number")
+_COUNT_OR_NULL = Rule(lambda value: value is None or _COUNT.holds(value), "a positive whole number or null")
+_WHOLE = Rule(lambda value: type(value) is int, "a whole number")
+_WHOLE_FROM_0 = Rule(lambda value: type(value) is int and value >= 0, "a whole number, 0 or larger")
+_NUMBER_FROM_0 = Rule(lambda value: _is_number(value) and value >= 0, "a number, 0 or larger")
+_SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
 
 _RULES = {
     "trainer.devices": _COUNT,
     "trainer.num_nodes": _COUNT,
-    "trainer.accelerator": _Rule(lambda value: value in ("gpu", "cpu"), "gpu or cpu"),
+    "trainer.accelerator": Rule(lambda value: value in ("gpu", "cpu"), "gpu or cpu"),
     "trainer.rs.max_epochs": _COUNT,
     "trainer.rs.val_check_interval": _WHOLE,
     "trainer.rs.save_interval": _WHOLE,
@@ -62,54 +62,55 @@ _RULES = {
     "model.rs.length_params.max_length": _COUNT,
     "model.rs.length_params.min_length": _WHOLE_FROM_0,
     "model.rs.sampling_params.use_greedy": _SWITCH,
-    "model.rs.sampling_params.temperature": _Rule(
+    "model.rs.sampling_params.temperature": Rule(
         lambda value: _is_number(value) and value >= 1e-6, "above 0; for the most probable token set use_greedy"
     ),
-    "model.rs.sampling_params.top_k": _Rule(_WHOLE_FROM_0.holds, "a whole number, 0 (off) or more"),
-    "model.rs.sampling_params.top_p": _Rule(lambda value: _is_number(value) and 0 <= value <= 1, "between 0 and 1"),
-    "model.rs.sampling_params.repetition_penalty": _Rule(
+    "model.rs.sampling_params.top_k": Rule(_WHOLE_FROM_0.holds, "a whole number, 0 (off) or more"),
+    "model.rs.sampling_params.top_p": Rule(lambda value: _is_number(value) and 0 <= value <= 1, "between 0 and 1"),
+    "model.rs.sampling_params.repetition_penalty": Rule(
         lambda value: _is_number(value) and value > 0, "above 0; 1.0 is off"
     ),
-    "model.rs.sampling_params.end_strings": _Rule(_are_end_strings, "a list of strings, none of them empty"),
-    "model.optim.name": _Rule(lambda value: isinstance(value, str) and value != "", "the name of an optimizer"),
+    "model.rs.sampling_params.end_strings": Rule(_are_end_strings, "a list of strings, none of them empty"),
+    "model.optim.name": Rule(lambda value: isinstance(value, str) and value != "", "the name of an optimizer"),
     "model.optim.lr": _NUMBER_FROM_0,
 }
 # These have defaults.
 _RULES_OF_OPTIONAL_KEYS = {
-    "trainer.rs.max_steps": _Rule(
+    "trainer.rs.max_steps": Rule(
         lambda value: value == -1 or _WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
     ),
     "trainer.rs.val_at_start": _SWITCH,
-    "trainer.rs.gradient_clip_val": _Rule(
+    "trainer.rs.gradient_clip_val": Rule(
         lambda value: value is None or _is_number(value), "a number, or null to switch it off"
     ),
     "trainer.rs.rollout_batch_seq_length": _COUNT_OR_NULL,
-    "exp_manager.max_time_per_run": _Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),
-    "exp_manager.checkpoint_callback_params.monitor": _Rule(
+    "exp_manager.max_time_per_run": Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),
+    "exp_manager.checkpoint_callback_params.monitor": Rule(
         lambda value: isinstance(value, str) and value != "", "the name of a metric"
     ),
-    "exp_manager.checkpoint_callback_params.mode": _Rule(lambda value: value in ("min", "max"), "min or max"),
-    "exp_manager.checkpoint_callback_params.save_top_k": _Rule(
+    "exp_manager.checkpoint_callback_params.mode": Rule(lambda value: value in ("min", "max"), "min or max"),
+    "exp_manager.checkpoint_callback_params.save_top_k": Rule(
         lambda value: type(value) is int and value >= -1, "a whole number, or -1 for all"
     ),
     "model.data.num_workers": _WHOLE_FROM_0,
     "model.optim.weight_decay": _NUMBER_FROM_0,
-    "model.optim.betas": _Rule(_are_betas, "a list of two numbers, each at least 0 and less than 1"),
+    "model.optim.betas": Rule(_are_betas, "a list of two numbers, each at least 0 and less than 1"),
     "model.seed": _WHOLE_FROM_0,
     "model.tensor_model_parallel_size": _COUNT,
     "model.pipeline_model_parallel_size": _COUNT,
     "model.virtual_pipeline_model_parallel_size": _COUNT_OR_NULL,
     "model.rs.val_rollout_micro_batch_size": _COUNT,
-    "model.rs.loss_normalization": _Rule(
+    "model.rs.loss_normalization": Rule(
         lambda value: value in ("global_batch", "micro_batch"), "global_batch or micro_batch"
     ),
-    "model.rs.generation.backend": _Rule(
+    "model.rs.generation.backend": Rule(
         lambda value: value in ("engine", "nemo"), "engine, or nemo for Megatron's schedule"
     ),
     "model.rs.generation.max_rows_in_flight": _COUNT,
-    "model.rs.training.packing": _Rule(_SWITCH.holds, "true, or false for padded rows"),
+    "model.rs.training.packing": Rule(_SWITCH.holds, "true, or false for padded rows"),
     "model.rs.training.stream_adam_states": _SWITCH,
 }
+ALL_RULES = {**_RULES, **_RULES_OF_OPTIONAL_KEYS}
 _ABSENT = object()
 
 
@@ -119,7 +120,7 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         ConfigError: one line with the key, its value and what it must be.
     """
-    for key, rule in {**_RULES, **_RULES_OF_OPTIONAL_KEYS}.items():
+    for key, rule in ALL_RULES.items():
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is _ABSENT and key in _RULES:
             raise ConfigError(f"{key} is not set; it must be {rule.words}")

@@ -12,7 +12,7 @@ import torch
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from nemo.core.config import hydra_runner
 from nemo.utils.get_rank import is_global_rank_zero
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from pytorch_lightning.trainer.trainer import Trainer
 
 from nemo_aligner.algorithms.reward_server import RewardModelServer
@@ -20,6 +20,7 @@ from nemo_aligner.compat import cpu
 from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
 from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.nemo_archive import check_archive
 from nemo_aligner.utils.rank_failure import end_all_ranks_on_error
 from nemo_aligner.utils.text_generation_utils import tokenize_batch
@@ -37,8 +38,8 @@ def main(cfg) -> None:
 
 
 def serve(cfg) -> None:
+    resolve_interpolations(cfg)
     check_archive(cfg.rm_model_file, key="rm_model_file")
-    OmegaConf.resolve(cfg)
     forward_micro_batch_size = cfg.model.forward_micro_batch_size
     if not isinstance(forward_micro_batch_size, int) or forward_micro_batch_size < 1:
         raise ConfigError(
