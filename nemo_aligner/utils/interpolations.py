@@ -7,7 +7,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.utils.errors import ConfigError
-from nemo_aligner.utils.value_checks import ALL_RULES, Rule
+from nemo_aligner.utils.value_checks import ALL_RULES
+from nemo_aligner.utils.value_rules import Rule
 
 _REFERENCE = re.compile(r"\$\{([^${}:]+)\}")  # to a key; one to a function has a colon
 _ABSENT = object()
