@@ -125,6 +125,15 @@ def temp_pop_from_config(cfg: DictConfig, name_to_temporarily_remove: str):
             cfg[name_to_temporarily_remove] = removed
 
 
+def join_started_processes(ptl_trainer: Trainer) -> None:
+    """Join the job's processes now, if its launcher has started them all: from here on an error on one ends every one.
+
+    Lightning as the launcher starts the others only once rank 0 restores the model.
+    """
+    if ptl_trainer.strategy.cluster_environment.creates_processes_externally:
+        ptl_trainer.strategy.setup_environment()
+
+
 def init_distributed(ptl_trainer: Trainer, ptl_model, use_te: bool = False) -> None:
     """Join the processes and build Megatron's groups, unless restoring the model did so already."""
     ptl_trainer.state.fn = TrainerFn.FITTING
