@@ -254,8 +254,9 @@ def _surviving_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
         callback.has_last_save_failed = True
         if error.errno not in DISK_IS_FULL:
             raise
-        last = callback.last_model_path or "none"
-        logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")
+        if is_global_rank_zero():
+            last = callback.last_model_path or "none"
+            logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")
 
 
 @contextlib.contextmanager
