@@ -12,6 +12,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 from nemo.utils import logging
+from omegaconf import OmegaConf
 from pytriton.exceptions import PyTritonUnrecoverableError
 from pytriton.model_config import Tensor
 
@@ -29,12 +30,22 @@ from nemo_aligner.utils.server_utils import (
     pad_batch_and_strip_sequence,
     process_inputs,
 )
+from nemo_aligner.utils.value_rules import COUNT_OR_NULL, Rule, is_count
 
 # The value of `inference.address` that opens the server to every machine which can reach this one.
 ENDPOINT_BIND_ADDRESS = "0.0.0.0"
 
 # Between two rollouts lies a whole training phase, in which the other ranks wait for the next signal.
 IDLE_TIMEOUT = timedelta(days=365)
+
+# What the section `inference` must have beside the endpoint's own keys.
+MODEL_KEYS = {
+    "inference_micro_batch_size": Rule(
+        lambda value: is_count(value) or (OmegaConf.is_list(value) and len(value) > 0 and all(map(is_count, value))),
+        "a positive whole number or a list of them",
+    ),
+    "strip_sequence_length_to_multiple": COUNT_OR_NULL,
+}
 
 
 @dataclass

@@ -408,7 +408,8 @@ class RSTrainer:
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.
 
-        A batch without a token to train on, on any replica, changes neither weights nor learning rate.
+        A batch without a token to train on, on any replica, costs nothing, changes neither weights nor learning rate,
+        and is logged with a loss and a gradient of 0.
 
         Raises:
             ValueError: if there is no batch.
@@ -419,18 +420,10 @@ class RSTrainer:
         trained_rows = []  # by batch
         for batch in dataloader_iter:
             start = time.monotonic()
+            lr = self.optimizer.param_groups[0]["lr"]
             with self.phases("forward_backward"):
-                self.optimizer.zero_grad()
-                self.model.prepare_for_training_step()
-                loss_mean, metrics = self.model.get_loss_and_metrics(batch=batch, forward_only=False)
-            with self.phases("optimizer"):
-                self.model.finish_training_step()
-                grad_norm = clip_gradients(self.model, self.cfg.gradient_clip_val)
-                lr = self.optimizer.param_groups[0]["lr"]
                 trained_rows.append(count_trained_rows(batch))
-                if trained_rows[-1] > 0:  # else weight decay and momentum would act alone
-                    self.optimizer.step()
-                    self.scheduler.step()
+            loss_mean, metrics, grad_norm = self._optimize(batch) if trained_rows[-1] > 0 else self._pass_over()
             metrics = {**metrics, "lr": lr, "optim_step": self.rs_optimization_step}
             if grad_norm is not None:
                 metrics["grad_norm"] = grad_norm
@@ -445,6 +438,24 @@ class RSTrainer:
             self.model.finish_training()
             self.optimizer.zero_grad()
         return loss_mean, metrics
+
+    def _optimize(self, batch: dict) -> tuple[float, dict, float | None]:
+        """Forward, backward, optimizer step; returns loss, metrics and the gradient's norm, None without clipping."""
+        with self.phases("forward_backward"):
+            self.optimizer.zero_grad()
+            self.model.prepare_for_training_step()
+            loss, metrics = self.model.get_loss_and_metrics(batch=batch, forward_only=False)
+        with self.phases("optimizer"):
+            self.model.finish_training_step()
+            grad_norm = clip_gradients(self.model, self.cfg.gradient_clip_val)
+            self.optimizer.step()
+            self.scheduler.step()
+        return loss, metrics, grad_norm
+
+    def _pass_over(self) -> tuple[float, dict, float | None]:
+        """What `_optimize` would return of a batch without a token, had weight decay and momentum not moved weights."""
+        clips = self.cfg.gradient_clip_val is not None and self.cfg.gradient_clip_val > 0
+        return 0.0, {"loss": 0.0}, 0.0 if clips else None
 
     def _warn_of_empty_batches(self, trained_rows: list[int]) -> None:
         if all(trained_rows):

@@ -23,6 +23,7 @@ def apply() -> None:
         no_transformer_engine,
         numpy_version,
         resume,
+        token_ids,
         torch_version,
         virtual_stages,
     )  # fmt: skip
@@ -40,5 +41,6 @@ def apply() -> None:
     mcore_optimizer.apply()
     communicators.apply()
     log_noise.apply()
+    token_ids.apply()
     if device.on_cpu():
         cpu.redirect_nemo()

@@ -13,9 +13,27 @@ from nemo_aligner.rewards.python_reward import PythonRewardModel, load_reward_fu
 from nemo_aligner.rewards.weighted_sum import WeightedSum
 from nemo_aligner.servers.http_communicator import INIT_TIMEOUT_S, HTTPCommunicator, not_there
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.value_rules import COUNT_OR_NULL, PORT, Rule, check_section
 
 PART_KEYS = {"weight", "target", "kwargs", "remote_rm"}
 REMOTE_KEYS = {"reward_model", "pad_to_length", "wait_for_server_s", "request_timeout_s", "retry_deadline_s"}
+_SECONDS = Rule(lambda value: type(value) in (int, float) and value > 0, "a number of seconds above 0")
+_RULES_OF_A_SERVER = {
+    "reward_model.name": Rule(
+        lambda value: isinstance(value, str) and re.fullmatch(r"[^\s/]+", value) is not None, "a model's name"
+    ),
+    "reward_model.ip": Rule(
+        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
+        "a host name or IPv4 address",
+    ),
+    "reward_model.port": PORT,
+}
+_RULES_OF_ITS_REQUESTS = {
+    "wait_for_server_s": _SECONDS,
+    "request_timeout_s": _SECONDS,
+    "retry_deadline_s": _SECONDS,
+    "pad_to_length": Rule(COUNT_OR_NULL.holds, "a number of tokens, or null"),
+}
 # A server that is not there is reported after this long, whether or not the run goes on waiting for it.
 PROBE_S = 5.0
 
@@ -123,22 +141,7 @@ def _check_remote(key: str, remote: DictConfig) -> None:
     unknown = set(remote) - REMOTE_KEYS
     if unknown:
         raise ConfigError(f"{key}.{min(unknown)} is not a known key; there are {', '.join(sorted(REMOTE_KEYS))}")
-    is_valid = {
-        "name": lambda value: isinstance(value, str) and re.fullmatch(r"[^\s/]+", value),
-        "ip": lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value),
-        "port": lambda value: type(value) is int and 0 < value < 65536,
-    }
-    for name, wanted in (("name", "a model's name"), ("ip", "a host name or IPv4 address"), ("port", "a port number")):
-        value = remote.reward_model.get(name)
-        if not is_valid[name](value):
-            raise ConfigError(f"{key}.reward_model.{name}={value!r} must be {wanted}")
-    for name in ("wait_for_server_s", "request_timeout_s", "retry_deadline_s"):
-        value = remote.get(name, 1)
-        if not isinstance(value, numbers.Real) or not value > 0:
-            raise ConfigError(f"{key}.{name}={value!r} must be a number of seconds above 0")
-    width = remote.get("pad_to_length")
-    if width is not None and (not isinstance(width, int) or width < 1):
-        raise ConfigError(f"{key}.pad_to_length={width!r} must be a number of tokens, or null")
+    check_section(remote, _RULES_OF_A_SERVER, _RULES_OF_ITS_REQUESTS, prefix=f"{key}.")
 
 
 def _ask_for_server(key: str, remote: DictConfig) -> list[str]:

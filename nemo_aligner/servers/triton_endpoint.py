@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +22,7 @@ from pytriton.triton import Triton, TritonConfig
 from nemo_aligner.servers.gate import Gate
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.server_utils import RewardError, one_line
+from nemo_aligner.utils.value_rules import COUNT, PORT, WHOLE_FROM_0, Rule, check_section
 
 LOOPBACK = "127.0.0.1"
 MAX_BATCH = 9999999
@@ -161,55 +162,37 @@ def _as_outputs(answer: Request | Exception) -> Request:
     return {"error": np.array([[kind.encode(), message.encode()]], dtype=np.object_)}
 
 
-def _is_size(value, least: int = 1) -> bool:
-    return type(value) is int and value >= least
-
-
-# key of the section `inference` -> test of its value, and what it must be
-_RULES = {
-    "address": (lambda value: isinstance(value, str) and value, "an IPv4 address or name of this machine"),
-    "port": (lambda value: _is_size(value) and value < 2**16, "a port, 1 to 65535"),
-    "model_name": (
-        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value, re.ASCII),
+# Of the section `inference`.
+_REQUIRED = {
+    "port": PORT,
+    "model_name": Rule(
+        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value, re.ASCII) is not None,
         "a name of letters, digits, dots, dashes and underscores",
     ),
-    "max_queue_delay_microseconds": (lambda value: _is_size(value, least=0), "a whole number, 0 or larger"),
-    "max_request_tokens": (_is_size, "a positive whole number"),
-    "inference_micro_batch_size": (
-        lambda value: _is_size(value) or (isinstance(value, list) and value and all(map(_is_size, value))),
-        "a positive whole number or a list of them",
-    ),
-    "strip_sequence_length_to_multiple": (
-        lambda value: value is None or _is_size(value),
-        "a positive whole number or null",
-    ),
 }
-ENDPOINT_KEYS = ("address", "port", "model_name", "max_queue_delay_microseconds", "max_request_tokens")
-REQUIRED_KEYS = ("port", "model_name")
+_OPTIONAL = {
+    "address": Rule(lambda value: isinstance(value, str) and value != "", "an IPv4 address or name of this machine"),
+    "max_queue_delay_microseconds": WHOLE_FROM_0,
+    "max_request_tokens": COUNT,
+}
 
 
-def check_inference_config(section: DictConfig, further_keys: Sequence[str] = ()) -> dict:
+def check_inference_config(section: DictConfig, further_keys: Mapping[str, Rule] | None = None) -> dict:
     """The section `inference` of a server's configuration as a plain dict, once it is found to be in order.
 
     Args:
-        further_keys: those that the section may have beside `ENDPOINT_KEYS`.
+        further_keys: those that the section must have beside the endpoint's own.
 
     Raises:
         ConfigError: one line naming a key that is unknown, missing or has a value that cannot be served with.
     """
-    settings = OmegaConf.to_container(section, resolve=True)
-    known = (*ENDPOINT_KEYS, *further_keys)
-    for key in settings:
+    required = {**_REQUIRED, **(further_keys or {})}
+    known = (*required, *_OPTIONAL)
+    for key in section:
         if key not in known:
             raise ConfigError(f"inference.{key} is not known; the keys are {', '.join(known)}")
-    for key in REQUIRED_KEYS:
-        if key not in settings:
-            raise ConfigError(f"inference.{key} is not set")
-    for key, value in settings.items():
-        is_valid, wanted = _RULES[key]
-        if not is_valid(value):
-            raise ConfigError(f"inference.{key}={value!r} must be {wanted}")
-    return settings
+    check_section(section, required, _OPTIONAL, prefix="inference.")
+    return OmegaConf.to_container(section, resolve=True)
 
 
 def check_port_is_free(address: str, port: int) -> None:

@@ -51,16 +51,25 @@ def read_counters(ckpt_path: str | Path) -> dict[str, int]:
     Raises:
         ValueError: if they are in neither.
     """
-    stored = read_common(ckpt_path).get("rs_trainer")
-    if stored is not None:
-        return {name: int(stored[name]) for name in COUNTERS}
-    return {name: extract_value_from_ckpt(name, str(ckpt_path)) for name in COUNTERS}
+    state = read_run_state(ckpt_path)
+    return {name: state[name] for name in COUNTERS}
 
 
-def read_common(ckpt_path: str | Path) -> dict:
-    """What a checkpoint holds beside its tensors, empty if it has no file for that."""
+def read_run_state(ckpt_path: str | Path) -> dict:
+    """The RS counters of a checkpoint and, under `settings`, those of the run that wrote it.
+
+    There are no settings in a checkpoint of the original, or of our first versions.
+
+    Raises:
+        ValueError: if the counters are neither in the checkpoint nor in its name.
+    """
     common = Path(ckpt_path, "common.pt")
-    return torch.load(common, map_location="cpu", weights_only=True) if common.is_file() else {}
+    stored = torch.load(common, map_location="cpu", weights_only=True) if common.is_file() else {}
+    counters, settings = stored.get("rs_trainer"), stored.get("rs_settings")
+    if counters is None:
+        counters = {name: extract_value_from_ckpt(name, str(ckpt_path)) for name in COUNTERS}
+    state = {name: int(counters[name]) for name in COUNTERS}
+    return state if settings is None else {**state, "settings": settings}
 
 
 def newest_complete_checkpoint(folder: str | Path) -> Path | None:
@@ -245,8 +254,9 @@ def _surviving_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
         callback.has_last_save_failed = True
         if error.errno not in DISK_IS_FULL:
             raise
-        last = callback.last_model_path or "none"
-        logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")
+        if is_global_rank_zero():
+            last = callback.last_model_path or "none"
+            logging.error(f"{error.strerror}; the run goes on, its last checkpoint is {last}")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_aligner.compat import virtual_stages
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import CONFIG_FILE, naming, opened
+from nemo_aligner.utils.value_rules import COUNT, Rule, check_section, is_count, is_number
 
 PEFT_KEY = "model.peft.restore_from_path"
 SECTION = "model.peft.lora_tuning"
@@ -24,6 +25,29 @@ LORA_KEYS = (
     "target_modules", "adapter_dim", "alpha", "adapter_dropout", "dropout_position", "column_init_method",
     "row_init_method", "layer_selection", "weight_tying", "position_embedding_strategy", "variant",
 )  # fmt: skip
+
+_INIT_METHOD = Rule(lambda value: value in INIT_METHODS, f"one of {', '.join(INIT_METHODS)}")
+_REQUIRED = {
+    "target_modules": Rule(
+        lambda value: OmegaConf.is_list(value) and len(value) > 0 and all(target in TARGETS for target in value),
+        f"a list of {', '.join(TARGETS)}",
+    ),
+    "adapter_dim": COUNT,
+    "adapter_dropout": Rule(lambda value: is_number(value) and 0 <= value < 1, "in [0, 1)"),
+}
+_OPTIONAL = {
+    "alpha": Rule(lambda value: value is None or (is_number(value) and value > 0), "above 0, or null for adapter_dim"),
+    "dropout_position": Rule(lambda value: value in ("pre", "post"), "pre or post"),
+    "column_init_method": _INIT_METHOD,
+    "row_init_method": _INIT_METHOD,
+    "layer_selection": Rule(
+        lambda value: value is None or (OmegaConf.is_list(value) and len(value) > 0 and all(map(is_count, value))),
+        "a list of layer numbers from 1 on, or null for all layers",
+    ),
+    "weight_tying": Rule(lambda value: not value, "False: NeMo 2.0 cannot build tied LoRA adapters"),
+    "position_embedding_strategy": Rule(lambda value: value is None, "null: it is for tied ones"),
+    "variant": Rule(lambda value: value == "nemo", "nemo: separate adapters of fused layers are not supported"),
+}
 
 
 def check_peft(cfg: DictConfig) -> None:
@@ -70,10 +94,11 @@ def check_lora_tuning(lora: DictConfig | None, model: DictConfig) -> None:
     Raises:
         ConfigError: naming the key, its value and what would work.
     """
-    for key in ("target_modules", "adapter_dim", "adapter_dropout"):
-        if lora is None or lora.get(key) is None:
-            raise ConfigError(f"{SECTION}.{key} is not set")
-    _check_values(lora)
+    check_section(OmegaConf.create() if lora is None else lora, _REQUIRED, _OPTIONAL, prefix=f"{SECTION}.")
+    if lora.get("column_init_method") == lora.get("row_init_method", "zero") == "zero":
+        raise ConfigError(
+            f"{SECTION}: column_init_method and row_init_method are both zero, so no gradient reaches them"
+        )
     beyond = [number for number in lora.get("layer_selection") or () if number > model.num_layers]
     if beyond:
         raise ConfigError(
@@ -90,35 +115,6 @@ def check_lora_tuning(lora: DictConfig | None, model: DictConfig) -> None:
         raise ConfigError(
             f"model.activation={activation}: NeMo 2.0 gives mlp_fc1 adapters of a wrong size; set "
             f"model.activation=fast-{activation}, which computes the same"
-        )
-
-
-def _check_values(lora: DictConfig) -> None:
-    targets, layers, alpha, dropout = (
-        lora.get(key) for key in ("target_modules", "layer_selection", "alpha", "adapter_dropout")
-    )
-    are_targets = OmegaConf.is_list(targets) and len(targets) > 0 and all(target in TARGETS for target in targets)
-    are_layers = layers is None or (OmegaConf.is_list(layers) and len(layers) > 0 and all(map(_is_count, layers)))
-    column, row = lora.get("column_init_method", "normal"), lora.get("row_init_method", "zero")
-    methods = f"one of {', '.join(INIT_METHODS)}"
-    for key, in_range, fix in (
-        ("target_modules", are_targets, f"a list of {', '.join(TARGETS)}"),
-        ("adapter_dim", _is_count(lora.adapter_dim), "a positive whole number"),
-        ("alpha", alpha is None or (_is_number(alpha) and alpha > 0), "above 0, or null for adapter_dim"),
-        ("adapter_dropout", _is_number(dropout) and 0 <= dropout < 1, "in [0, 1)"),
-        ("dropout_position", lora.get("dropout_position", "post") in ("pre", "post"), "pre or post"),
-        ("column_init_method", column in INIT_METHODS, methods),
-        ("row_init_method", row in INIT_METHODS, methods),
-        ("layer_selection", are_layers, "a list of layer numbers from 1 on, or null for all layers"),
-        ("weight_tying", not lora.get("weight_tying"), "False: NeMo 2.0 cannot build tied LoRA adapters"),
-        ("position_embedding_strategy", lora.get("position_embedding_strategy") is None, "null: it is for tied ones"),
-        ("variant", lora.get("variant", "nemo") == "nemo", "nemo: separate adapters of fused layers are not supported"),
-    ):
-        if not in_range:
-            raise ConfigError(f"{SECTION}.{key}={lora.get(key)} must be {fix}")
-    if column == row == "zero":
-        raise ConfigError(
-            f"{SECTION}: column_init_method and row_init_method are both zero, so no gradient reaches them"
         )
 
 
@@ -209,11 +205,3 @@ def _check_layout(lora: DictConfig, model: DictConfig) -> None:
 
 def _expanded(targets) -> set[str]:
     return {target for name in targets for target in TARGETS[name]}
-
-
-def _is_count(value) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float)

@@ -17,8 +17,7 @@ LOCK = Path(".lock", "holder")
 def hold_log_dir(log_dir: str | Path) -> None:
     """Keep other runs out of the folder as long as this process lives, however it ends.
 
-    Global rank 0 does it for its job; if it is refused, the launcher ends the others (with srun: --kill-on-bad-exit).
-    Where files cannot be locked, a warning is all.
+    Global rank 0 does it for its job. Where files cannot be locked, a warning is all.
 
     Raises:
         ConfigError: on global rank 0, if another process holds the folder.

@@ -5,7 +5,6 @@ from pathlib import Path
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.utils.checkpoints import read_common
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.peft_checks import TARGETS
 
@@ -52,18 +51,17 @@ def _leaves(key: str, value) -> dict:
     return {leaf: v for name, part in value.items() for leaf, v in _leaves(f"{key}.{name}", part).items()}
 
 
-def stored_settings(ckpt_path: str | Path) -> dict | None:
-    """The settings of the run that wrote the checkpoint; None in one of the original, or of our first versions."""
-    return read_common(ckpt_path).get("rs_settings")
-
-
-def check_resumed(ckpt_path: str | Path, own: dict) -> None:
+def check_resumed(state: dict, own: dict, ckpt_path: str | Path) -> None:
     """Say, in one warning, which settings have changed since the checkpoint was written, if it knows its own.
+
+    Args:
+        state: of the checkpoint at `ckpt_path`, as `read_run_state` has it.
+        own: this run's settings, as `deciding_settings` has them.
 
     Raises:
         ConfigError: if it cannot be continued with one of them.
     """
-    stored = stored_settings(ckpt_path)
+    stored = state.get("settings")
     if stored is None:
         return
     changed = [key for key in {**stored, **own} if stored.get(key) != own.get(key)]

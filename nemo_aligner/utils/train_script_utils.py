@@ -14,6 +14,7 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerB
 from nemo.utils import logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from pytorch_lightning.trainer import call
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.trainer.trainer import Trainer
@@ -24,11 +25,12 @@ from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
 from nemo_aligner.utils.background_save import BackgroundSave
-from nemo_aligner.utils.checkpoints import COUNTERS, custom_save_ckpt_func, read_counters, write_missing_archive
+from nemo_aligner.utils.checkpoints import COUNTERS, custom_save_ckpt_func, read_run_state, write_missing_archive
 from nemo_aligner.utils.config_checks import check_rs_config
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.peft_checks import check_scheme
-from nemo_aligner.utils.run_settings import check_resumed, data_position, deciding_settings, stored_settings
+from nemo_aligner.utils.run_settings import check_resumed, data_position, deciding_settings
 from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
@@ -60,11 +62,14 @@ def with_profile_as_override(arguments: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def exit_on_config_error():
-    """Turn a `ConfigError` into its one line on stderr and exit code 2."""
+    """Turn a `ConfigError`, or that of a key which cannot be read, into one line on stderr and exit code 2."""
     try:
         yield
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (InterpolationResolutionError, MissingMandatoryValue) as error:
+        print(f"error: {error.full_key}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -95,7 +100,7 @@ def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer
     Raises:
         ConfigError: for a mistake in the configuration or in a file it names.
     """
-    OmegaConf.resolve(cfg)
+    resolve_interpolations(cfg)
     if cfg.trainer.accelerator == "cpu":
         cpu.enable()
         with open_dict(cfg):
@@ -118,6 +123,15 @@ def temp_pop_from_config(cfg: DictConfig, name_to_temporarily_remove: str):
     finally:
         with open_dict(cfg):
             cfg[name_to_temporarily_remove] = removed
+
+
+def join_started_processes(ptl_trainer: Trainer) -> None:
+    """Join the job's processes now, if its launcher has started them all: from here on an error on one ends every one.
+
+    Lightning as the launcher starts the others only once rank 0 restores the model.
+    """
+    if ptl_trainer.strategy.cluster_environment.creates_processes_externally:
+        ptl_trainer.strategy.setup_environment()
 
 
 def init_distributed(ptl_trainer: Trainer, ptl_model, use_te: bool = False) -> None:
@@ -161,12 +175,13 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
     """
     ptl_model._train_dl, ptl_model._train_ds = train_dataloader, train_ds
     disable_data_callbacks(ptl_model)
-    _set_schedule_horizon(ptl_trainer, ptl_model.cfg, train_ds)
+    resumed_state = retrieve_custom_trainer_state_dict(ptl_trainer)
+    _set_schedule_horizon(ptl_trainer, ptl_model.cfg, train_ds, resumed_state)
     if not ptl_model.with_distributed_adam:
         _drop_distributed_optimizer_keys(ptl_model.cfg.optim)
     ptl_model.rs_settings = deciding_settings(ptl_model.cfg, ptl_model.restored_from, len(train_ds))
-    if ptl_trainer.ckpt_path is not None:
-        check_resumed(ptl_trainer.ckpt_path, ptl_model.rs_settings)
+    if resumed_state is not None:
+        check_resumed(resumed_state, ptl_model.rs_settings, ptl_trainer.ckpt_path)
     ptl_trainer.state.fn = TrainerFn.FITTING
     ptl_trainer.strategy.connect(ptl_model)
     ptl_trainer._callback_connector._attach_model_callbacks()
@@ -190,14 +205,14 @@ def disable_data_callbacks(ptl_model) -> None:
         setattr(ptl_model, name, types.MethodType(lambda self, *args, **kwargs: None, ptl_model))
 
 
-def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds) -> None:
+def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds, resumed_state: dict | None) -> None:
     """Count the learning-rate schedule in optimizer steps: those done, and those of each RS step that is to come."""
     sched = OmegaConf.select(model_cfg, "optim.sched")
     if sched is None:
         return
     if sched.get("max_steps") is None:
         num_prompts, num_per_step = len(train_ds), model_cfg.rs.num_rollout_samples
-        done = retrieve_custom_trainer_state_dict(ptl_trainer) or dict.fromkeys(COUNTERS, 0)
+        done = resumed_state or dict.fromkeys(COUNTERS, 0)
         position, _ = data_position(done, num_prompts, num_per_step)
         rs_steps = num_prompts // num_per_step * ptl_trainer.max_epochs - position // num_per_step
         if ptl_trainer.max_steps >= 0:
@@ -247,10 +262,7 @@ def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict | None:
     Raises:
         ValueError: if the counters are neither in the checkpoint nor in its name.
     """
-    if ptl_trainer.ckpt_path is None:
-        return None
-    settings = stored_settings(ptl_trainer.ckpt_path)
-    return {**read_counters(ptl_trainer.ckpt_path), **({} if settings is None else {"settings": settings})}
+    return None if ptl_trainer.ckpt_path is None else read_run_state(ptl_trainer.ckpt_path)
 
 
 class FakeScheduler:

@@ -1,22 +1,19 @@
 """What each number, switch and choice of a training configuration must be by itself."""
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from omegaconf import DictConfig, ListConfig
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
-from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.timers import Timer
-
-
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    words: str  # what the value must be
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+from nemo_aligner.utils.value_rules import (
+    COUNT,
+    COUNT_OR_NULL,
+    NUMBER_FROM_0,
+    SWITCH,
+    WHOLE,
+    WHOLE_FROM_0,
+    Rule,
+    check_section,
+    is_number,
+)
 
 
 def _is_duration(value) -> bool:
@@ -32,85 +29,78 @@ def _are_end_strings(value) -> bool:
 
 
 def _are_betas(value) -> bool:
-    return isinstance(value, ListConfig) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+    return isinstance(value, ListConfig) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value)
 
-
-_COUNT = _Rule(lambda value: type(value) is int and value > 0, "a positive whole number")
-_COUNT_OR_NULL = _Rule(lambda value: value is None or _COUNT.holds(value), "a positive whole number or null")
-_WHOLE = _Rule(lambda value: type(value) is int, "a whole number")
-_WHOLE_FROM_0 = _Rule(lambda value: type(value) is int and value >= 0, "a whole number, 0 or larger")
-_NUMBER_FROM_0 = _Rule(lambda value: _is_number(value) and value >= 0, "a number, 0 or larger")
-_SWITCH = _Rule(lambda value: isinstance(value, bool), "true or false")
 
 _RULES = {
-    "trainer.devices": _COUNT,
-    "trainer.num_nodes": _COUNT,
-    "trainer.accelerator": _Rule(lambda value: value in ("gpu", "cpu"), "gpu or cpu"),
-    "trainer.rs.max_epochs": _COUNT,
-    "trainer.rs.val_check_interval": _WHOLE,
-    "trainer.rs.save_interval": _WHOLE,
-    "model.global_batch_size": _COUNT,
-    "model.micro_batch_size": _COUNT,
-    "model.encoder_seq_length": _COUNT,
-    "model.data.seq_length": _COUNT,
-    "model.rs.rollout_micro_batch_size": _COUNT,
-    "model.rs.num_rollout_samples": _COUNT,
-    "model.rs.num_rollouts_per_prompt": _COUNT,
-    "model.rs.top_n_rollouts": _COUNT,
-    "model.rs.num_val_samples": _COUNT,
-    "model.rs.offload_adam_states": _SWITCH,
-    "model.rs.length_params.max_length": _COUNT,
-    "model.rs.length_params.min_length": _WHOLE_FROM_0,
-    "model.rs.sampling_params.use_greedy": _SWITCH,
-    "model.rs.sampling_params.temperature": _Rule(
-        lambda value: _is_number(value) and value >= 1e-6, "above 0; for the most probable token set use_greedy"
+    "trainer.devices": COUNT,
+    "trainer.num_nodes": COUNT,
+    "trainer.accelerator": Rule(lambda value: value in ("gpu", "cpu"), "gpu or cpu"),
+    "trainer.rs.max_epochs": COUNT,
+    "trainer.rs.val_check_interval": WHOLE,
+    "trainer.rs.save_interval": WHOLE,
+    "model.global_batch_size": COUNT,
+    "model.micro_batch_size": COUNT,
+    "model.encoder_seq_length": COUNT,
+    "model.data.seq_length": COUNT,
+    "model.rs.rollout_micro_batch_size": COUNT,
+    "model.rs.num_rollout_samples": COUNT,
+    "model.rs.num_rollouts_per_prompt": COUNT,
+    "model.rs.top_n_rollouts": COUNT,
+    "model.rs.num_val_samples": COUNT,
+    "model.rs.offload_adam_states": SWITCH,
+    "model.rs.length_params.max_length": COUNT,
+    "model.rs.length_params.min_length": WHOLE_FROM_0,
+    "model.rs.sampling_params.use_greedy": SWITCH,
+    "model.rs.sampling_params.temperature": Rule(
+        lambda value: is_number(value) and value >= 1e-6, "above 0; for the most probable token set use_greedy"
     ),
-    "model.rs.sampling_params.top_k": _Rule(_WHOLE_FROM_0.holds, "a whole number, 0 (off) or more"),
-    "model.rs.sampling_params.top_p": _Rule(lambda value: _is_number(value) and 0 <= value <= 1, "between 0 and 1"),
-    "model.rs.sampling_params.repetition_penalty": _Rule(
-        lambda value: _is_number(value) and value > 0, "above 0; 1.0 is off"
+    "model.rs.sampling_params.top_k": Rule(WHOLE_FROM_0.holds, "a whole number, 0 (off) or more"),
+    "model.rs.sampling_params.top_p": Rule(lambda value: is_number(value) and 0 <= value <= 1, "between 0 and 1"),
+    "model.rs.sampling_params.repetition_penalty": Rule(
+        lambda value: is_number(value) and value > 0, "above 0; 1.0 is off"
     ),
-    "model.rs.sampling_params.end_strings": _Rule(_are_end_strings, "a list of strings, none of them empty"),
-    "model.optim.name": _Rule(lambda value: isinstance(value, str) and value != "", "the name of an optimizer"),
-    "model.optim.lr": _NUMBER_FROM_0,
+    "model.rs.sampling_params.end_strings": Rule(_are_end_strings, "a list of strings, none of them empty"),
+    "model.optim.name": Rule(lambda value: isinstance(value, str) and value != "", "the name of an optimizer"),
+    "model.optim.lr": NUMBER_FROM_0,
 }
 # These have defaults.
 _RULES_OF_OPTIONAL_KEYS = {
-    "trainer.rs.max_steps": _Rule(
-        lambda value: value == -1 or _WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
+    "trainer.rs.max_steps": Rule(
+        lambda value: value == -1 or WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
     ),
-    "trainer.rs.val_at_start": _SWITCH,
-    "trainer.rs.gradient_clip_val": _Rule(
-        lambda value: value is None or _is_number(value), "a number, or null to switch it off"
+    "trainer.rs.val_at_start": SWITCH,
+    "trainer.rs.gradient_clip_val": Rule(
+        lambda value: value is None or is_number(value), "a number, or null to switch it off"
     ),
-    "trainer.rs.rollout_batch_seq_length": _COUNT_OR_NULL,
-    "exp_manager.max_time_per_run": _Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),
-    "exp_manager.checkpoint_callback_params.monitor": _Rule(
+    "trainer.rs.rollout_batch_seq_length": COUNT_OR_NULL,
+    "exp_manager.max_time_per_run": Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),
+    "exp_manager.checkpoint_callback_params.monitor": Rule(
         lambda value: isinstance(value, str) and value != "", "the name of a metric"
     ),
-    "exp_manager.checkpoint_callback_params.mode": _Rule(lambda value: value in ("min", "max"), "min or max"),
-    "exp_manager.checkpoint_callback_params.save_top_k": _Rule(
+    "exp_manager.checkpoint_callback_params.mode": Rule(lambda value: value in ("min", "max"), "min or max"),
+    "exp_manager.checkpoint_callback_params.save_top_k": Rule(
         lambda value: type(value) is int and value >= -1, "a whole number, or -1 for all"
     ),
-    "model.data.num_workers": _WHOLE_FROM_0,
-    "model.optim.weight_decay": _NUMBER_FROM_0,
-    "model.optim.betas": _Rule(_are_betas, "a list of two numbers, each at least 0 and less than 1"),
-    "model.seed": _WHOLE_FROM_0,
-    "model.tensor_model_parallel_size": _COUNT,
-    "model.pipeline_model_parallel_size": _COUNT,
-    "model.virtual_pipeline_model_parallel_size": _COUNT_OR_NULL,
-    "model.rs.val_rollout_micro_batch_size": _COUNT,
-    "model.rs.loss_normalization": _Rule(
+    "model.data.num_workers": WHOLE_FROM_0,
+    "model.optim.weight_decay": NUMBER_FROM_0,
+    "model.optim.betas": Rule(_are_betas, "a list of two numbers, each at least 0 and less than 1"),
+    "model.seed": WHOLE_FROM_0,
+    "model.tensor_model_parallel_size": COUNT,
+    "model.pipeline_model_parallel_size": COUNT,
+    "model.virtual_pipeline_model_parallel_size": COUNT_OR_NULL,
+    "model.rs.val_rollout_micro_batch_size": COUNT,
+    "model.rs.loss_normalization": Rule(
         lambda value: value in ("global_batch", "micro_batch"), "global_batch or micro_batch"
     ),
-    "model.rs.generation.backend": _Rule(
+    "model.rs.generation.backend": Rule(
         lambda value: value in ("engine", "nemo"), "engine, or nemo for Megatron's schedule"
     ),
-    "model.rs.generation.max_rows_in_flight": _COUNT,
-    "model.rs.training.packing": _Rule(_SWITCH.holds, "true, or false for padded rows"),
-    "model.rs.training.stream_adam_states": _SWITCH,
+    "model.rs.generation.max_rows_in_flight": COUNT,
+    "model.rs.training.packing": Rule(SWITCH.holds, "true, or false for padded rows"),
+    "model.rs.training.stream_adam_states": SWITCH,
 }
-_ABSENT = object()
+ALL_RULES = {**_RULES, **_RULES_OF_OPTIONAL_KEYS}
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -119,9 +109,4 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         ConfigError: one line with the key, its value and what it must be.
     """
-    for key, rule in {**_RULES, **_RULES_OF_OPTIONAL_KEYS}.items():
-        value = OmegaConf.select(cfg, key, default=_ABSENT)
-        if value is _ABSENT and key in _RULES:
-            raise ConfigError(f"{key} is not set; it must be {rule.words}")
-        if value is not _ABSENT and not rule.holds(value):
-            raise ConfigError(f"{key}={value!r} must be {rule.words}")
+    check_section(cfg, _RULES, _RULES_OF_OPTIONAL_KEYS)

@@ -61,13 +61,15 @@ def beside_a_slow_rank(run, is_slow: bool) -> list:
 
 def beside_a_failing_rank(run, error: OSError | None) -> dict:
     """The failure, and the steps of what is there and in the books, before, after it and after the next save."""
-    from nemo_aligner.utils import background_save
+    from nemo_aligner.utils import background_save, checkpoints
     from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 
     def fail(*args, **kwargs):
         raise error
 
-    write_item, found = filesystem_async._write_item, {"before": steps(run), "message": None}
+    write_item, complain = filesystem_async._write_item, checkpoints.logging.error
+    found = {"before": steps(run), "message": None, "complaints": []}
+    checkpoints.logging.error = found["complaints"].append
     if error is not None:
         filesystem_async._write_item = fail
         background_save.open = fail  # for common.pt, which rank 0 writes before all else
@@ -80,6 +82,7 @@ def beside_a_failing_rank(run, error: OSError | None) -> dict:
     if error is not None:
         filesystem_async._write_item = write_item
         del background_save.open
+    checkpoints.logging.error = complain
     found["after"] = steps(run)
     books = [*run.callback.best_k_models, run.callback.last_model_path]
     found["books"] = sorted(int(Path(path).name.split("step=")[1].split("-")[0]) for path in books)
@@ -110,7 +113,9 @@ def test_each_tensor_is_copied_by_the_rank_that_writes_it(found):
 @pytest.mark.parametrize("failing_rank", [0, 1])
 @pytest.mark.parametrize("error", ERRORS)
 def test_a_rank_that_cannot_write_is_known_to_both(found, failing_rank, error):
-    for of_rank in (of_rank[error, failing_rank] for of_rank in found):
+    for rank, of_rank in enumerate(of_rank[error, failing_rank] for of_rank in found):
+        is_told = error == "full" and rank == 0
+        assert [f"rank {failing_rank}: [Errno 28] " in line for line in of_rank["complaints"]] == [True] * is_told
         if error == "full":
             assert of_rank["message"] is None  # the run goes on
         else:

@@ -304,7 +304,7 @@ def test_the_scripts_refuse_an_occupied_port_and_unknown_keys_before_a_model_is_
         occupied = start(SCRIPTS / "serve_reward_model.py", f"rm_model_file={archive}", port, cwd=tmp_path)
         unknown = start(SCRIPTS / "serve_python_reward.py", "+inference.batch=3", cwd=tmp_path)
         assert refusal(occupied).startswith(f"error: inference.address=127.0.0.1, {port}: cannot listen there")
-        assert refusal(unknown).startswith("error: inference.batch is not known; the keys are address, port,")
+        assert refusal(unknown).startswith("error: inference.batch is not known; the keys are port, model_name,")
 
 
 def test_tokenizers_of_folders_and_archives(tiny_hf, tiny_nemo, tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from transformers import LlamaForSequenceClassification
 
 from nemo_aligner.convert.hf_to_nemo import convert
+from nemo_aligner.utils.run_lock import hold_log_dir
 from tests.distributed.serving import MODEL, client, wait_until_ready
 from tests.distributed.test_training_script import K, command, environment, workplace
 from tests.hurtable_server import skip_if_triton_cannot_run
@@ -187,6 +189,21 @@ def test_an_error_in_the_training_script(workplace, launcher, place, rank, messa
         assert message in lines and f"rank      : {rank} (local_rank: {rank})\n  exitcode  : 1" in stderr
     else:
         assert lines[-1] == message, stderr[-3000:]
+
+
+@pytest.mark.parametrize(("launcher", "codes"), [("lightning", [2]), ("slurm", [2, 1]), ("torchrun", [1])])
+def test_a_log_folder_that_another_run_holds(workplace, launcher, codes):
+    """Rank 0 alone finds that out, before the model is restored."""
+    hold_log_dir(workplace / "held")
+    arguments = command("held", "trainer.devices=2")[2:]
+    script = Path(__file__).parents[2] / "examples/nlp/gpt/train_gpt_rs_actor.py"
+    started = time.monotonic()
+    ended, stderr = start_script(launcher, script, arguments, workplace)
+    assert ended == codes and time.monotonic() - started < LIMIT_S
+    lines = [line for line in stderr.splitlines() if "is in use by" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"error: the log folder held is in use by process {os.getpid()} on ")
+    if launcher != "torchrun":  # which adds words of its own
+        assert stderr.splitlines()[-1] == lines[0]
 
 
 # ---- the reward model's server

@@ -186,13 +186,26 @@ def test_the_trained_model_restores(finished_run, tiny_nemo):
     Utils.destroy_model_parallel()
 
 
-def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(workplace):
-    process = run_script(workplace, "mistaken", "model.rs.top_n_rollouts=4")
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        (
+            "model.rs.top_n_rollouts=4",
+            "model.rs.top_n_rollouts=4 must be between 1 and model.rs.num_rollouts_per_prompt=3, from which the best "
+            "are chosen",
+        ),
+        (
+            "model.tensor_model_parallel_size=null",
+            "exp_manager.checkpoint_callback_params.model_parallel_size=${multiply:${model.tensor_model_parallel_size},"
+            " ${model.pipeline_model_parallel_size}} needs model.tensor_model_parallel_size, which is None; it must be "
+            "a positive whole number",
+        ),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(workplace, override, line):
+    process = run_script(workplace, "mistaken", override)
     assert process.returncode == 2
-    assert process.stderr == (
-        "error: model.rs.top_n_rollouts=4 must be between 1 and model.rs.num_rollouts_per_prompt=3, from which the "
-        "best are chosen\n"
-    )
+    assert process.stderr == f"error: {line}\n"
     assert not (workplace / "mistaken").exists()
 
 

@@ -37,6 +37,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from transformers import AddedToken, AutoTokenizer
 
 from nemo_aligner import compat
 from nemo_aligner.compat import (
@@ -50,8 +51,10 @@ from nemo_aligner.compat import (
     numpy_version,
     torch_version,
 )
+from nemo_aligner.models.nlp.gpt.hf_tokenizer import load_tokenizer
 from nemo_aligner.models.nlp.gpt.layer_spec import Norm
 from nemo_aligner.testing.utils import Utils
+from tests.tiny import save_tokenizer
 
 compat.apply()
 
@@ -201,6 +204,7 @@ def test_enabling_the_cpu_again_changes_nothing():
 PROBE = """
 import importlib.util, inspect, json, os, re
 import torch
+from nemo.collections.common.tokenizers.huggingface import auto_tokenizer
 from nemo.collections.nlp.models import nlp_model
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 from nemo.collections.nlp.modules.common.megatron import build_model, megatron_init, utils
@@ -236,6 +240,7 @@ print("PROBED " + json.dumps({
     "virtual stages": "only supported when using megatron_amp_O2" in inspect.getsource(
         megatron_gpt_model.MegatronGPTModel.__init__),
     "DDP": "DistributedDataParallel(" in inspect.getsource(nlp_overrides.NLPDDPStrategy.configure_ddp),
+    "looks tokens up": "self.tokens_to_ids(tokens)" in inspect.getsource(auto_tokenizer.AutoTokenizer.text_to_ids),
     **specs(),
 }))
 """
@@ -516,6 +521,37 @@ def test_groups_of_one_rank_are_not_connected_when_they_are_created(monkeypatch,
 def test_lightning_still_binds_process_groups_to_a_device():
     """Red: torch connects no group when it is created, and compat/communicators.py has nothing to do."""
     assert 'kwargs["device_id"] = self.root_device' in inspect.getsource(DDPStrategy.setup_distributed)
+
+
+STRIPPED = "the quick <extra_id_1>  brown <|im end|> fox<extra_id_1>"
+
+
+@pytest.fixture(params=[True, False], ids=["special", "added"])
+def stripping(request, tmp_path):
+    """NeMo's wrapper of a tokenizer with tokens that take the blanks beside them along, and that tokenizer itself."""
+    own = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path))
+    right, both = AddedToken("<extra_id_1>", rstrip=True), AddedToken("<|im end|>", lstrip=True, rstrip=True)
+    if request.param:
+        own.add_special_tokens({"additional_special_tokens": [right, both]})
+    else:
+        own.add_tokens([right, both])
+    own.save_pretrained(tmp_path)
+    return load_tokenizer(tmp_path), own
+
+
+def test_tokens_that_take_blanks_along_are_as_in_transformers(stripping):
+    wrapper, own = stripping
+    ids = wrapper.text_to_ids(STRIPPED)
+    assert ids == own.encode(STRIPPED, add_special_tokens=False)
+    assert ids.count(own.convert_tokens_to_ids("<extra_id_1>")) == 2
+    assert wrapper.ids_to_text(ids) == own.decode(ids, skip_special_tokens=True)
+
+
+def test_nemo_still_looks_up_such_tokens_with_their_blanks(bare, stripping):
+    """Red: transformers names the token alone, or NeMo asks for ids; delete compat/token_ids.py."""
+    wrapper, _ = stripping
+    assert None in wrapper.tokens_to_ids(wrapper.text_to_tokens(STRIPPED))
+    assert bare["looks tokens up"]
 
 
 def test_adam_steps_as_ever_after_a_checkpoint_before_its_first_step():

@@ -436,7 +436,10 @@ def test_settings_of_several_rewards(files, warnings, monkeypatch):
         ("a: {weight: 1, target: x, remote_rm: {}}", "model.rs.rewards.a needs either target"),
         ("a: {weight: 1, targets: x}", "model.rs.rewards.a.targets is not a known key"),
         ("a: {weight: 1, target: 'reward.py:score'}", "model.rs.rewards.a.target='reward.py:score'"),
-        ("a: {weight: 1, remote_rm: {reward_model: {name: m, ip: h}}}", "a.remote_rm.reward_model.port=None must be"),
+        (
+            "a: {weight: 1, remote_rm: {reward_model: {name: m, ip: h}}}",
+            "a.remote_rm.reward_model.port is not set; it must be a port",
+        ),
     ):
         assert message in refusal(single, several(entries))
     assert "are both set; move the former into the latter" in refusal(several("a: {weight: 1, target: x}"))

@@ -81,8 +81,10 @@ def test_among_unfit_rows_the_better_reward_fills_up():
 
 def test_all_rejected_trains_on_nothing_but_keeps_the_row_count():
     trainer = make_trainer(answers={index: ([90, 91],) for index in range(4)})
+    batches, run_training = [], trainer.run_training
+    trainer.run_training = lambda step: run_training(batches.append(batch) or batch for batch in step)
     trainer.fit()
-    assert [batch["mask"].shape[0] for batch in trainer.model.batches] == [2, 2]
+    assert [batch["mask"].shape[0] for batch in batches] == [2, 2]
     assert trainer.model.weight.item() == 0
     assert [metrics["selected_fraction_fit"] for _, metrics in trainer.logger.of("train_rollouts/")] == [0, 0]
 
@@ -104,6 +106,7 @@ def test_without_a_token_to_train_on_the_weights_stay_as_they_are(warnings):
     nothing, something = {"mask": torch.zeros(2, 3)}, {"mask": torch.tensor([[0.0, 1, 1], [0, 1, 1]])}
 
     trainer.run_training(iter([nothing]))
+    assert trainer.model.events == ["prepare_for_training", "finish_training"]  # no pass
     assert weight.item() == 3.0 and trainer.optimizer.state_dict()["state"] == {}
     assert warnings == [
         "RS step 1: 1 of 1 optimizer steps had nothing to train on and were left out; 0 of 2 kept rollouts were fit "
@@ -116,9 +119,17 @@ def test_without_a_token_to_train_on_the_weights_stay_as_they_are(warnings):
     assert "1 of 2 optimizer steps had nothing to train on and were left out; 2 of 4 kept" in warnings[1]
     # counted and logged all the same; the schedule stands still meanwhile
     logged = trainer.logger.of("train_optim/")
-    assert [(step, metrics["lr"], metrics["loss"]) for step, metrics in logged] == [
-        (0, 0.5, 0), (1, 0.5, 4), (2, 0.25, 0), (3, 0.25, 4),
+    assert [(step, metrics["lr"], metrics["loss"], metrics["grad_norm"]) for step, metrics in logged] == [
+        (0, 0.5, 0, 0), (1, 0.5, 4, 4), (2, 0.25, 0, 0), (3, 0.25, 4, 4),
     ]  # fmt: skip
+    assert len({tuple(sorted(metrics)) for _, metrics in logged}) == 1
+
+
+def test_without_clipping_a_batch_without_a_token_has_no_norm_either():
+    trainer = make_trainer(gradient_clip_val=0)
+    trainer.run_training(iter([{"mask": torch.zeros(2, 3)}, {"mask": torch.ones(2, 3)}]))
+    (_, nothing), (_, something) = trainer.logger.of("train_optim/")
+    assert nothing.keys() == something.keys() and "grad_norm" not in nothing
 
 
 def test_a_replaced_prompt_is_not_trained_on():

@@ -66,12 +66,9 @@ def test_spellings_of_one_thing_do_not_differ():
     assert by_alias == settings(peft__lora_tuning__target_modules=["attention_dense", "attention_qkv"])
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A checkpoint of a run with `settings()`, after three steps of four prompts each, of six."""
-    counters = {"step": 3, "consumed_samples": 12, "epoch": 3, "rs_optimization_step": 9}
-    torch.save({"rs_trainer": counters, "rs_settings": settings()}, tmp_path / "common.pt")
-    return tmp_path
+# Of a run with `settings()`, after three steps of four prompts each, of six.
+COUNTERS = {"step": 3, "consumed_samples": 12, "epoch": 3, "rs_optimization_step": 9}
+STATE = {**COUNTERS, "settings": settings()}
 
 
 @pytest.fixture
@@ -81,15 +78,15 @@ def warnings(monkeypatch):
     return seen
 
 
-def test_the_same_settings_say_nothing(checkpoint, warnings):
-    check_resumed(checkpoint, settings(micro_batch_size=1, rs__rewards__liked__remote_rm__port=6000))
+def test_the_same_settings_say_nothing(warnings):
+    check_resumed(STATE, settings(micro_batch_size=1, rs__rewards__liked__remote_rm__port=6000), "saved")
     assert warnings == []
 
 
-def test_one_warning_names_all_differences_also_of_keys_that_came_or_went(checkpoint, warnings):
+def test_one_warning_names_all_differences_also_of_keys_that_came_or_went(warnings):
     own = settings(seed=2, optim__sched__warmup_steps=10, peft__lora_tuning__alpha=16)
     del own["model.rs.num_rollouts_per_prompt"]
-    check_resumed(checkpoint, own)
+    check_resumed(STATE, own, "saved")
     (warning,) = warnings
     assert "\n" not in warning
     differences = warning.split("the checkpoint's: ")[1].split(", ")
@@ -108,18 +105,20 @@ def test_one_warning_names_all_differences_also_of_keys_that_came_or_went(checkp
         ("peft.lora_tuning.target_modules", ["all"], r"\['attention_qkv'\]"),
     ],
 )
-def test_what_the_stored_state_does_not_fit_is_refused(checkpoint, key, value, old):
+def test_what_the_stored_state_does_not_fit_is_refused(key, value, old):
     line = (
         rf"^model\.{key}=.*: the checkpoint to resume from was made with {old} and cannot be continued.*; set it back"
     )
     with pytest.raises(ConfigError, match=line):
-        check_resumed(checkpoint, settings(**{key.replace(".", "__"): value}, seed=2))
+        check_resumed(STATE, settings(**{key.replace(".", "__"): value}, seed=2), "saved")
 
 
-def test_the_state_of_a_trainer_has_the_settings_with_it(checkpoint):
-    trainer = type("Trainer", (), {"ckpt_path": str(checkpoint)})
-    state = retrieve_custom_trainer_state_dict(trainer)
-    assert state["settings"] == settings() and state["consumed_samples"] == 12
+def test_the_state_of_a_trainer_has_the_settings_with_it_and_is_read_at_once(tmp_path, monkeypatch):
+    torch.save({"rs_trainer": COUNTERS, "rs_settings": settings()}, tmp_path / "common.pt")
+    reads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **options: reads.append(file) or load(file, **options))
+    assert retrieve_custom_trainer_state_dict(type("Trainer", (), {"ckpt_path": str(tmp_path)})) == STATE
+    assert reads == [tmp_path / "common.pt"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from nemo_aligner.algorithms.reward_server import MODEL_KEYS
 from nemo_aligner.servers.constants import ServerSignal
 from nemo_aligner.servers.gate import Refused, check_header, split_body
 from nemo_aligner.servers.triton_endpoint import check_inference_config, check_port_is_free
@@ -176,21 +177,26 @@ def test_sizes_that_do_not_fit_the_body(size):
         split_body(b"headerpayload", size)
 
 
-SECTION = {"port": 5555, "model_name": "reward_model"}
+ENDPOINT = {"port": 5555, "model_name": "reward_model"}
+SECTION = {**ENDPOINT, "inference_micro_batch_size": 4, "strip_sequence_length_to_multiple": None}
 
 
 def test_a_section_of_the_configuration_in_order():
     section = OmegaConf.create({"sizes": [2, 4], "inference": {**SECTION, "inference_micro_batch_size": "${sizes}"}})
-    settings = check_inference_config(section.inference, ("inference_micro_batch_size",))
+    settings = check_inference_config(section.inference, MODEL_KEYS)
     assert settings == {**SECTION, "inference_micro_batch_size": [2, 4]}
+    assert check_inference_config(OmegaConf.create(ENDPOINT)) == ENDPOINT
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch": 1}, "inference.batch is not known; the keys are address, port, model_name, .*, strip_sequence"),
-        ({"port": 0}, "inference.port=0 must be a port, 1 to 65535"),
-        ({"port": 65536}, "inference.port=65536 must be a port"),
+        (
+            {"batch": 1},
+            "inference.batch is not known; the keys are port, model_name, .*, strip_sequence.*, max_request_tokens",
+        ),
+        ({"port": 0}, "inference.port=0 must be a port number, 1 to 65535"),
+        ({"port": 65536}, "inference.port=65536 must be a port number"),
         ({"port": "5555"}, "inference.port='5555' must be a port"),
         ({"address": ""}, "inference.address='' must be an IPv4 address or name"),
         ({"address": None}, "inference.address=None must be an IPv4 address or name"),
@@ -207,13 +213,22 @@ def test_a_section_of_the_configuration_in_order():
 def test_mistakes_in_the_section(change, message):
     section = OmegaConf.create({**SECTION, **change})
     with pytest.raises(ConfigError, match=f"^{message}") as caught:
-        check_inference_config(section, ("inference_micro_batch_size", "strip_sequence_length_to_multiple"))
+        check_inference_config(section, MODEL_KEYS)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_key_of_the_section():
-    with pytest.raises(ConfigError, match=r"^inference\.port is not set$"):
-        check_inference_config(OmegaConf.create({"model_name": "reward_model"}))
+@pytest.mark.parametrize(
+    ("key", "wanted"),
+    [
+        ("port", "a port number, 1 to 65535"),
+        ("inference_micro_batch_size", "a positive whole number or a list of them"),
+        ("strip_sequence_length_to_multiple", "a positive whole number or null"),
+    ],
+)
+def test_a_missing_key_of_the_section(key, wanted):
+    section = OmegaConf.create({name: value for name, value in SECTION.items() if name != key})
+    with pytest.raises(ConfigError, match=rf"^inference\.{key} is not set; it must be {wanted}$"):
+        check_inference_config(section, MODEL_KEYS)
 
 
 def test_a_port_must_be_free():

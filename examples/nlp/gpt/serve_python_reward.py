@@ -14,6 +14,7 @@ from nemo_aligner.generation.ends import check_end_strings
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import load_tokenizer
 from nemo_aligner.rewards.python_reward import load_reward_function
 from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
+from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.train_script_utils import exit_on_config_error
 
 
@@ -24,6 +25,7 @@ def main(cfg) -> None:
 
 
 def serve(cfg) -> None:
+    resolve_interpolations(cfg)
     endpoint = check_inference_config(cfg.inference)
     check_port_is_free(endpoint.get("address", LOOPBACK), endpoint["port"])
     function = load_reward_function(cfg.reward.target, cfg.reward.kwargs, key="reward")

@@ -12,22 +12,21 @@ import torch
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from nemo.core.config import hydra_runner
 from nemo.utils.get_rank import is_global_rank_zero
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from pytorch_lightning.trainer.trainer import Trainer
 
-from nemo_aligner.algorithms.reward_server import RewardModelServer
+from nemo_aligner.algorithms.reward_server import MODEL_KEYS, RewardModelServer
 from nemo_aligner.compat import cpu
 from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
 from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.nemo_archive import check_archive
 from nemo_aligner.utils.rank_failure import end_all_ranks_on_error
 from nemo_aligner.utils.text_generation_utils import tokenize_batch
 from nemo_aligner.utils.train_script_utils import exit_on_config_error, init_distributed
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
-
-# The keys of the section `inference` that only a reward model has.
-MODEL_KEYS = ("inference_micro_batch_size", "strip_sequence_length_to_multiple")
+from nemo_aligner.utils.value_rules import COUNT, check_section
 
 
 @hydra_runner(config_path="../../../configs", config_name="inference_rm")
@@ -37,13 +36,9 @@ def main(cfg) -> None:
 
 
 def serve(cfg) -> None:
+    resolve_interpolations(cfg)
     check_archive(cfg.rm_model_file, key="rm_model_file")
-    OmegaConf.resolve(cfg)
-    forward_micro_batch_size = cfg.model.forward_micro_batch_size
-    if not isinstance(forward_micro_batch_size, int) or forward_micro_batch_size < 1:
-        raise ConfigError(
-            f"model.forward_micro_batch_size={forward_micro_batch_size!r} must be a positive whole number"
-        )
+    check_section(cfg, {"model.forward_micro_batch_size": COUNT}, {})
     endpoint = check_inference_config(cfg.inference, MODEL_KEYS)
     if is_global_rank_zero():
         check_port_is_free(endpoint.get("address", LOOPBACK), endpoint["port"])
@@ -64,7 +59,7 @@ def serve(cfg) -> None:
     server = RewardModelServer(
         infer_fn=model.infer,
         tokenize_func=partial(tokenize_batch, tokenizer=model.tokenizer, max_len=cfg.model.encoder_seq_length),
-        model_forward_micro_batch_size=forward_micro_batch_size,
+        model_forward_micro_batch_size=cfg.model.forward_micro_batch_size,
         vocab_size=model.padded_vocab_size,
         max_length=cfg.model.encoder_seq_length,
         **endpoint,

@@ -41,6 +41,7 @@ from nemo_aligner.utils.train_script_utils import (
     init_distributed,
     init_peft,
     init_using_ptl,
+    join_started_processes,
     resolve_and_create_trainer,
     retrieve_custom_trainer_state_dict,
     with_profile_as_override,
@@ -60,6 +61,7 @@ def main(cfg) -> None:
 def train(cfg) -> None:
     cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
     trainer = resolve_and_create_trainer(cfg, "rs")
+    join_started_processes(trainer)
     known_dir = cfg.exp_manager.get("explicit_log_dir")
     if known_dir is not None:
         hold_log_dir(known_dir)  # before NeMo moves an earlier run's files in it
