@@ -1,8 +1,8 @@
 """The one place where NeMo 2.0.0, megatron-core 0.9.0 and torch are adapted to each other and to this machine.
 
-`apply()` closes the gaps that a missing Apex or Transformer Engine and a newer torch leave, each only if it is there:
-on an NVIDIA container, where nothing is missing, NeMo runs untouched. `cpu.enable()` redirects CUDA names to the CPU
-for a run that asks for the CPU, whether it is called before NeMo is imported or after. `checkpoint_pickles` changes
+`apply()` closes the gaps that a missing Apex or Transformer Engine and a newer torch leave, each only if it is there,
+and mends what is wrong in NeMo and megatron-core wherever they run. `cpu.enable()` redirects CUDA names to the CPU for
+a run that asks for the CPU, whether it is called before NeMo is imported or after. `checkpoint_pickles` changes
 nothing: it reads the pickles of an archive before the libraries do, which would run what is in them.
 """
 
@@ -26,6 +26,7 @@ def apply() -> None:
         token_ids,
         torch_version,
         virtual_stages,
+        weight_decay,
     )  # fmt: skip
 
     no_apex.apply()
@@ -42,5 +43,6 @@ def apply() -> None:
     communicators.apply()
     log_noise.apply()
     token_ids.apply()
+    weight_decay.apply()
     if device.on_cpu():
         cpu.redirect_nemo()
