@@ -105,8 +105,9 @@ def undisturbed(workplace, made_once):
 
 @pytest.fixture(scope="module")
 def first_loss_in_bf16(workplace, made_once):
-    """That of one GPU on padded rows, with rollouts from either backend: in bf16 they draw other tokens than in float32,
-    than the other one does, and than in the other kind of bf16.
+    """That of one GPU on padded rows, with rollouts from either backend.
+
+    In bf16 they draw other tokens than in float32, than the other backend does, and than in the other kind of bf16.
     """
 
     def of(backend: str, precision: str) -> list[float]:
