@@ -112,7 +112,6 @@ def build(args, folder: Path, kind: str, **overrides) -> tuple:
         "rs.training.packing": kind != "plain",
         "rs.training.stream_adam_states": kind == "streamed",
         "gradient_accumulation_fusion": kind != "plain" and args.fusion,
-        "optim.overlap_grad_sync": num_replicas > 1,
         "masked_softmax_fusion": False,  # asks for kernels of Apex that few have built, and only in unfused attention
         **overrides,
     }
