@@ -240,6 +240,8 @@ print("PROBED " + json.dumps({
         megatron_gpt_model.MegatronGPTModel.__init__),
     "DDP": "DistributedDataParallel(" in inspect.getsource(nlp_overrides.NLPDDPStrategy.configure_ddp),
     "looks tokens up": "self.tokens_to_ids(tokens)" in inspect.getsource(auto_tokenizer.AutoTokenizer.text_to_ids),
+    "asks for special tokens": "if t not in self.tokenizer.all_special_tokens]" in inspect.getsource(
+        auto_tokenizer.AutoTokenizer.ids_to_text),
     **specs(),
 }))
 """
@@ -255,7 +257,6 @@ def specs():
         if name.startswith("get_") and name.endswith("_spec"):
             setattr(megatron_gpt_model, name, lambda *args, name=name: name)
     from nemo_aligner.compat import no_transformer_engine
-    no_transformer_engine._keep_weight_decay_off_own_norm = lambda: None
     found = {}
     for is_there in (True, False):
         megatron_gpt_model.HAVE_TE = is_there
@@ -573,6 +574,21 @@ def test_nemo_still_looks_up_such_tokens_with_their_blanks(bare, stripping):
     wrapper, _ = stripping
     assert None in wrapper.tokens_to_ids(wrapper.text_to_tokens(STRIPPED))
     assert bare["looks tokens up"]
+
+
+def test_special_tokens_are_asked_for_once_a_text(tmp_path, monkeypatch):
+    wrapper = load_tokenizer(save_tokenizer(tmp_path))
+    own, asked = wrapper.tokenizer, []
+    special = own.all_special_tokens
+    monkeypatch.setattr(type(own), "all_special_tokens", property(lambda self: asked.append(self) or special))
+    ids = list(range(len(own)))
+    assert wrapper.ids_to_text(ids) == own.decode(ids, skip_special_tokens=True)
+    assert len(asked) == 1 and set(own.all_special_ids) < set(ids)
+
+
+def test_nemo_still_asks_for_special_tokens_with_every_token(bare):
+    """Red: delete `_ids_to_text` of compat/token_ids.py."""
+    assert bare["asks for special tokens"]
 
 
 def test_adam_steps_as_ever_after_a_checkpoint_before_its_first_step():
