@@ -89,7 +89,7 @@ def test_products_have_their_bias(normal, rows, size_in, size_out, with_bias):
 
 
 def test_many_rows_and_odd_sizes_are_left_to_cublas(normal):
-    for rows, size_in, size_out in ((65, 512, 64), (4, 500, 64), (4, 512, 70), (4, 512, 32768)):
+    for rows, size_in, size_out in ((65, 512, 64), (4, 500, 64), (4, 512, 70), (4, 512, 48), (4, 512, 32768)):
         x, weight = normal(rows, size_in, dtype=HALF), normal(size_out, size_in, dtype=HALF)
         assert torch.equal(triton_ops.product(x, weight), F.linear(x, weight))
         assert torch.equal(triton_ops.biased_product(x, weight, None), F.linear(x, weight))
