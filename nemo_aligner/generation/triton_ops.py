@@ -305,6 +305,9 @@ def row_attention(
     num_rows, (_, num_groups, capacity, head_dim) = qkv_BX.size(0), keys_RGTD.shape
     num_programs = num_rows * num_groups
     block_t, num_warps, stages = _ONE_HEAD if heads_per_group == 1 else _SEVERAL_HEADS
+    block_d = triton.next_power_of_2(head_dim)
+    # all stages but one are in shared memory, keys and values; of wide heads in float32 it holds fewer
+    stages = min(stages, 1 + _shared_memory(qkv_BX.device) // (2 * block_t * block_d * keys_RGTD.itemsize))
     splits = min(triton.cdiv(_ENOUGH_PROGRAMS, num_programs), triton.cdiv(capacity, 128), 16)
     splits = 1 << (splits.bit_length() - 1)
     num_heads = num_groups * heads_per_group
@@ -314,7 +317,6 @@ def row_attention(
         partial_BNZD = torch.empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=qkv_BX.device)
         partial_BNZ2 = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=qkv_BX.device)
     cos_TD, sin_TD = angles if angles is not None else (qkv_BX, qkv_BX)
-    block_d = triton.next_power_of_2(head_dim)
     _row_attention_kernel[(num_rows, num_groups, splits)](
         qkv_BX, keys_RGTD, values_RGTD, positions_B, cos_TD, sin_TD, context_BX, partial_BNZD, partial_BNZ2,
         capacity, head_dim**-0.5 * 1.4426950408889634,
