@@ -1,9 +1,11 @@
 """Triton kernels that are set up while the one in front of them ends.
 
 A kernel launched so begins as soon as each program of the kernel in front has said `let_next_begin`, or ended
-("programmatic dependent launch" in NVIDIA's CUDA programming guide). At once it may read what no kernel right in front
-of it writes, as weights are, and have memory fetched that it will need. For all else it waits in `wait_for_previous`
-until the kernel in front has ended. Each such kernel must wait: so whatever is two in front of one has ended, too.
+("programmatic dependent launch" in NVIDIA's CUDA programming guide). As that one need not be past its own wait, several
+may run at once, back to the last kernel that was launched in the ordinary way; what is in front of that has ended. At
+once a kernel may read what none of them writes, as weights and positions, and have memory fetched that it will need.
+For all else it waits in `wait_for_previous` until the kernel in front has ended. Each must, on every path: so all
+further ones have ended, too, and what they read may be written to.
 """
 
 import functools

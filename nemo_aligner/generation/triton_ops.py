@@ -146,7 +146,7 @@ def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     parts in a kernel of their own.
     """
     (num_tokens, size_in), size_out = x_MI.shape, weight_OI.size(0)
-    if not _fits(x_MI, _NUM_PARTS * size_out, _TILE_O) or size_in % (_NUM_PARTS * _TILE_I) != 0:
+    if not _fits(x_MI, size_out, _TILE_O, _NUM_PARTS):
         return F.linear(x_MI, weight_OI)
     parts_ZMO = torch.empty(_NUM_PARTS, num_tokens, size_out, dtype=torch.float32, device=x_MI.device)
     _product_kernel[(size_out // _TILE_O, _NUM_PARTS)](
@@ -161,11 +161,11 @@ def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 _TILE_O, _WIDE_TILE_O, _TILE_I, _NUM_PARTS, _STAGES = 32, 64, 128, 2, 5
 
 
-def _fits(x_MI: torch.Tensor, size_out: int, tile: int) -> bool:
-    """Whether there are few rows, and whole tiles of the weight but no more than multiprocessors."""
+def _fits(x_MI: torch.Tensor, size_out: int, tile: int, num_parts: int = 1) -> bool:
+    """Whether there are few rows, and whole tiles of the weight but, in all parts, no more than multiprocessors."""
     num_tokens, size_in = x_MI.shape
-    is_whole = size_out % tile == 0 and size_in % _TILE_I == 0
-    is_few = num_tokens <= 64 and size_out // tile <= _num_multiprocessors(x_MI.device)
+    is_whole = size_out % tile == 0 and size_in % (num_parts * _TILE_I) == 0
+    is_few = num_tokens <= 64 and num_parts * size_out // tile <= _num_multiprocessors(x_MI.device)
     return is_whole and is_few and x_MI.dtype.itemsize == 2
 
 
@@ -305,6 +305,9 @@ def row_attention(
     num_rows, (_, num_groups, capacity, head_dim) = qkv_BX.size(0), keys_RGTD.shape
     num_programs = num_rows * num_groups
     block_t, num_warps, stages = _ONE_HEAD if heads_per_group == 1 else _SEVERAL_HEADS
+    block_d = triton.next_power_of_2(head_dim)
+    # all stages but one are in shared memory, keys and values; of wide heads in float32 it holds fewer
+    stages = min(stages, 1 + _shared_memory(qkv_BX.device) // (2 * block_t * block_d * keys_RGTD.itemsize))
     splits = min(triton.cdiv(_ENOUGH_PROGRAMS, num_programs), triton.cdiv(capacity, 128), 16)
     splits = 1 << (splits.bit_length() - 1)
     num_heads = num_groups * heads_per_group
@@ -314,7 +317,6 @@ def row_attention(
         partial_BNZD = torch.empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=qkv_BX.device)
         partial_BNZ2 = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=qkv_BX.device)
     cos_TD, sin_TD = angles if angles is not None else (qkv_BX, qkv_BX)
-    block_d = triton.next_power_of_2(head_dim)
     _row_attention_kernel[(num_rows, num_groups, splits)](
         qkv_BX, keys_RGTD, values_RGTD, positions_B, cos_TD, sin_TD, context_BX, partial_BNZD, partial_BNZ2,
         capacity, head_dim**-0.5 * 1.4426950408889634,

@@ -23,6 +23,7 @@ from nemo_aligner.models.nlp.gpt.activation import Activation
 from tests.gpu.conftest import INTERPRETED
 
 triton_ops = pytest.importorskip("nemo_aligner.generation.triton_ops")
+early_launch = pytest.importorskip("nemo_aligner.generation.early_launch")
 
 RUNS_INTERPRETED = True
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -88,8 +89,25 @@ def test_products_have_their_bias(normal, rows, size_in, size_out, with_bias):
     assert_close(triton_ops.biased_product(x, weight, bias if with_bias else None), expected, HALF)
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "has_functions", "is_early"),
+    [
+        ("cuda", (9, 0), True, True),
+        ("cuda", (10, 0), True, True),
+        ("cuda", (8, 9), True, False),
+        ("cuda", (9, 0), False, False),  # an older Triton
+        ("cpu", None, True, False),
+    ],
+)
+def test_kernels_are_launched_early_where_gpu_and_triton_can(monkeypatch, name, capability, has_functions, is_early):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(early_launch, "gdc_wait", object() if has_functions else None)
+    options = early_launch.early_launch.__wrapped__(torch.device(name))
+    assert options == ({"EARLY": True, "launch_pdl": True} if is_early else {"EARLY": False})
+
+
 def test_many_rows_and_odd_sizes_are_left_to_cublas(normal):
-    for rows, size_in, size_out in ((65, 512, 64), (4, 500, 64), (4, 512, 70), (4, 512, 32768)):
+    for rows, size_in, size_out in ((65, 512, 64), (4, 500, 64), (4, 512, 70), (4, 512, 48), (4, 512, 32768)):
         x, weight = normal(rows, size_in, dtype=HALF), normal(size_out, size_in, dtype=HALF)
         assert torch.equal(triton_ops.product(x, weight), F.linear(x, weight))
         assert torch.equal(triton_ops.biased_product(x, weight, None), F.linear(x, weight))
@@ -161,6 +179,7 @@ def test_products_are_activated(normal, rows, size_in, size, with_bias, is_gated
         (3, 2, 1, 64, 2000, 64),  # few rows: positions are split
         (5, 3, 3, 64, 512, 64),  # SmolLM2's heads
         (2, 1, 4, 128, 4096, 128),
+        (2, 2, 4, 256, 300, 256),  # in float32 three stages are too many for an H100
         (4, 2, 2, 80, 300, 32),  # channels that are no power of two, and of which some are turned
         (1, 8, 8, 128, 192, 0),  # learned positions
     ],
