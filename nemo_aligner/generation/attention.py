@@ -91,9 +91,9 @@ class FusedPromptAttention(PromptAttention):
         )
 
     def _turned_and_placed(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        from nemo_aligner.generation import triton_ops
+        from nemo_aligner.generation import triton_attention
 
-        triton_ops.turn_and_place_(
+        triton_attention.turn_and_place_(
             qkv_MX, self.row_U, self.position_U, self.tables, self.query_MND, self.key_MGD, keys_RGTD, values_RGTD
         )
         return self.query_MND, self.key_MGD, _heads(qkv_MX, self.weights)[:, :, -1]
@@ -137,9 +137,9 @@ class FusedRowAttention:
         self.weights, self.rotary, self.cache, self.positions_B = weights, rotary, cache, positions_B
 
     def __call__(self, number: int, qkv_BX: torch.Tensor) -> torch.Tensor:
-        from nemo_aligner.generation import triton_ops
+        from nemo_aligner.generation import triton_attention
 
-        return triton_ops.row_attention(
+        return triton_attention.row_attention(
             qkv_BX,
             self.cache.keys_LRGTD[number],
             self.cache.values_LRGTD[number],

@@ -14,8 +14,9 @@ from megatron.core import InferenceParams
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from nemo_aligner.generation.engine import LOOKS_BETWEEN_CHECKS
+from nemo_aligner.generation.no_token import NO_TOKEN, NoTokenError
 from nemo_aligner.generation.rows import Decoding
-from nemo_aligner.generation.sampling import NO_TOKEN, NoTokenError, SamplingParams, sample
+from nemo_aligner.generation.sampling import SamplingParams, sample
 from nemo_aligner.generation.stages import Pipeline, Turn
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 

@@ -32,8 +32,8 @@ from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.forward import forward, vocabulary_logits
 from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, least_of_all_ranks, usable_memory
+from nemo_aligner.generation.no_token import NoTokenError
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
-from nemo_aligner.generation.sampling import NoTokenError
 from nemo_aligner.generation.weights import find_weights
 from nemo_aligner.utils.tensors import sent
 

@@ -17,8 +17,9 @@ from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.kv_cache import bytes_per_position, least_of_all_ranks, usable_memory
+from nemo_aligner.generation.no_token import NoTokenError
 from nemo_aligner.generation.rows import Decoding, Row
-from nemo_aligner.generation.sampling import NoTokenError, SamplingParams
+from nemo_aligner.generation.sampling import SamplingParams
 from nemo_aligner.generation.weights import unsupported_part
 from nemo_aligner.utils.distributed import pad_list
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy

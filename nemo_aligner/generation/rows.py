@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams, sample
+from nemo_aligner.generation.no_token import NO_TOKEN
+from nemo_aligner.generation.sampling import SamplingParams, sample
 from nemo_aligner.utils.tensors import sent
 
 
@@ -120,9 +121,9 @@ class DeviceRows:
         decoding, num_rows = self.decoding, logits_BV.size(0)
         position_B = self.position_R[:num_rows]
         if logits_BV.is_cuda and decoding.sampling.draws_from_all:
-            from nemo_aligner.generation import triton_ops
+            from nemo_aligner.generation import triton_sampling
 
-            return triton_ops.draw_next(
+            return triton_sampling.draw_next(
                 logits_BV, self.uniform_RL, decoding.num_tokens, decoding.sampling.temperature, decoding.min_length,
                 position_B, self.prompt_length_R, self.is_end_V,
             )  # fmt: skip
@@ -147,9 +148,9 @@ class DeviceRows:
         num_rows = drawn_B.numel()
         position_B, is_done_B = self.position_R[:num_rows], self.is_done_R[:num_rows]
         if drawn_B.is_cuda:
-            from nemo_aligner.generation import triton_ops
+            from nemo_aligner.generation import triton_sampling
 
-            return triton_ops.advance_(
+            return triton_sampling.advance_(
                 self.tokens_RT, position_B, self.prompt_length_R, is_done_B, self.is_broken_R, drawn_B, self.is_end_V,
                 self.decoding.max_length,
             )  # fmt: skip
@@ -166,9 +167,9 @@ class DeviceRows:
     def seen(self, num_rows: int, num_steps: int) -> torch.Tensor:
         """Of the first rows the position, whether it is broken, and the last `num_steps` tokens, int64 [B, 2 + K]."""
         if self.position_R.is_cuda:
-            from nemo_aligner.generation import triton_ops
+            from nemo_aligner.generation import triton_sampling
 
-            return triton_ops.seen(self.tokens_RT, self.position_R, self.is_broken_R, num_rows, num_steps)
+            return triton_sampling.seen(self.tokens_RT, self.position_R, self.is_broken_R, num_rows, num_steps)
         position_B1 = self.position_R[:num_rows, None]
         back_K = torch.arange(num_steps - 1, -1, -1)
         recent_BK = self.tokens_RT[:num_rows].gather(1, (position_B1 - back_K).clamp(min=0))

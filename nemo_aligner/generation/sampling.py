@@ -10,24 +10,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from nemo_aligner.generation.no_token import NO_TOKEN
+
 _BLOCK = 128  # tokens whose probabilities are summed at once
 # So many probabilities stay in a processor's cache, also in float64: a CPU draws for as many rows at a time.
 _NUMBERS_AT_ONCE = 2**18
-# What is drawn where the largest logit is NaN or infinite: no token.
-NO_TOKEN = -1
-
-
-class NoTokenError(ArithmeticError):
-    """A row's next token could not be drawn, as its logits are NaN or infinite.
-
-    Attributes:
-        prompt: the row's, as token ids.
-        num_generated: tokens that it had generated before.
-    """
-
-    def __init__(self, prompt: list[int], num_generated: int):
-        super().__init__(f"no finite logits behind {num_generated} generated tokens; prompt {prompt}")
-        self.prompt, self.num_generated = prompt, num_generated
 
 
 @dataclass(frozen=True)
@@ -119,9 +106,9 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     than rare tokens are probable.
     """
     if logits_BV.is_cuda:
-        from nemo_aligner.generation import triton_ops
+        from nemo_aligner.generation import triton_sampling
 
-        return triton_ops.draw(logits_BV, uniform_B)
+        return triton_sampling.draw(logits_BV, uniform_B)
     num_rows = max(1, _NUMBERS_AT_ONCE // logits_BV.size(1))
     return torch.cat(list(map(_draw, logits_BV.split(num_rows), uniform_B.split(num_rows))))
 

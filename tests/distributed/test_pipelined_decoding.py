@@ -18,8 +18,8 @@ from megatron.core import parallel_state
 
 from nemo_aligner.generation import decode
 from nemo_aligner.generation import rollouts as rollouts_module
+from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings
-from nemo_aligner.generation.sampling import NO_TOKEN
 from nemo_aligner.generation.stages import Pipeline
 from nemo_aligner.utils.termination import StopRequested, TerminationWatch
 from tests.distributed.launch import run_ranks

@@ -16,14 +16,17 @@ from nemo_aligner.compat import varlen_attention
 from nemo_aligner.generation import sampling, torch_ops
 from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttention, RotaryTable
 from nemo_aligner.generation.kv_cache import KVCache
+from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
-from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
+from nemo_aligner.generation.sampling import SamplingParams
 from nemo_aligner.generation.weights import Norm
 from nemo_aligner.models.nlp.gpt.activation import Activation
 from tests.gpu.conftest import INTERPRETED
 
+triton_launch = pytest.importorskip("nemo_aligner.generation.triton_launch")
 triton_ops = pytest.importorskip("nemo_aligner.generation.triton_ops")
-early_launch = pytest.importorskip("nemo_aligner.generation.early_launch")
+triton_attention = pytest.importorskip("nemo_aligner.generation.triton_attention")
+triton_sampling = pytest.importorskip("nemo_aligner.generation.triton_sampling")
 
 RUNS_INTERPRETED = True
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -42,8 +45,9 @@ def normal():
 @pytest.fixture(autouse=True)
 def multiprocessors(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(triton_ops, "_num_multiprocessors", lambda device: 132)
-        monkeypatch.setattr(triton_ops, "_shared_memory", lambda device: 227 * 1024)
+        monkeypatch.setattr(triton_ops, "num_multiprocessors", lambda device: 132)
+        for module in (triton_ops, triton_attention):
+            monkeypatch.setattr(module, "shared_memory", lambda device: 227 * 1024)
 
 
 def assert_close(ours, expected, dtype):
@@ -101,8 +105,8 @@ def test_products_have_their_bias(normal, rows, size_in, size_out, with_bias):
 )
 def test_kernels_are_launched_early_where_gpu_and_triton_can(monkeypatch, name, capability, has_functions, is_early):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(early_launch, "gdc_wait", object() if has_functions else None)
-    options = early_launch.early_launch.__wrapped__(torch.device(name))
+    monkeypatch.setattr(triton_launch, "gdc_wait", object() if has_functions else None)
+    options = triton_launch.early_launch.__wrapped__(torch.device(name))
     assert options == ({"EARLY": True, "launch_pdl": True} if is_early else {"EARLY": False})
 
 
@@ -125,7 +129,7 @@ def test_rows_advance_as_on_the_cpu(num_rows):
         drawn = torch.randint(9, (num_rows,), generator=generator)
         drawn[torch.rand(num_rows, generator=generator) < 0.1] = NO_TOKEN
         on_cpu.advance_(drawn)
-        triton_ops.advance_(
+        triton_sampling.advance_(
             on_gpu.tokens_RT, on_gpu.position_R[:num_rows], on_gpu.prompt_length_R, on_gpu.is_done_R[:num_rows],
             on_gpu.is_broken_R, drawn.to(DEVICE), on_gpu.is_end_V, decoding.max_length,
         )  # fmt: skip
@@ -142,7 +146,7 @@ def test_what_is_seen_of_rows_is_what_the_cpu_sees(num_steps):
     state.position_R[:3] = torch.tensor([0, 1, 19])
     state.is_broken_R.random_(2, generator=generator)
     on_device = (x.to(DEVICE) for x in (state.tokens_RT, state.position_R, state.is_broken_R))
-    ours, theirs = triton_ops.seen(*on_device, 33, num_steps).cpu(), state.seen(33, num_steps)
+    ours, theirs = triton_sampling.seen(*on_device, 33, num_steps).cpu(), state.seen(33, num_steps)
     assert torch.equal(ours, theirs) and theirs.shape == (33, 2 + num_steps)
     assert theirs[2].tolist() == [19, int(state.is_broken_R[2]), *state.tokens_RT[2, 20 - num_steps :].tolist()]
 
@@ -209,7 +213,7 @@ def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B
     hidden = (torch.arange(T, device=DEVICE) > positions[:, None])[:, None, :, None]
     keys.masked_fill_(hidden, torch.nan), values.masked_fill_(hidden, torch.nan)
 
-    context = triton_ops.row_attention(qkv, keys, values, positions, angles, Q)
+    context = triton_attention.row_attention(qkv, keys, values, positions, angles, Q)
 
     assert_close(context, expected, dtype)
     for ours, theirs in ((keys, expected_keys), (values, expected_values)):
@@ -223,7 +227,7 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
     logits[:, 5] = logits[:, 128:256] = -torch.inf
     numbers = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     numbers[0], numbers[1] = 0.0, 1 - 2**-53
-    ours, theirs = triton_ops.draw(logits, numbers.to(DEVICE)).cpu(), sampling.draw(logits.cpu(), numbers)
+    ours, theirs = triton_sampling.draw(logits, numbers.to(DEVICE)).cpu(), sampling.draw(logits.cpu(), numbers)
     assert (ours != theirs).sum() <= 1  # where a number falls on the border of two tokens, to float32's last digit
     assert (ours != 5).all() and (ours < V).all()
 
@@ -232,7 +236,7 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
 def test_no_token_is_drawn_from_logits_that_are_nan_or_infinite(normal, V):
     logits = normal(5, V, dtype=torch.float32)
     logits[0], logits[1, V // 2], logits[2, V - 1], logits[3] = torch.nan, torch.nan, torch.inf, -torch.inf
-    drawn = triton_ops.draw(logits, torch.full((5,), 0.5, dtype=torch.float64, device=DEVICE))
+    drawn = triton_sampling.draw(logits, torch.full((5,), 0.5, dtype=torch.float64, device=DEVICE))
     assert drawn[:4].tolist() == [NO_TOKEN] * 4 and 0 <= drawn[4] < V
 
 
@@ -252,7 +256,7 @@ def test_the_next_tokens_are_those_of_the_cpu_for_the_same_rows(normal, dtype, t
     logits[:, 2] += 12  # an end that nearly every row would draw
     logits[:, num_tokens:] += 30
     theirs = on_cpu.draw(logits.cpu().clone(), 20)
-    ours = triton_ops.draw_next(
+    ours = triton_sampling.draw_next(
         logits, on_gpu.uniform_RL, num_tokens, temperature, min_length, on_gpu.position_R[:40], on_gpu.prompt_length_R,
         on_gpu.is_end_V,
     ).cpu()  # fmt: skip

@@ -16,9 +16,10 @@ from nemo_aligner.generation import kv_cache
 from nemo_aligner.generation.cuda_graph import StepGraphs
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
-from nemo_aligner.generation.sampling import NO_TOKEN, SamplingParams
+from nemo_aligner.generation.sampling import SamplingParams
 from nemo_aligner.generation.weights import find_weights, unsupported_part
 from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy, ends_with_text

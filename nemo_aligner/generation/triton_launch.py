@@ -1,4 +1,4 @@
-"""Triton kernels that are set up while the one in front of them ends.
+"""How Triton kernels are launched: set up while the one in front of them ends, and within what the device has.
 
 A kernel launched so begins as soon as each program of the kernel in front has said `let_next_begin`, or ended
 ("programmatic dependent launch" in NVIDIA's CUDA programming guide). As that one need not be past its own wait, several
@@ -55,3 +55,14 @@ def fetch_into_cache(pointers, NUM_BYTES: tl.constexpr, EARLY: tl.constexpr):
             is_pure=False,
             pack=1,
         )
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of its own that a program may have at most."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

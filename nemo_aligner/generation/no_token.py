@@ -1,0 +1,17 @@
+"""What is drawn, and said, where there is no next token."""
+
+# In the place of a token where the largest logit is NaN or infinite.
+NO_TOKEN = -1
+
+
+class NoTokenError(ArithmeticError):
+    """A row's next token could not be drawn, as its logits are NaN or infinite.
+
+    Attributes:
+        prompt: the row's, as token ids.
+        num_generated: tokens that it had generated before.
+    """
+
+    def __init__(self, prompt: list[int], num_generated: int):
+        super().__init__(f"no finite logits behind {num_generated} generated tokens; prompt {prompt}")
+        self.prompt, self.num_generated = prompt, num_generated
