@@ -85,7 +85,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     """
     _check_keys(cfg)
     check_values(cfg)
-    _check_machine(cfg)
+    check_machine(cfg)
     _check_exp_manager(cfg)
     _check_trainer(cfg)
     check_archive(cfg.pretrained_checkpoint.restore_from_path)
@@ -170,7 +170,12 @@ def _check_trainer(cfg: DictConfig) -> None:
             raise ConfigError(f"trainer.{key}={value!r} must be {needed} ({source})")
 
 
-def _check_machine(cfg: DictConfig) -> None:
+def check_machine(cfg: DictConfig) -> None:
+    """Refuse a `trainer` section that asks for GPUs, nodes or processes which are not there.
+
+    Raises:
+        ConfigError: one line with the key, its value and the fix.
+    """
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() == 0:
         raise ConfigError("trainer.accelerator=gpu, but this machine has no GPU; set trainer.accelerator=cpu to use it")
     if cfg.trainer.num_nodes > 1 and "MASTER_ADDR" not in os.environ and not any(c.detect() for c in CLUSTERS):

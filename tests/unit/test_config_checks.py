@@ -156,6 +156,21 @@ def test_optimizers_and_schedules_with_settings_of_their_own(files):
     check_rs_config(config("~model.optim.sched", "model.optim.lr=0"))
 
 
+def test_the_reward_model_s_server_looks_at_its_machine_first(files, monkeypatch):
+    script = CONFIGS.parent / "examples/nlp/gpt/serve_reward_model.py"
+    spec = importlib.util.spec_from_file_location("serve_reward_model", script)
+    server = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(server)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("inference_rm", overrides=["rm_model_file=model.nemo", "trainer.devices=1"])
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu, but this machine has no GPU"):
+        server.serve(cfg.copy())
+    cfg.trainer.devices = "word"
+    with pytest.raises(ConfigError, match=r"trainer\.devices='word' must be a positive whole number"):
+        server.serve(cfg)
+
+
 def test_torchrun_has_to_start_as_many_processes_as_there_are_devices(files, monkeypatch):
     for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
