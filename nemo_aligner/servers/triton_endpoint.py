@@ -177,7 +177,7 @@ _OPTIONAL = {
 }
 
 
-def check_inference_config(section: DictConfig, further_keys: Mapping[str, Rule] | None = None) -> dict:
+def check_inference_config(section: DictConfig | None, further_keys: Mapping[str, Rule] | None = None) -> dict:
     """The section `inference` of a server's configuration as a plain dict, once it is found to be in order.
 
     Args:
@@ -188,6 +188,8 @@ def check_inference_config(section: DictConfig, further_keys: Mapping[str, Rule]
     """
     required = {**_REQUIRED, **(further_keys or {})}
     known = (*required, *_OPTIONAL)
+    if not OmegaConf.is_dict(section):
+        raise ConfigError(f"inference={section!r} must be a section with keys, of {', '.join(known)}")
     for key in section:
         if key not in known:
             raise ConfigError(f"inference.{key} is not known; the keys are {', '.join(known)}")

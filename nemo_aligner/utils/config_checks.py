@@ -11,7 +11,9 @@ from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
 from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
 from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 from nemo.utils import logging
+from nemo.utils.exp_manager import ExpManagerConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.environments import (
     LSFEnvironment,
@@ -24,6 +26,7 @@ from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.generation.rollouts import GenerationSettings
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.rewards.build import check_rewards
+from nemo_aligner.utils.checkpoints import read_run_state
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
 from nemo_aligner.utils.parallel_checks import check_parallel
@@ -48,9 +51,23 @@ SAMPLING_KEYS = {
 OPTIMIZERS_OF_MEGATRON = ("fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
 CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
 REQUIRED_SECTIONS = ("trainer", "trainer.rs", "model.rs", "model.rs.sampling_params", "model.rs.length_params")
+# Looked into by NeMo: (section, whether null stands for one without keys).
+SECTIONS_OF_NEMO = (
+    ("exp_manager", False), ("exp_manager.checkpoint_callback_params", False), ("model.data", False),
+    ("model.optim", False), ("model.optim.sched", False), ("model.peft", True),
+)  # fmt: skip
+# Settings of the distributed optimizers, which a plain one does not take.
+DISTRIBUTED_OPTIMIZER_KEYS = (
+    "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
+    "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
+    "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
+)  # fmt: skip
 # Accepted for the sake of existing files, but without effect: (key, the value that says nothing).
 WITHOUT_EFFECT = (
     ("trainer.max_time", None),
+    ("trainer.gradient_clip_val", None),
+    ("trainer.val_check_interval", None),
+    ("trainer.accumulate_grad_batches", 1),
     ("model.rs.sampling_params.add_BOS", False),
     ("model.rs.sampling_params.all_probs", False),
     ("model.rs.sampling_params.compute_logprob", False),
@@ -68,7 +85,9 @@ def check_rs_config(cfg: DictConfig) -> None:
     """
     _check_keys(cfg)
     check_values(cfg)
-    _check_machine(cfg)
+    check_machine(cfg)
+    _check_exp_manager(cfg)
+    _check_trainer(cfg)
     check_archive(cfg.pretrained_checkpoint.restore_from_path)
     if cfg.model.get("reward_model_type") is not None:
         raise ConfigError(
@@ -115,9 +134,48 @@ def _check_keys(cfg: DictConfig) -> None:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
+    for section, may_be_null in SECTIONS_OF_NEMO:
+        settings = OmegaConf.select(cfg, section, default={})
+        if not (OmegaConf.is_dict(settings) or settings == {} or (settings is None and may_be_null)):
+            raise ConfigError(f"{section}={settings!r} must be a section with keys")
 
 
-def _check_machine(cfg: DictConfig) -> None:
+def _check_exp_manager(cfg: DictConfig) -> None:
+    manager = cfg.exp_manager
+    try:
+        OmegaConf.merge(OmegaConf.structured(ExpManagerConfig), manager)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"exp_manager.{error.full_key}: {str(error).splitlines()[0]}") from error
+    checkpoint = manager.get("resume_from_checkpoint")
+    if checkpoint is not None:
+        try:
+            read_run_state(checkpoint)
+        except ValueError as error:
+            raise ConfigError(f"exp_manager.resume_from_checkpoint={checkpoint} is no checkpoint: {error}") from error
+    if manager.get("create_wandb_logger") and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("exp_manager.create_wandb_logger=True needs the package wandb, which is not installed")
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Lightning's own loop, loggers and checkpoints are not used; what it knows of ours sets the learning rates."""
+    rs = cfg.trainer.rs
+    for key, needed, source in (
+        ("logger", False, "exp_manager makes the loggers"),
+        ("enable_checkpointing", False, "exp_manager sees to checkpoints"),
+        ("max_epochs", rs.max_epochs, "trainer.rs.max_epochs"),
+        ("max_steps", rs.get("max_steps", -1), "trainer.rs.max_steps"),
+    ):
+        value = cfg.trainer.get(key)
+        if value is None or value != needed:
+            raise ConfigError(f"trainer.{key}={value!r} must be {needed} ({source})")
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Refuse a `trainer` section that asks for GPUs, nodes or processes which are not there.
+
+    Raises:
+        ConfigError: one line with the key, its value and the fix.
+    """
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() == 0:
         raise ConfigError("trainer.accelerator=gpu, but this machine has no GPU; set trainer.accelerator=cpu to use it")
     if cfg.trainer.num_nodes > 1 and "MASTER_ADDR" not in os.environ and not any(c.detect() for c in CLUSTERS):
@@ -125,14 +183,18 @@ def _check_machine(cfg: DictConfig) -> None:
             f"trainer.num_nodes={cfg.trainer.num_nodes}, but nothing has started processes on other nodes: start the "
             "script with srun or torchrun, or set trainer.num_nodes=1"
         )
+    if TorchElasticEnvironment.detect():
+        num_started = int(os.environ["LOCAL_WORLD_SIZE"])
+        if num_started != cfg.trainer.devices:
+            raise ConfigError(
+                f"trainer.devices={cfg.trainer.devices} must be {num_started}, as many processes as torchrun has "
+                "started on this node (--nproc-per-node)"
+            )
 
 
 def _check_unsupported(cfg: DictConfig) -> None:
     model, precision = cfg.model, cfg.trainer.precision
-    try:
-        dtype = torch_dtype_from_precision(precision)
-    except ValueError:
-        dtype = None
+    dtype = _dtype(precision)
     if dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"trainer.precision={precision} is not supported; use bf16 or 32")
     if cfg.trainer.accelerator == "cpu" and dtype != torch.float32 and not model.megatron_amp_O2:
@@ -140,6 +202,8 @@ def _check_unsupported(cfg: DictConfig) -> None:
             f"trainer.precision={precision} is supported on a CPU only with model.megatron_amp_O2=True; "
             "set that, or use precision 32"
         )
+    if model.get("precision") is not None and _dtype(model.precision) is None:
+        raise ConfigError(f"model.precision={model.precision} must be trainer.precision={precision}")
     if (model.get("context_parallel_size") or 1) > 1:
         raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
     has_te = cfg.trainer.accelerator != "cpu" and importlib.util.find_spec("transformer_engine") is not None
@@ -151,13 +215,20 @@ def _check_unsupported(cfg: DictConfig) -> None:
     _check_optimizer(cfg)
 
 
+def _dtype(precision) -> torch.dtype | None:
+    try:
+        return torch_dtype_from_precision(precision)
+    except ValueError:
+        return None
+
+
 def _check_optimizer(cfg: DictConfig) -> None:
     optim = cfg.model.optim
     for key, name, known in (
         ("name", optim.name, {*AVAILABLE_OPTIMIZERS, *OPTIMIZERS_OF_MEGATRON}),
-        ("sched.name", (optim.get("sched") or {}).get("name"), set(AVAILABLE_SCHEDULERS) - {"ReduceLROnPlateau"}),
+        ("sched.name", optim.get("sched", {}).get("name"), set(AVAILABLE_SCHEDULERS) - {"ReduceLROnPlateau"}),
     ):
-        if name is not None and name not in known:
+        if name not in known and not (key == "sched.name" and "sched" not in optim):
             raise ConfigError(f"model.optim.{key}={name} must be one of {', '.join(sorted(known))}")
     if optim.name in ("distributed_fused_adam", "fused_adam") and importlib.util.find_spec("apex") is None:
         raise ConfigError(
@@ -165,6 +236,46 @@ def _check_optimizer(cfg: DictConfig) -> None:
         )
     if optim.get("overlap_param_gather_with_optimizer_step", False):
         raise ConfigError("model.optim.overlap_param_gather_with_optimizer_step=True is not supported; set it to False")
+    if optim.name not in OPTIMIZERS_OF_MEGATRON and "args" not in optim:  # NeMo takes some of theirs out itself
+        passed_over = {"name", "sched", *DISTRIBUTED_OPTIMIZER_KEYS}
+        _check_taken("model.optim", optim, optim.name, AVAILABLE_OPTIMIZERS[optim.name], passed_over)
+    if "sched" in optim:
+        _check_schedule(optim.sched, optim.lr)
+
+
+def _check_schedule(sched: DictConfig, lr: float) -> None:
+    if not {"args", "params", "_target_"} & set(sched):  # else they have the settings
+        passed_over = {"name", "monitor", "reduce_on_plateau"}
+        _check_taken("model.optim.sched", sched, sched.name, AVAILABLE_SCHEDULERS[sched.name], passed_over)
+    min_lr = sched.get("min_lr", 0)
+    # NeMo's cosine in Megatron's manner, which it is with constant steps, does not take equal rates.
+    is_in_megatrons_manner = sched.name == "CosineAnnealing" and bool(sched.get("constant_steps"))
+    if min_lr > lr or (min_lr == lr and is_in_megatrons_manner):
+        raise ConfigError(f"model.optim.sched.min_lr={min_lr} must be less than model.optim.lr={lr}")
+
+
+def _check_taken(section: str, settings: DictConfig, name: str, made_by: type, passed_over: set[str]) -> None:
+    """Refuse a key that is neither among the arguments of the class that is built from the section nor left out."""
+    known = _arguments(made_by)
+    for key in settings:
+        if key not in known | passed_over:
+            raise ConfigError(
+                f"{section}.{key} is not a setting of {name}, which has {', '.join(sorted(known))}; correct it, or "
+                f"remove it (~{section}.{key})"
+            )
+
+
+def _arguments(made_by: type) -> set[str]:
+    """What a class takes by keyword: its own, and those of the class above as far as it hands others on."""
+    names = set()
+    for above in made_by.__mro__:
+        if "__init__" not in vars(above):
+            continue
+        parameters = inspect.signature(above.__init__).parameters.values()
+        names |= {parameter.name for parameter in parameters}
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return names - {"self", "params", "optimizer", "kwargs", "last_epoch"}
 
 
 def _check_numbers(cfg: DictConfig) -> None:

@@ -2,7 +2,6 @@
 
 import torch
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
-from nemo.utils import logging
 from omegaconf import DictConfig
 
 from nemo_aligner.compat import virtual_stages
@@ -35,7 +34,7 @@ def _check_tensor_parallel(model: DictConfig) -> None:
         if (model.get(key) or 0) % size:
             raise ConfigError(f"{TP}={size} must divide the model's {key}={model[key]}")
     if size == 1 and model.get("sequence_parallel"):
-        logging.warning(f"model.sequence_parallel=True has no effect with {TP}=1")
+        raise ConfigError(f"model.sequence_parallel=True needs {TP} of 2 or more; set it to False")
     if size > 1 and model.get("perform_initialization") is False:
         raise ConfigError(
             f"model.perform_initialization=False would have Megatron take the gradient norm of one part of the model, "

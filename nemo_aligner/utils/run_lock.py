@@ -20,11 +20,17 @@ def hold_log_dir(log_dir: str | Path) -> None:
     Global rank 0 does it for its job. Where files cannot be locked, a warning is all.
 
     Raises:
-        ConfigError: on global rank 0, if another process holds the folder.
+        ConfigError: on global rank 0, if the folder cannot be made or another process holds it.
     """
     if not is_global_rank_zero():
         return
     path = Path(log_dir) / LOCK
+    try:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the log folder {log_dir} cannot be made ({error.strerror}); correct exp_manager.explicit_log_dir"
+        ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Never closed. A record lock, unlike one of `flock`, does not go on in children that outlive this process.

@@ -26,7 +26,7 @@ from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
 from nemo_aligner.utils.background_save import BackgroundSave
 from nemo_aligner.utils.checkpoints import COUNTERS, custom_save_ckpt_func, read_run_state, write_missing_archive
-from nemo_aligner.utils.config_checks import check_rs_config
+from nemo_aligner.utils.config_checks import DISTRIBUTED_OPTIMIZER_KEYS, check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.peft_checks import check_scheme
@@ -35,12 +35,6 @@ from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
 
-# Settings of the distributed optimizers, which a plain one does not take.
-DISTRIBUTED_OPTIMIZER_KEYS = (
-    "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
-    "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
-    "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
-)  # fmt: skip
 # What a group of parameters has that is not from the config.
 OPTIMIZER_STATE = ("params", "step")
 

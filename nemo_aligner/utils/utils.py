@@ -195,14 +195,23 @@ def load_checkpoint_model_config(restore_path: str) -> DictConfig:
 def load_and_override_model_config(
     restore_path: str, model_cfg_to_overwrite: DictConfig, remove_meta_info: bool = True
 ) -> DictConfig:
-    """The stored config, less what `overwrite_base_config` marks, overridden by the given config."""
+    """The stored config, less what `overwrite_base_config` marks, overridden by the given config.
+
+    Raises:
+        ConfigError: if the latter is no section, or as `load_checkpoint_model_config` and `remove_overwritten_fields`.
+    """
+    if not OmegaConf.is_dict(model_cfg_to_overwrite):
+        raise ConfigError(f"model={model_cfg_to_overwrite!r} must be a section with keys")
     stored = load_checkpoint_model_config(restore_path)
     with open_dict(stored):
         if remove_meta_info:
             stored.pop("target", None)
             stored.pop("nemo_version", None)
         if "overwrite_base_config" in model_cfg_to_overwrite:
-            remove_overwritten_fields(stored, model_cfg_to_overwrite.overwrite_base_config)
+            fields = model_cfg_to_overwrite.overwrite_base_config
+            if not OmegaConf.is_dict(fields):
+                raise ConfigError(f"model.overwrite_base_config={fields!r} must be a section of true and false")
+            remove_overwritten_fields(stored, fields)
     OmegaConf.set_struct(stored, False)
     merged = OmegaConf.merge(stored, model_cfg_to_overwrite)
     with open_dict(merged):

@@ -64,8 +64,14 @@ _RULES = {
     "model.optim.name": Rule(lambda value: isinstance(value, str) and value != "", "the name of an optimizer"),
     "model.optim.lr": NUMBER_FROM_0,
 }
+_SWITCH_OR_NULL = Rule(lambda value: value is None or SWITCH.holds(value), SWITCH.words)
+_WHOLE_FROM_0_OR_NULL = Rule(
+    lambda value: value is None or WHOLE_FROM_0.holds(value), "a whole number, 0 or larger, or null"
+)
+_DURATION = Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes")
 # These have defaults.
 _RULES_OF_OPTIONAL_KEYS = {
+    "trainer.max_time": _DURATION,
     "trainer.rs.max_steps": Rule(
         lambda value: value == -1 or WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
     ),
@@ -74,7 +80,7 @@ _RULES_OF_OPTIONAL_KEYS = {
         lambda value: value is None or is_number(value), "a number, or null to switch it off"
     ),
     "trainer.rs.rollout_batch_seq_length": COUNT_OR_NULL,
-    "exp_manager.max_time_per_run": Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes"),
+    "exp_manager.max_time_per_run": _DURATION,
     "exp_manager.checkpoint_callback_params.monitor": Rule(
         lambda value: isinstance(value, str) and value != "", "the name of a metric"
     ),
@@ -85,7 +91,15 @@ _RULES_OF_OPTIONAL_KEYS = {
     "model.data.num_workers": WHOLE_FROM_0,
     "model.optim.weight_decay": NUMBER_FROM_0,
     "model.optim.betas": Rule(_are_betas, "a list of two numbers, each at least 0 and less than 1"),
-    "model.seed": WHOLE_FROM_0,
+    "model.optim.sched.warmup_steps": _WHOLE_FROM_0_OR_NULL,
+    "model.optim.sched.constant_steps": _WHOLE_FROM_0_OR_NULL,
+    "model.optim.sched.min_lr": NUMBER_FROM_0,
+    "model.mcore_gpt": Rule(lambda value: value is True, "true: NeMo's own layers are not supported"),
+    "model.megatron_amp_O2": _SWITCH_OR_NULL,
+    "model.sequence_parallel": _SWITCH_OR_NULL,
+    "model.data.reset_position_ids": _SWITCH_OR_NULL,
+    "model.data.reset_attention_mask": _SWITCH_OR_NULL,
+    "model.seed": Rule(lambda value: type(value) is int and 0 <= value < 2**32, "a whole number, 0 to 4294967295"),
     "model.tensor_model_parallel_size": COUNT,
     "model.pipeline_model_parallel_size": COUNT,
     "model.virtual_pipeline_model_parallel_size": COUNT_OR_NULL,

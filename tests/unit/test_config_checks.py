@@ -104,6 +104,82 @@ def test_a_section_without_keys_is_refused(files):
     )
 
 
+@pytest.mark.parametrize(
+    "section",
+    ["exp_manager", "exp_manager.checkpoint_callback_params", "model.data", "model.optim", "model.optim.sched",
+     "model.peft"],
+)  # fmt: skip
+def test_a_word_is_no_section(files, section):
+    cfg = config()
+    OmegaConf.set_struct(cfg, False)
+    OmegaConf.update(cfg, section, "word")
+    with pytest.raises(ConfigError, match=f"{section}='word' must be a section with keys"):
+        check_rs_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+exp_manager.resum_if_exists=True", "exp_manager.resum_if_exists: Key 'resum_if_exists' not in"),
+        ("exp_manager.resume_if_exists=word", "exp_manager.resume_if_exists: Value 'word' is not a valid bool"),
+        ("exp_manager.resume_from_checkpoint=nowhere", "exp_manager.resume_from_checkpoint=nowhere is no checkpoint"),
+        ("trainer.logger=null", "trainer.logger=None must be False"),
+        ("trainer.enable_checkpointing=True", "trainer.enable_checkpointing=True must be False"),
+        ("trainer.max_epochs=3", r"trainer.max_epochs=3 must be 1 \(trainer.rs.max_epochs\)"),
+        ("trainer.max_steps=null", r"trainer.max_steps=None must be -1 \(trainer.rs.max_steps\)"),
+        ("trainer.max_time=word", "trainer.max_time='word' must be null, or a time"),
+        ("model.mcore_gpt=False", "model.mcore_gpt=False must be true"),
+        ("model.megatron_amp_O2=word", "model.megatron_amp_O2='word' must be true or false"),
+        ("model.precision=word", "model.precision=word must be trainer.precision=32"),
+        ("model.seed=4294967296", "model.seed=4294967296 must be a whole number, 0 to 4294967295"),
+        ("model.data.reset_attention_mask=word", "model.data.reset_attention_mask='word' must be true or false"),
+        ("model.optim.sched=null", "model.optim.sched=None must be a section with keys"),
+        ("model.optim.sched.name=null", "model.optim.sched.name=None must be one of CosineAnnealing"),
+        ("model.optim.sched.warmup_steps=word", "model.optim.sched.warmup_steps='word' must be a whole number"),
+        ("model.optim.sched.min_lr=1", "model.optim.sched.min_lr=1 must be less than model.optim.lr=9e-07"),
+        ("model.optim.sched.min_lr=9e-7", "model.optim.sched.min_lr=9e-07 must be less than"),
+        ("+model.optim.sched.warmup_step=3", "warmup_step is not a setting of CosineAnnealing, which has constant_"),
+        ("+model.optim.weigth_decay=0.1", "model.optim.weigth_decay is not a setting of adamw, which has amsgrad"),
+        ("model.optim.name=sgd", r"model.optim.betas is not a setting of sgd, .* remove it \(~model.optim.betas\)"),
+    ],
+)
+def test_what_nemo_and_lightning_would_refuse_later_on_or_pass_over(files, override, words):
+    with pytest.raises(ConfigError, match=words):
+        check_rs_config(config(override))
+
+
+def test_optimizers_and_schedules_with_settings_of_their_own(files):
+    check_rs_config(config("model.optim.name=sgd", "~model.optim.betas", "+model.optim.momentum=0.9"))
+    check_rs_config(config("model.optim.name=mcore_distributed_optim", "+model.optim.grad_sync_dtype=fp32"))
+    polynomial = ("model.optim.sched.name=PolynomialDecayAnnealing", "~model.optim.sched.constant_steps")
+    check_rs_config(config(*polynomial, "+model.optim.sched.power=2.0", "model.optim.sched.min_lr=9e-7"))
+    check_rs_config(config("~model.optim.sched", "model.optim.lr=0"))
+
+
+def test_the_reward_model_s_server_looks_at_its_machine_first(files, monkeypatch):
+    script = CONFIGS.parent / "examples/nlp/gpt/serve_reward_model.py"
+    spec = importlib.util.spec_from_file_location("serve_reward_model", script)
+    server = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(server)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("inference_rm", overrides=["rm_model_file=model.nemo", "trainer.devices=1"])
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu, but this machine has no GPU"):
+        server.serve(cfg.copy())
+    cfg.trainer.devices = "word"
+    with pytest.raises(ConfigError, match=r"trainer\.devices='word' must be a positive whole number"):
+        server.serve(cfg)
+
+
+def test_torchrun_has_to_start_as_many_processes_as_there_are_devices(files, monkeypatch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    check_rs_config(config())
+    assert refusal("trainer.devices=1") == (
+        "trainer.devices=1 must be 2, as many processes as torchrun has started on this node (--nproc-per-node)"
+    )
+
+
 def test_the_time_limit_of_a_run(files):
     check_rs_config(config("exp_manager.max_time_per_run='00:03:45:00'"))
     assert "exp_manager.max_time_per_run='4h' must be null, or a time" in refusal("exp_manager.max_time_per_run=4h")
@@ -539,6 +615,7 @@ def test_messages_are_batched_where_their_order_tells_them_apart():
     assert batched(4, virtual_pipeline_model_parallel_size=2, overlap_p2p_comm=True) is False
 
 
-def test_sequence_parallelism_without_tensor_parallelism_is_said_to_do_nothing(files, warnings):
-    check_rs_config(config("model.sequence_parallel=True"))
-    assert "model.sequence_parallel=True has no effect with model.tensor_model_parallel_size=1" in str(warnings)
+def test_sequence_parallelism_needs_tensor_parallelism(files):
+    assert refusal("model.sequence_parallel=True") == (
+        "model.sequence_parallel=True needs model.tensor_model_parallel_size of 2 or more; set it to False"
+    )

@@ -208,6 +208,18 @@ def test_a_run_s_settings_override_the_stored_config(saved):
     assert not {"target", "nemo_version", "overwrite_base_config"} & set(merged)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "model=None must be a section"),
+        ({"overwrite_base_config": None}, "model.overwrite_base_config=None must be a section of true and false"),
+    ],
+)
+def test_a_run_s_settings_are_sections(saved, given, message):
+    with pytest.raises(ConfigError, match=message):
+        load_and_override_model_config(str(saved[0]), None if given is None else OmegaConf.create(given))
+
+
 # ---- what cannot be restored
 
 

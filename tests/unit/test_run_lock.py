@@ -68,3 +68,9 @@ def test_a_lock_that_cannot_be_had_is_warned_of(tmp_path, monkeypatch, function,
     monkeypatch.setattr(run_lock.logging, "warning", warnings.append)
     hold_log_dir(tmp_path)
     assert len(warnings) == 1 and f"cannot be locked ({error.strerror})" in warnings[0]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/run cannot be made \(Not a directory\); correct exp_manager.explicit"):
+        hold_log_dir(tmp_path / "file/run")

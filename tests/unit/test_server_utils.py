@@ -217,6 +217,12 @@ def test_mistakes_in_the_section(change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("section", [None, "word"])
+def test_the_section_has_to_be_one(section):
+    with pytest.raises(ConfigError, match=rf"^inference={section!r} must be a section with keys, of port, "):
+        check_inference_config(section)
+
+
 @pytest.mark.parametrize(
     ("key", "wanted"),
     [

@@ -8,6 +8,7 @@ inference.address=0.0.0.0 here.
 """
 
 from nemo.core.config import hydra_runner
+from omegaconf import OmegaConf
 
 from nemo_aligner.algorithms.python_reward_server import PythonRewardServer
 from nemo_aligner.generation.ends import check_end_strings
@@ -16,6 +17,7 @@ from nemo_aligner.rewards.python_reward import load_reward_function
 from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
 from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.train_script_utils import exit_on_config_error
+from nemo_aligner.utils.value_rules import Rule, check_section
 
 
 @hydra_runner(config_path="../../../configs", config_name="inference_python_reward")
@@ -26,8 +28,9 @@ def main(cfg) -> None:
 
 def serve(cfg) -> None:
     resolve_interpolations(cfg)
-    endpoint = check_inference_config(cfg.inference)
+    endpoint = check_inference_config(cfg.get("inference"))
     check_port_is_free(endpoint.get("address", LOOPBACK), endpoint["port"])
+    check_section(cfg, {"reward": Rule(OmegaConf.is_dict, "a section with target and kwargs")}, {})
     function = load_reward_function(cfg.reward.target, cfg.reward.kwargs, key="reward")
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_end_strings(cfg.end_strings, tokenizer, key="end_strings")

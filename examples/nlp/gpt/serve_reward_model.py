@@ -19,6 +19,7 @@ from nemo_aligner.algorithms.reward_server import MODEL_KEYS, RewardModelServer
 from nemo_aligner.compat import cpu
 from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
 from nemo_aligner.servers.triton_endpoint import LOOPBACK, check_inference_config, check_port_is_free
+from nemo_aligner.utils.config_checks import check_machine
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.nemo_archive import check_archive
@@ -26,6 +27,7 @@ from nemo_aligner.utils.rank_failure import end_all_ranks_on_error
 from nemo_aligner.utils.text_generation_utils import tokenize_batch
 from nemo_aligner.utils.train_script_utils import exit_on_config_error, init_distributed
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+from nemo_aligner.utils.value_checks import ALL_RULES
 from nemo_aligner.utils.value_rules import COUNT, check_section
 
 
@@ -38,8 +40,10 @@ def main(cfg) -> None:
 def serve(cfg) -> None:
     resolve_interpolations(cfg)
     check_archive(cfg.rm_model_file, key="rm_model_file")
-    check_section(cfg, {"model.forward_micro_batch_size": COUNT}, {})
-    endpoint = check_inference_config(cfg.inference, MODEL_KEYS)
+    machine = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
+    check_section(cfg, {"model.forward_micro_batch_size": COUNT, **{key: ALL_RULES[key] for key in machine}}, {})
+    check_machine(cfg)
+    endpoint = check_inference_config(cfg.get("inference"), MODEL_KEYS)
     if is_global_rank_zero():
         check_port_is_free(endpoint.get("address", LOOPBACK), endpoint["port"])
     with open_dict(cfg):

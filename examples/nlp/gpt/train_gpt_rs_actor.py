@@ -59,7 +59,8 @@ def main(cfg) -> None:
 
 
 def train(cfg) -> None:
-    cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
+    restore_path = OmegaConf.select(cfg, "pretrained_checkpoint.restore_from_path")
+    cfg.model = load_and_override_model_config(restore_path, cfg.model)
     trainer = resolve_and_create_trainer(cfg, "rs")
     join_started_processes(trainer)
     known_dir = cfg.exp_manager.get("explicit_log_dir")
@@ -70,9 +71,7 @@ def train(cfg) -> None:
         hold_log_dir(log_dir)
     logger = CustomLoggerWrapper(trainer.loggers)
 
-    model = load_from_nemo(
-        MegatronGPTRSModel, cfg.model, trainer, strict=True, restore_path=cfg.pretrained_checkpoint.restore_from_path
-    )
+    model = load_from_nemo(MegatronGPTRSModel, cfg.model, trainer, strict=True, restore_path=restore_path)
     init_peft(model, cfg.model)
     resumed_state = retrieve_custom_trainer_state_dict(trainer)
     init_distributed(trainer, model, cfg.model.get("transformer_engine", False))
