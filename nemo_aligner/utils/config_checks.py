@@ -159,15 +159,18 @@ def _check_exp_manager(cfg: DictConfig) -> None:
 def _check_trainer(cfg: DictConfig) -> None:
     """Lightning's own loop, loggers and checkpoints are not used; what it knows of ours sets the learning rates."""
     rs = cfg.trainer.rs
-    for key, needed, source in (
-        ("logger", False, "exp_manager makes the loggers"),
-        ("enable_checkpointing", False, "exp_manager sees to checkpoints"),
-        ("max_epochs", rs.max_epochs, "trainer.rs.max_epochs"),
-        ("max_steps", rs.get("max_steps", -1), "trainer.rs.max_steps"),
-    ):
+    for key, source in (("logger", "makes the loggers"), ("enable_checkpointing", "sees to checkpoints")):
+        if cfg.trainer.get(key) is not False:
+            raise ConfigError(f"trainer.{key}={cfg.trainer.get(key)!r} must be False (exp_manager {source})")
+    for key, limit in (("max_epochs", rs.max_epochs), ("max_steps", rs.get("max_steps", -1))):
         value = cfg.trainer.get(key)
-        if value is None or value != needed:
-            raise ConfigError(f"trainer.{key}={value!r} must be {needed} ({source})")
+        if value is None:
+            raise ConfigError(f"trainer.{key}=None must be {limit} (trainer.rs.{key})")
+        if value != limit:
+            logging.warning(
+                f"trainer.{key}={value} sets the length of the learning-rate schedule alone; the run ends by "
+                f"trainer.rs.{key}={limit}"
+            )
 
 
 def check_machine(cfg: DictConfig) -> None:

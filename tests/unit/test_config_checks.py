@@ -125,7 +125,6 @@ def test_a_word_is_no_section(files, section):
         ("exp_manager.resume_from_checkpoint=nowhere", "exp_manager.resume_from_checkpoint=nowhere is no checkpoint"),
         ("trainer.logger=null", "trainer.logger=None must be False"),
         ("trainer.enable_checkpointing=True", "trainer.enable_checkpointing=True must be False"),
-        ("trainer.max_epochs=3", r"trainer.max_epochs=3 must be 1 \(trainer.rs.max_epochs\)"),
         ("trainer.max_steps=null", r"trainer.max_steps=None must be -1 \(trainer.rs.max_steps\)"),
         ("trainer.max_time=word", "trainer.max_time='word' must be null, or a time"),
         ("model.mcore_gpt=False", "model.mcore_gpt=False must be true"),
@@ -531,6 +530,14 @@ def test_settings_without_effect_are_mentioned(files, warnings):
     assert warnings == [
         "trainer.max_time=00:01:00:00 has no effect in rejection sampling",
         "model.rs.sampling_params.compute_logprob=True has no effect in rejection sampling",
+    ]
+
+
+@pytest.mark.parametrize(("key", "limit"), [("max_epochs", 1), ("max_steps", -1)])
+def test_a_limit_of_the_learning_rates_alone_is_mentioned(files, warnings, key, limit):
+    check_rs_config(config(f"trainer.{key}=7"))
+    assert warnings == [
+        f"trainer.{key}=7 sets the length of the learning-rate schedule alone; the run ends by trainer.rs.{key}={limit}"
     ]
 
 
