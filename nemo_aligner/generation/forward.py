@@ -17,20 +17,31 @@ from megatron.core.tensor_parallel import (
 from torch.nn import functional as F
 
 from nemo_aligner.compat.cpu_linear import linear
+from nemo_aligner.generation import torch_ops
 from nemo_aligner.generation.weights import Linear, Weights
 from nemo_aligner.models.nlp.gpt.activation import Activation
 
 
-def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor, attend: Callable, ops) -> torch.Tensor:
-    """Hidden states behind the final norm, [M, H].
+def forward(
+    weights: Weights,
+    tokens_M: torch.Tensor,
+    positions_M: torch.Tensor,
+    attend: Callable,
+    ops,
+    hidden_MH: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Hidden states [M, H]: on the last pipeline stage behind the final norm, on others for the next stage.
 
     Args:
         tokens_M, positions_M: int64 [M].
         attend: attend(layer number, qkv_MX) -> context [M, heads * channels of this rank]; qkv_MX is the output of the
             layer's fused projection. It also keeps keys and values, where that is wanted.
         ops: the module with `add_norm`, `activate` and the products for this device.
+        hidden_MH: what the stage before has put out; not used on the first one, and may be overwritten.
     """
-    hidden_MH, delta_MH, bias_H = _embed(weights, tokens_M, positions_M), None, None
+    if weights.embedding is not None:
+        hidden_MH = _embed(weights, tokens_M, positions_M)
+    delta_MH, bias_H = None, None
     for number, layer in enumerate(weights.layers):
         hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.attention_norm)
         context_MX = attend(number, _column_parallel(layer.qkv, normed_MH, ops))
@@ -38,6 +49,8 @@ def forward(weights: Weights, tokens_M: torch.Tensor, positions_M: torch.Tensor,
         hidden_MH, normed_MH = ops.add_norm(hidden_MH, delta_MH, bias_H, layer.mlp_norm)
         activated_MF = _activated(layer.fc1, normed_MH, weights.activation, ops)
         delta_MH, bias_H = _row_parallel(layer.fc2, activated_MF, ops), layer.fc2.bias
+    if weights.final_norm is None:
+        return torch_ops.add(hidden_MH, delta_MH, bias_H)
     return ops.add_norm(hidden_MH, delta_MH, bias_H, weights.final_norm)[1]
 
 

@@ -107,11 +107,17 @@ class RolloutGenerator:
         return reason is None
 
     def _why_not_engine(self) -> str | None:
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            return "pipeline parallelism"
+        """The same on all stages, each of which knows its own layers."""
+        chunks = self._model.get_model_module_list()
+        has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
+        if len(chunks) > 1 or (has_stages and current_device().type == "cuda"):  # where it has not been run yet
+            return "pipeline parallelism on a GPU, or with virtual stages"
         if any(self._model.resets.values()):
             return "model.data.reset_attention_mask or reset_position_ids"
-        return unsupported_part(self._model.get_model_module_list()[0])
+        reason = unsupported_part(chunks[0])
+        if not least_of_all_ranks(int(reason is None)):
+            return reason or "what another pipeline stage has"
+        return None
 
     def _strategy(self, lengths_B: torch.Tensor) -> TrackLengthGPTModelTextGenerationStrategy:
         lengths = self._model._length_params

@@ -53,6 +53,10 @@ class Pipeline:
         return len(self._chunks)
 
     @property
+    def stage(self) -> int:
+        return self._stage
+
+    @property
     def is_last_stage(self) -> bool:
         return self._stage == self.num_stages - 1
 
@@ -91,20 +95,25 @@ class Pipeline:
             output: None if there is nothing for another stage.
             received_shape: positions and rows of the hidden states to be received; None if none are sent.
         """
-        messages, received = [], None
+        dtype = self._config.pipeline_dtype  # in which it is received
+        outputs = [] if output is None else [output.to(dtype)]
+        shapes = [] if received_shape is None else [(*received_shape, self._config.hidden_size)]
+        received = self.exchange(outputs, shapes, dtype)
+        return received[0] if received else None
+
+    def exchange(
+        self, outputs: list[torch.Tensor], received_shapes: list[tuple[int, ...]], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """Send `outputs` to the next stage, and return what this one receives, all in one batch."""
         group = parallel_state.get_pipeline_model_parallel_group()
-        if output is not None:
-            output = output.to(self._config.pipeline_dtype)  # the dtype in which it is received
-            next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
-            messages.append(distributed.P2POp(distributed.isend, output, next_rank, group))
-        if received_shape is not None:
-            shape = (*received_shape, self._config.hidden_size)
-            received = torch.empty(shape, dtype=self._config.pipeline_dtype, device=current_device())
-            previous_rank = parallel_state.get_pipeline_model_parallel_prev_rank()
-            messages.append(distributed.P2POp(distributed.irecv, received, previous_rank, group))
+        previous_rank = parallel_state.get_pipeline_model_parallel_prev_rank()
+        next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
+        received = [torch.empty(shape, dtype=dtype, device=current_device()) for shape in received_shapes]
+        messages = [distributed.P2POp(distributed.isend, output, next_rank, group) for output in outputs]
+        messages += [distributed.P2POp(distributed.irecv, tensor, previous_rank, group) for tensor in received]
         under_way = distributed.batch_isend_irecv(messages) if messages else []
-        if received is not None:
-            under_way.pop().wait()  # the last message's, or, from NCCL, the only one for the batch
+        for _ in received[: len(under_way)]:
+            under_way.pop().wait()  # the last messages', or, from NCCL, the only one for the batch
         # A send has time until the next tick: the stage that receives it may still be at work.
         for send in self._sends:
             send.wait()

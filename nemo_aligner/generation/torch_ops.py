@@ -17,7 +17,7 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream with `delta_MH` and `bias_H` added, and its norm, computed in float32; both [M, H]."""
     if delta_MH is not None:
-        hidden_MH = hidden_MH + (delta_MH if bias_H is None else delta_MH + bias_H)
+        hidden_MH = add(hidden_MH, delta_MH, bias_H)
     weight_H = norm.weight.float() + 1 if norm.zero_centered else norm.weight.float()
     if norm.is_rms:
         normed_MH = F.rms_norm(hidden_MH.float(), weight_H.shape, weight_H, norm.eps)
@@ -25,6 +25,13 @@ def add_norm(
         bias = None if norm.bias is None else norm.bias.float()
         normed_MH = F.layer_norm(hidden_MH.float(), weight_H.shape, weight_H, bias, norm.eps)
     return hidden_MH, normed_MH.to(hidden_MH.dtype)
+
+
+def add(hidden_MH: torch.Tensor, delta_MH: torch.Tensor, bias_H: torch.Tensor | None) -> torch.Tensor:
+    """Their sum [M, H]; `delta_MH` may come in float32 parts, [Z, M, H]."""
+    if delta_MH.dim() == 3:
+        delta_MH = delta_MH.sum(0)
+    return (hidden_MH + (delta_MH if bias_H is None else delta_MH + bias_H)).to(hidden_MH.dtype)
 
 
 def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

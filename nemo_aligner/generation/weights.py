@@ -51,19 +51,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole GPT model, or this tensor-parallel rank's shard of it.
+    """A GPT model, or this pipeline stage's part of it, or this tensor-parallel rank's shard of that.
 
+    `embedding` and `positions` are the first stage's, `final_norm` and `output` the last one's; None elsewhere.
     `num_groups` key/value groups of this rank with `heads_per_group` query heads each, of `head_dim` channels.
     `rotary` gives the angles of the first so many positions, or is None where positions are learned.
     """
 
-    embedding: torch.Tensor
+    embedding: torch.Tensor | None
     positions: torch.Tensor | None
     rotary: torch.nn.Module | None
     layers: tuple[Layer, ...]
     activation: Activation
-    final_norm: Norm
-    output: torch.Tensor
+    final_norm: Norm | None
+    output: torch.Tensor | None
     num_groups: int
     heads_per_group: int
     head_dim: int
@@ -82,7 +83,8 @@ class Weights:
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from (tensor for tensor in (self.embedding, self.positions, self.output) if tensor is not None)
-        for norm in (self.final_norm, *(n for layer in self.layers for n in (layer.attention_norm, layer.mlp_norm))):
+        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
+        for norm in norms if self.final_norm is None else (*norms, self.final_norm):
             yield from (tensor for tensor in (norm.weight, norm.bias) if tensor is not None)
         for linear in (x for layer in self.layers for x in (layer.qkv, layer.proj, layer.fc1, layer.fc2)):
             yield from (tensor for tensor in (linear.weight, linear.bias) if tensor is not None)
@@ -94,17 +96,15 @@ def find_weights(model: GPTModel) -> Weights:
     """The parameters of `model`, which `unsupported_part` has nothing to say about, where they are now."""
     config, tp_size = model.config, parallel_state.get_tensor_model_parallel_world_size()
     layers = tuple(_layer(layer, config) for layer in model.decoder.layers)
-    has_learned_positions = model.position_embedding_type == "learned_absolute"
+    has_learned_positions = model.pre_process and model.position_embedding_type == "learned_absolute"
     return Weights(
-        embedding=model.embedding.word_embeddings.weight,
+        embedding=model.embedding.word_embeddings.weight if model.pre_process else None,
         positions=model.embedding.position_embeddings.weight if has_learned_positions else None,
         rotary=model.rotary_pos_emb if model.position_embedding_type == "rope" else None,
         layers=layers,
         activation=activation_of(config),
-        final_norm=_norm(model.decoder.final_layernorm, config),
-        output=model.shared_embedding_or_output_weight()
-        if model.share_embeddings_and_output_weights
-        else model.output_layer.weight,
+        final_norm=_norm(model.decoder.final_layernorm, config) if model.post_process else None,
+        output=_output(model) if model.post_process else None,
         num_groups=config.num_query_groups // tp_size,
         heads_per_group=config.num_attention_heads // config.num_query_groups,
         head_dim=config.kv_channels,
@@ -113,8 +113,8 @@ def find_weights(model: GPTModel) -> Weights:
 
 def unsupported_part(model: torch.nn.Module) -> str | None:
     """What in `model` generation cannot compute, in a few words; None if it can compute all of it."""
-    if not isinstance(model, GPTModel) or not (model.pre_process and model.post_process):
-        return "a model that is not one whole megatron-core GPTModel"
+    if not isinstance(model, GPTModel):
+        return "a model that is not megatron-core's GPTModel"
     config = model.config
     for key in ("rotary_interleaved", "fp32_residual_connection", "apply_residual_connection_post_layernorm"):
         if getattr(config, key):
@@ -127,7 +127,7 @@ def unsupported_part(model: torch.nn.Module) -> str | None:
         return "attention within a window"
     if model.position_embedding_type not in ("rope", "learned_absolute", "none"):
         return f"position_embedding_type {model.position_embedding_type}"
-    if model.embedding.forward.__func__ is not LanguageModelEmbedding.forward:
+    if model.pre_process and model.embedding.forward.__func__ is not LanguageModelEmbedding.forward:
         return f"the embedding {type(model.embedding).__name__}"
     for layer in model.decoder.layers:
         if not (isinstance(layer.self_attention, SelfAttention) and isinstance(layer.mlp, MLP)):
@@ -139,6 +139,12 @@ def unsupported_part(model: torch.nn.Module) -> str | None:
     known = {id(tensor) for tensor in find_weights(model)._tensors()}
     unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
     return f"the parameter {unknown[0]}" if unknown else None
+
+
+def _output(model: GPTModel) -> torch.Tensor:
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
 
 
 def _layer(layer: torch.nn.Module, config) -> Layer:

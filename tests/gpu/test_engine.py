@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_aligner.compat.device import current_device
-from nemo_aligner.generation import engine as engine_module
+from nemo_aligner.generation import lane as lane_module
 from nemo_aligner.generation.cuda_graph import StepGraphs, pools_in_use
-from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.kv_cache import usable_memory
+from nemo_aligner.generation.lane import Lane
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from tests.tiny import load_actor
 from tests.unit.test_engine import batch_of, ragged_prompts, responses_of
@@ -73,14 +73,14 @@ def test_greedy_tokens_equal_hugging_face_with_rows_ending_and_joining(actor, ti
 
 
 def test_prefills_have_few_sizes(actor, monkeypatch):
-    sizes, forward = [], engine_module.forward
+    sizes, forward = [], lane_module.forward
 
-    def recording(weights, tokens_M, positions_M, attend, ops):
-        if isinstance(attend, engine_module.FusedPromptAttention):
+    def recording(weights, tokens_M, positions_M, attend, *rest):
+        if isinstance(attend, lane_module.FusedPromptAttention):
             sizes.append(len(tokens_M))
-        return forward(weights, tokens_M, positions_M, attend, ops)
+        return forward(weights, tokens_M, positions_M, attend, *rest)
 
-    monkeypatch.setattr(engine_module, "forward", recording)
+    monkeypatch.setattr(lane_module, "forward", recording)
     for number in (3, 5, 8):
         actor.infer(batch_of(actor, [[5] * 100] * 2 + ragged_prompts(number)))
     assert sizes == [256] * 3
@@ -138,7 +138,7 @@ def test_graphs_are_captured_anew_only_if_other_memory_comes_back(actor, monkeyp
     batch = batch_of(actor, ragged_prompts(8))
     expected = responses_of(actor.infer(batch))
     actor.infer(batch)  # what ran for the first time is captured now
-    num_bytes = actor._rollout_generator._engine._cache.keys_LRGTD.nbytes
+    num_bytes = actor._rollout_generator._engine.lanes[0]._cache.keys_LRGTD.nbytes
     actor.finish_inference()
     if memory == "other":
         taken = [torch.full((num_bytes,), 7, dtype=torch.uint8, device="cuda") for _ in range(32)]
@@ -167,7 +167,7 @@ def test_memory_that_captured_graphs_hold_is_not_usable(actor, monkeypatch):
     pools, usable = pools_in_use(), usable_memory(device)
     held = held_bytes(pools)
     assert len(pools) == 1 and held > 0
-    actor._rollout_generator._engine._graphs = None
+    actor._rollout_generator._engine.lanes[0]._graphs = None
     # the pool is there still, and torch would give it up; the graphs' random state, two numbers, has gone with them
     assert pools_in_use() == set() and usable_memory(device) == pytest.approx(usable + 0.85 * held, abs=2048)
     torch.cuda.empty_cache()
@@ -196,15 +196,15 @@ def test_log_probabilities_while_decoding_are_those_of_the_training_forward(acto
     actor.model.to(dtype)
     # This random model's logits reach 20, where bf16 knows sixteenths only: they are brought to a few units.
     actor.model.decoder.final_layernorm.weight.data.mul_(0.25)
-    seen, next_logits = {}, Engine._next_logits
+    seen, next_logits = {}, Lane._next_logits
 
     def recording(self, num_rows, num_looked_at):
         logits_BV = next_logits(self, num_rows, num_looked_at)
-        for row, logits_V in zip(self._in_flight, logits_BV.float().log_softmax(-1), strict=False):
+        for row, logits_V in zip(self.in_flight, logits_BV.float().log_softmax(-1), strict=False):
             seen.setdefault(id(row), (row, []))[1].append(logits_V)
         return logits_BV
 
-    monkeypatch.setattr(Engine, "_next_logits", recording)
+    monkeypatch.setattr(Lane, "_next_logits", recording)
     # a graph would not call it
     monkeypatch.setattr(StepGraphs, "run", lambda self, num_rows: self._step(num_rows))
     with_engine(actor, 5).infer(batch_of(actor, ragged_prompts(12)))

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from nemo_aligner.generation import engine as engine_module
 from nemo_aligner.generation import kv_cache
+from nemo_aligner.generation import lane as lane_module
 from nemo_aligner.generation.cuda_graph import StepGraphs
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.lane import Lane
 from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
@@ -115,21 +116,21 @@ def test_greedy_tokens_equal_the_schedules_and_transformers_with_rows_ending_and
 
 @pytest.mark.parametrize("step", [1, 64])
 def test_padding_behind_the_prompts_changes_no_token(actor, hf_responses, monkeypatch, step):
-    sizes, forward = [], engine_module.forward
+    sizes, forward = [], lane_module.forward
 
-    def recording(weights, tokens_M, positions_M, attend, ops):
-        if isinstance(attend, engine_module.PromptAttention):
+    def recording(weights, tokens_M, positions_M, attend, *rest):
+        if isinstance(attend, lane_module.PromptAttention):
             sizes.append(len(tokens_M))
-        return forward(weights, tokens_M, positions_M, attend, ops)
+        return forward(weights, tokens_M, positions_M, attend, *rest)
 
-    monkeypatch.setattr(engine_module, "forward", recording)
+    monkeypatch.setattr(lane_module, "forward", recording)
     ids, num_tokens = actor.tokenizer.eos_id, actor.tokenizer.vocab_size
     decoding = Decoding(SamplingParams(use_greedy=True), NUM_NEW_TOKENS, 0, (ids,), num_tokens)
     rows = [Row(prompt, torch.zeros(NUM_NEW_TOKENS, dtype=torch.float64), 0) for prompt in ragged_prompts()]
-    monkeypatch.setattr(engine_module, "MAX_PROMPTS_PER_PREFILL", 10)
+    monkeypatch.setattr(lane_module, "MAX_PROMPTS_PER_PREFILL", 10)
     engine = Engine(actor.model, max_rows=10)
-    assert engine._prefill_step == 1  # on a CPU
-    engine._prefill_step = step
+    assert engine.lanes[0]._prefill_step == 1  # on a CPU
+    engine.lanes[0]._prefill_step = step
     list(engine.generate(rows, decoding, EndStrings([], actor.tokenizer)))
     assert [row.generated for row in rows] == [until_one_of(row, {ids}) for row in hf_responses]
     assert len(set(sizes)) > 1 and all(size % step == 0 for size in sizes)
@@ -157,15 +158,15 @@ def test_log_probabilities_while_decoding_are_those_of_the_training_forward(gene
     actor = generating(max_rows=5)
     prompts, eos_id = ragged_prompts(12), actor.tokenizer.eos_id
     seen = {}
-    next_logits = Engine._next_logits
+    next_logits = Lane._next_logits
 
     def recording(self, num_rows, num_looked_at):
         logits_BV = next_logits(self, num_rows, num_looked_at)
-        for row, logits_V in zip(self._in_flight, logits_BV.log_softmax(-1), strict=True):
+        for row, logits_V in zip(self.in_flight, logits_BV.log_softmax(-1), strict=True):
             seen.setdefault(id(row), (row, []))[1].append(logits_V)
         return logits_BV
 
-    monkeypatch.setattr(Engine, "_next_logits", recording)
+    monkeypatch.setattr(Lane, "_next_logits", recording)
     rollouts = actor.infer(batch_of(actor, prompts))
     assert len(seen) == len(prompts)
     assert {tuple(row.generated) for row, _ in seen.values()} == {tuple(row) for row in responses_of(rollouts)}
@@ -221,18 +222,18 @@ def test_draws_with_a_repetition_penalty_count_the_rows_own_tokens_and_no_others
 def test_a_prompt_is_prefilled_once_for_all_its_rollouts_even_if_they_join_late(generating, monkeypatch):
     actor = generating(max_rows=3)
     prefilled = []
-    attention = engine_module.PromptAttention
+    attention = lane_module.PromptAttention
 
     def recording(weights, rotary, cache, lengths, num_padding):
         prefilled.extend(lengths)
         return attention(weights, rotary, cache, lengths, num_padding)
 
-    monkeypatch.setattr(engine_module, "PromptAttention", recording)
-    monkeypatch.setattr(engine_module, "MAX_PROMPTS_PER_PREFILL", 2)
+    monkeypatch.setattr(lane_module, "PromptAttention", recording)
+    monkeypatch.setattr(lane_module, "MAX_PROMPTS_PER_PREFILL", 2)
     prompts = [[5, 6, 7]] * 5 + [[8]] * 4 + [[9, 10]] * 5 + [[5, 6, 7]]
     rollouts = actor.infer(batch_of(actor, prompts))
     assert prefilled == [2, 0, 1, 2]  # all but the last token, which the rows decode
-    monkeypatch.setattr(engine_module, "PromptAttention", attention)
+    monkeypatch.setattr(lane_module, "PromptAttention", attention)
     alone = [responses_of(actor.infer(batch_of(actor, [prompt])))[0] for prompt in ([5, 6, 7], [8], [9, 10])]
     assert responses_of(rollouts) == [alone[0]] * 5 + [alone[1]] * 4 + [alone[2]] * 5 + [alone[0]]
 
@@ -246,13 +247,13 @@ def test_rows_of_later_batches_take_the_places_of_ended_ones_and_batches_come_wh
         batch_of(actor, prompts[start : start + 8], rollout_id=torch.arange(start, start + 8)[:, None])
         for start in (0, 8, 16)
     ]
-    num_rows, step = [], Engine._step
+    num_rows, step = [], Lane._step
 
     def counted(self, rows):
         num_rows.append(rows)
         return step(self, rows)
 
-    monkeypatch.setattr(Engine, "_step", counted)
+    monkeypatch.setattr(Lane, "_step", counted)
     actor.seed_sampling(2)
     apart = [responses_of(actor.infer(batch)) for batch in batches]
     steps_apart = len(num_rows)
@@ -273,15 +274,15 @@ def test_a_host_that_runs_ahead_queues_no_step_that_no_row_can_need(generating, 
     actor, prompts = generating(max_rows=5), ragged_prompts(13)
     expected = responses_of(actor.infer(batch_of(actor, prompts)))
     engine = actor._rollout_generator._engine
-    engine._steps_between_looks, engine._looks_behind = 2, 1
-    monkeypatch.setattr(Engine, "_num_looked_at", lambda self: self._cache.capacity)
-    num_rows, step = [], Engine._step
+    engine.lanes[0]._steps_a_turn, engine.lanes[0]._looks_behind = 2, 1
+    monkeypatch.setattr(Lane, "_num_looked_at", lambda self: self._cache.capacity)
+    num_rows, step = [], Lane._step
 
     def counted(self, rows):
         num_rows.append(rows)
         return step(self, rows)
 
-    monkeypatch.setattr(Engine, "_step", counted)
+    monkeypatch.setattr(Lane, "_step", counted)
     assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
     assert {len(row) for row in expected} == {NUM_NEW_TOKENS}
     assert num_rows == [5] * (2 * NUM_NEW_TOKENS) + [3] * NUM_NEW_TOKENS
@@ -297,17 +298,17 @@ def test_too_little_memory_lowers_the_rows_in_flight_and_says_so_once(generating
     expected = responses_of(generating().infer(batch_of(generating(), prompts)))
     actor = generating()
     actor.infer(batch_of(actor, prompts))
-    whole = actor._rollout_generator._engine
+    whole = actor._rollout_generator._engine.lanes[0]
     enough_for_two = 2 * whole._cache.num_bytes // 9 + whole._prompts.num_bytes
     for memory, num_rows in ((0, 1), (enough_for_two, 2)):
         actor._rollout_generator.release()
-        monkeypatch.setattr(engine_module, "usable_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(lane_module, "usable_memory", lambda device, memory=memory: memory)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "nemo_logger"):
             assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
             assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
         engine = actor._rollout_generator._engine
-        assert engine._cache.num_rows == num_rows
+        assert engine.lanes[0]._cache.num_rows == num_rows
         assert sum(f"{num_rows} rows in flight instead of 9" in message for message in caplog.messages) == 1
 
 
@@ -337,19 +338,19 @@ def test_rows_that_memory_limits_stay_as_many_from_one_phase_to_the_next(generat
     actor, prompts = generating(), ragged_prompts(40)
     actor.infer(batch_of(actor, prompts))
     engine = actor._rollout_generator._engine
-    per_row, of_prompts = engine._cache.num_bytes // 40, engine._prompts.num_bytes
+    per_row, of_prompts = engine.lanes[0]._cache.num_bytes // 40, engine.lanes[0]._prompts.num_bytes
     found = []
     for num_fitting in (20, 22, 20, 19, 21, 24, 40):
 
         def measured(device, num_fitting=num_fitting):
-            found.append([engine._graphs is not None])
+            found.append([engine.lanes[0]._graphs is not None])
             return num_fitting * per_row + of_prompts
 
         actor._rollout_generator.release()
-        monkeypatch.setattr(engine_module, "usable_memory", measured)
-        rows = engine._device_rows
+        monkeypatch.setattr(lane_module, "usable_memory", measured)
+        rows = engine.lanes[0]._device_rows
         actor.infer(batch_of(actor, prompts))
-        found[-1] += [engine._cache.num_rows, engine._device_rows is rows]
+        found[-1] += [engine.lanes[0]._cache.num_rows, engine.lanes[0]._device_rows is rows]
     assert found == [
         [True, 20, False], [True, 20, True], [True, 20, True], [True, 19, False], [True, 19, True], [True, 24, False],
         [True, 40, False],
@@ -364,7 +365,7 @@ class FakeMemory:
 
     def __init__(self, num_rows: int):
         self.num_rows, self.asked = num_rows, []
-        self.make = engine_module.KVCache
+        self.make = lane_module.KVCache
 
     def __call__(self, *, num_rows, **more):
         self.asked.append(num_rows)
@@ -377,7 +378,7 @@ def test_rows_in_flight_are_halved_until_there_is_memory_for_them_and_one_line_s
     prompts = ragged_prompts(9)
     expected = responses_of(generating().infer(batch_of(generating(), prompts)))
     actor, memory = generating(), FakeMemory(num_rows=2)
-    monkeypatch.setattr(engine_module, "KVCache", memory)
+    monkeypatch.setattr(lane_module, "KVCache", memory)
     with caplog.at_level(logging.WARNING, "nemo_logger"):
         assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
         assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
@@ -389,16 +390,16 @@ def test_rows_in_flight_are_halved_until_there_is_memory_for_them_and_one_line_s
 
 def test_too_little_memory_on_one_rank_lowers_the_rows_of_all(generating, monkeypatch):
     actor, memory = generating(), FakeMemory(num_rows=9)
-    monkeypatch.setattr(engine_module, "KVCache", memory)
+    monkeypatch.setattr(lane_module, "KVCache", memory)
     of_the_other_rank = iter([9, 0, 0, 1])  # rows that it estimates, then whether there was memory for them
-    monkeypatch.setattr(engine_module, "least_of_all_ranks", lambda number: min(number, next(of_the_other_rank)))
+    monkeypatch.setattr(lane_module, "least_of_all_ranks", lambda number: min(number, next(of_the_other_rank)))
     actor.infer(batch_of(actor, ragged_prompts(9)))
-    assert actor._rollout_generator._engine._cache.num_rows == 2 and next(of_the_other_rank, None) is None
+    assert actor._rollout_generator._engine.lanes[0]._cache.num_rows == 2 and next(of_the_other_rank, None) is None
 
 
 def test_memory_for_not_even_one_row_is_a_clear_error(generating, monkeypatch):
     actor = generating()
-    monkeypatch.setattr(engine_module, "KVCache", FakeMemory(num_rows=0))
+    monkeypatch.setattr(lane_module, "KVCache", FakeMemory(num_rows=0))
     # 128 positions of the row and 64 of its prompt, 2 * 4 layers * 2 groups * 16 channels * 4 bytes each
     message = r"keys and values of a single row of 128 tokens and its prompt, 0 MiB; lower model\.rs\.length_params"
     with pytest.raises(torch.OutOfMemoryError, match=message):
@@ -409,14 +410,14 @@ def test_memory_cut_for_few_long_rows_is_cut_anew_for_more_shorter_ones(generati
     actor, prompts, long_prompt = generating(), ragged_prompts(9), [5] * 150
     actor.infer(batch_of(actor, [long_prompt]))
     engine = actor._rollout_generator._engine
-    per_long_row, of_prompts = engine._cache.num_bytes, engine._prompts.num_bytes
+    per_long_row, of_prompts = engine.lanes[0]._cache.num_bytes, engine.lanes[0]._prompts.num_bytes
     expected = responses_of(actor.infer(batch_of(actor, prompts)))
     actor._rollout_generator.release()
-    monkeypatch.setattr(engine_module, "usable_memory", lambda device: 4 * per_long_row + of_prompts)
+    monkeypatch.setattr(lane_module, "usable_memory", lambda device: 4 * per_long_row + of_prompts)
     found, caches = [], []
     for batch in ([long_prompt] * 6, prompts, prompts[:3], prompts):
         found.append(responses_of(actor.infer(batch_of(actor, batch))))
-        caches.append(actor._rollout_generator._engine._cache)
+        caches.append(actor._rollout_generator._engine.lanes[0]._cache)
     assert [(cache.num_rows, cache.capacity) for cache in caches[:2]] == [(4, 256), (6, 128)]
     assert caches[1] is caches[2] is caches[3]
     assert found[1] == found[3] == expected and found[2] == expected[:3]
@@ -431,7 +432,7 @@ def test_what_was_broken_off_leaves_nothing_behind(generating):
 
     with pytest.raises(KeyError):
         list(actor.infer_each([batch_of(actor, ragged_prompts(9))], check=stop))
-    rows = actor._rollout_generator._engine._device_rows
+    rows = actor._rollout_generator._engine.lanes[0]._device_rows
     assert (rows.position_R > 0).all() and not rows.is_done_R.any()
     places = []
     put_ = DeviceRows.put_
@@ -443,7 +444,7 @@ def test_what_was_broken_off_leaves_nothing_behind(generating):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceRows, "put_", noting)
         actor.infer(batch_of(actor, ragged_prompts(9)))
-    assert actor._rollout_generator._engine._device_rows is rows and places[0] == ([0] * 9, True)
+    assert actor._rollout_generator._engine.lanes[0]._device_rows is rows and places[0] == ([0] * 9, True)
 
 
 def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
@@ -451,13 +452,13 @@ def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
     actor.prepare_for_inference()
     actor.infer(batch_of(actor, [[5, 6]]))
     engine = actor._rollout_generator._engine
-    assert engine._cache.num_bytes > 0
+    assert engine.lanes[0]._cache.num_bytes > 0
     actor.finish_inference()
-    assert engine._cache is None and engine._prompts is None
+    assert engine.lanes[0]._cache is None and engine.lanes[0]._prompts is None
 
 
 def test_whoever_waits_for_the_last_rows_hears_of_them_once(generating):
-    """Five rows of 2 to 10 tokens, four at a time: three are left when two have ended, and the call comes at two."""
+    """Five rows of 2 to 10 tokens, four at a time: the call comes when two are left."""
     actor, in_flight, calls = generating(max_rows=4), [], []
     decoding = Decoding(SamplingParams(use_greedy=True), 10, 0, (actor.tokenizer.eos_id,), actor.tokenizer.vocab_size)
     rows = [Row([5, 6 + number], torch.zeros(10, dtype=torch.float64), 0) for number in range(5)]
@@ -469,9 +470,9 @@ def test_whoever_waits_for_the_last_rows_hears_of_them_once(generating):
             return len(generated) == 2 * (prompt[-1] - 6) + 2
 
     engine = Engine(actor.model, max_rows=4)
-    for _ in engine.generate(rows, decoding, Ends(), on_last_rows=lambda: calls.append(len(engine._in_flight))):
-        in_flight.append(len(engine._in_flight))
-    assert in_flight == [3, 3, 2, 1, 0] and calls == [2]
+    for _ in engine.generate(rows, decoding, Ends(), on_last_rows=lambda: calls.append(len(engine.lanes[0].in_flight))):
+        in_flight.append(len(engine.lanes[0].in_flight))
+    assert in_flight == [4, 3, 2, 1, 0] and calls == [2]
 
 
 @pytest.mark.parametrize(("room", "comes"), [(99, False), (100, True)])
@@ -483,10 +484,10 @@ def test_optimizer_states_come_back_beside_rollouts_if_there_is_room(generating,
     monkeypatch.setattr(actor, "distributed_adam_offload_manager", offload)
     monkeypatch.setattr(megatron_gpt_rs_actor, "usable_memory", lambda device: room)
     actor.prefetch_adam_states(beside_rollouts=True)
-    assert calls == ["onload"] * comes and actor._rollout_generator._engine._cache is not None
+    assert calls == ["onload"] * comes and actor._rollout_generator._engine.lanes[0]._cache is not None
     calls.clear()
     actor.prefetch_adam_states()
-    assert calls == ["onload"] and actor._rollout_generator._engine._cache is None
+    assert calls == ["onload"] and actor._rollout_generator._engine.lanes[0]._cache is None
 
 
 def test_what_is_checked_between_tokens_can_end_the_generation(generating):
@@ -499,7 +500,7 @@ def test_what_is_checked_between_tokens_can_end_the_generation(generating):
 
     def check():
         engine = actor._rollout_generator._engine
-        num_steps.append(sum(len(row.generated) for row in engine._in_flight))
+        num_steps.append(sum(len(row.generated) for row in engine.lanes[0].in_flight))
         if len(num_steps) == 3:
             raise KeyError("enough")
 
@@ -519,20 +520,20 @@ def test_a_row_without_finite_logits_ends_the_run_with_its_prompt_and_token(gene
     actor = generating(max_rows=3)
     monkeypatch.setitem(actor._sampling_params, "use_greedy", use_greedy)
     prompts = [*ragged_prompts(6), actor.tokenizer.text_to_ids("one two three")]
-    next_logits = Engine._next_logits
+    next_logits = Lane._next_logits
 
     def spoiling(self, num_rows, num_looked_at):
         logits_BV = next_logits(self, num_rows, num_looked_at)
-        for row, logits_V in zip(self._in_flight, logits_BV, strict=True):
+        for row, logits_V in zip(self.in_flight, logits_BV, strict=True):
             if row.prompt == prompts[-1] and len(row.generated) == 4:
                 logits_V[7] = torch.nan
         return logits_BV
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_next_logits", spoiling)
+        patch.setattr(Lane, "_next_logits", spoiling)
         with pytest.raises(FloatingPointError, match=r"token 5 of a response to 'one two three' are NaN .*optim.lr"):
             actor.infer(batch_of(actor, prompts))
-    assert actor._rollout_generator._engine._cache is None  # keys and values that may be NaN
+    assert actor._rollout_generator._engine.lanes[0]._cache is None  # keys and values that may be NaN
     assert len(responses_of(actor.infer(batch_of(actor, prompts)))[-1]) > 4
 
 
@@ -646,7 +647,7 @@ def test_what_the_engine_does_not_know_goes_through_the_schedule_with_one_line(t
     with caplog.at_level(logging.WARNING, "nemo_logger"):
         for _ in range(2):
             assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
-    assert actor._rollout_generator._engine._cache is None
+    assert actor._rollout_generator._engine.lanes[0]._cache is None
     assert sum("decoder.layers.2.post_norm.weight" in message for message in caplog.messages) == 1
 
 

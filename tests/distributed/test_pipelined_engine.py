@@ -1,0 +1,107 @@
+"""The engine over pipeline stages, over gloo, draws the tokens that one process draws."""
+
+from unittest import mock
+
+import pytest
+from megatron.core import parallel_state
+
+from nemo_aligner.generation import lane
+from nemo_aligner.generation.no_token import NO_TOKEN
+from nemo_aligner.generation.rollouts import GenerationSettings
+from nemo_aligner.generation.rows import DeviceRows
+from tests.distributed.launch import run_ranks
+from tests.distributed.test_pipelined_decoding import (
+    MAX_LENGTH,
+    Layout,
+    batch_of,
+    load,
+    num_stuck,
+    recorded_exchanges,
+    rollouts_of,
+)
+
+OF_TWO = {"PP=2": Layout(pp=2)}
+OF_FOUR = {"PP=4": Layout(pp=4), "TP=2 PP=2": Layout(tp=2, pp=2)}
+
+
+def with_engine(actor, max_rows: int = 256):
+    actor._rollout_generator.release()
+    actor._rollout_generator._engine = None
+    actor._rollout_generator._settings = GenerationSettings("engine", max_rows)
+    return actor
+
+
+def rollouts_with_places_for(actor, max_rows: int) -> dict:
+    """Rows wait for places, and few prompts are prefilled at once."""
+    with mock.patch.object(lane, "MAX_PROMPTS_PER_PREFILL", 2):
+        return rollouts_of(with_engine(actor, max_rows))
+
+
+def error_of(actor) -> str:
+    draw = DeviceRows.draw
+
+    def spoiling(self, logits_BV, num_looked_at):
+        drawn_B = draw(self, logits_BV, num_looked_at)
+        is_broken_B = self.position_R[: len(drawn_B)] == 13  # token 9 of the rows with prompts of five tokens
+        return drawn_B.masked_fill(is_broken_B, NO_TOKEN)
+
+    prompts = [[5 + row] * (12 if row % 2 else 5) for row in range(8)]
+    with (
+        mock.patch.object(DeviceRows, "draw", spoiling),
+        mock.patch.dict(actor._length_params, min_length=MAX_LENGTH),
+        pytest.raises(FloatingPointError) as error,
+    ):
+        with_engine(actor).infer(batch_of(actor, prompts))
+    return str(error.value)
+
+
+def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Layout]) -> dict[str, dict]:
+    outcomes = {}
+    for name, layout in layouts.items():
+        parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.virtual)
+        actor = load(archive, layout, world_size)
+        with recorded_exchanges() as exchanges:
+            rollouts = rollouts_of(with_engine(actor))
+            few = rollouts_with_places_for(actor, 4)
+        outcomes[name] = {
+            "rollouts": rollouts, "few": few, "exchanges": exchanges, "error": error_of(actor),
+            "is engine": actor._rollout_generator._engine is not None,
+        }  # fmt: skip
+        parallel_state.destroy_model_parallel()
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def of_one(tiny_nemo):
+    actor = load(str(tiny_nemo), Layout(), 1)
+    return rollouts_of(with_engine(actor)), error_of(actor)
+
+
+@pytest.fixture(scope="module")
+def of_two(tiny_nemo):
+    return run_ranks(run_layouts, 2, str(tiny_nemo), 2, OF_TWO)
+
+
+@pytest.fixture(scope="module")
+def of_four(tiny_nemo):
+    return run_ranks(run_layouts, 4, str(tiny_nemo), 4, OF_FOUR)
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_decode_as_one(of_one, of_two, name):
+    check([outcomes[name] for outcomes in of_two], of_one)
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_decode_as_one(of_one, of_four, name):
+    check([outcomes[name] for outcomes in of_four], of_one)
+
+
+def check(outcomes: list[dict], of_one: tuple[dict, str]) -> None:
+    rollouts, error = of_one
+    exchanges = [outcome["exchanges"] for outcome in outcomes]
+    assert sum(map(len, exchanges)) > 4 * MAX_LENGTH and num_stuck(exchanges) == 0
+    for outcome in outcomes:
+        assert outcome["is engine"]
+        assert outcome["rollouts"] == rollouts == outcome["few"]
+        assert outcome["error"] == error
