@@ -301,7 +301,8 @@ def test_the_scripts_refuse_an_occupied_port_and_unknown_keys_before_a_model_is_
         occupant.bind(("127.0.0.1", 0))
         occupant.listen()
         port = f"inference.port={occupant.getsockname()[1]}"
-        occupied = start(SCRIPTS / "serve_reward_model.py", f"rm_model_file={archive}", port, cwd=tmp_path)
+        settings = (f"rm_model_file={archive}", "trainer.accelerator=cpu", "trainer.precision=32", port)
+        occupied = start(SCRIPTS / "serve_reward_model.py", *settings, cwd=tmp_path)
         unknown = start(SCRIPTS / "serve_python_reward.py", "+inference.batch=3", cwd=tmp_path)
         assert refusal(occupied).startswith(f"error: inference.address=127.0.0.1, {port}: cannot listen there")
         assert refusal(unknown).startswith("error: inference.batch is not known; the keys are port, model_name,")

@@ -9,6 +9,7 @@ from nemo.collections.nlp.modules.common.text_generation_utils import get_defaul
 
 from nemo_aligner.generation import decode, rollouts, sampling
 from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.lane import Lane
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 from tests.tiny import load_actor, prompt_batch
 
@@ -63,7 +64,7 @@ def scripted(configured, monkeypatch):
             return logits_at([(row, self.t - len(prompt)) for row, prompt in enumerate(prompts)])
 
         def of_engine(self, num_rows, num_looked_at):
-            return logits_at([(all_rows.index(row), len(row.generated)) for row in self._in_flight])
+            return logits_at([(all_rows.index(row), len(row.generated)) for row in self.in_flight])
 
         def generate(self, rows, *options):
             all_rows.extend(rows)
@@ -71,7 +72,7 @@ def scripted(configured, monkeypatch):
 
         all_rows, engine_generate = [], Engine.generate
         monkeypatch.setattr(decode._Group, "_next_logits", of_group)
-        monkeypatch.setattr(Engine, "_next_logits", of_engine)
+        monkeypatch.setattr(Lane, "_next_logits", of_engine)
         monkeypatch.setattr(Engine, "generate", generate)
         return actor.infer(prompt_batch(prompts, actor.tokenizer.eos_id, actor._length_params["max_length"]))
 
@@ -295,13 +296,13 @@ def test_nemos_way_stops_when_all_rows_are_done(scripted, tiny, monkeypatch):
 @pytest.mark.parametrize("backend", ["engine"], indirect=True)
 def test_in_the_engine_rows_leave_when_they_are_done(scripted, tiny, monkeypatch):
     eos = tiny.tokenizer.eos_id
-    num_rows, step = [], Engine._step
+    num_rows, step = [], Lane._step
 
     def counted(self, rows):
         num_rows.append(rows)
         return step(self, rows)
 
-    monkeypatch.setattr(Engine, "_step", counted)
+    monkeypatch.setattr(Lane, "_step", counted)
     rollouts = scripted([[5], [6, 6, 6], [7]], [[eos], [30, 31, eos], [40, eos]], max_length=50)
     assert num_rows == [3, 2, 1]
     assert responses_of(rollouts) == [[eos], [30, 31, eos], [40, eos]]
