@@ -115,9 +115,9 @@ class RolloutGenerator:
         if any(self._model.resets.values()):
             return "model.data.reset_attention_mask or reset_position_ids"
         reason = unsupported_part(chunks[0])
-        if not least_of_all_ranks(int(reason is None)):
+        if has_stages and not least_of_all_ranks(int(reason is None)):
             return reason or "what another pipeline stage has"
-        return None
+        return reason
 
     def _strategy(self, lengths_B: torch.Tensor) -> TrackLengthGPTModelTextGenerationStrategy:
         lengths = self._model._length_params

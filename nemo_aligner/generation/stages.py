@@ -41,7 +41,7 @@ class Pipeline:
     def __init__(self, chunks: list[torch.nn.Module]):
         self._chunks = chunks
         self._config = get_model_config(chunks[0])
-        self._stage = parallel_state.get_pipeline_model_parallel_rank()
+        self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.num_stages = parallel_state.get_pipeline_model_parallel_world_size()
         self._sends: list[distributed.Work] = []
         if self.num_stages > 1:
@@ -53,12 +53,8 @@ class Pipeline:
         return len(self._chunks)
 
     @property
-    def stage(self) -> int:
-        return self._stage
-
-    @property
     def is_last_stage(self) -> bool:
-        return self._stage == self.num_stages - 1
+        return self.stage == self.num_stages - 1
 
     @property
     def ticks_per_position(self) -> int:
@@ -66,7 +62,7 @@ class Pipeline:
 
     def turn(self, tick: int) -> Turn | None:
         """This stage's, None as long as nothing can have come to it."""
-        return self._turn(tick - self._stage)
+        return self._turn(tick - self.stage)
 
     def drawing_group(self, tick: int) -> int | None:
         """The group whose tokens the last stage draws in this tick; the same on all stages."""
@@ -75,7 +71,7 @@ class Pipeline:
 
     def begins_with_hidden_states(self, turn: Turn) -> bool:
         """Whether this stage needs for its `turn` what the stage before has put out, and not tokens."""
-        return self._stage > 0 or turn.chunk > 0
+        return self.stage > 0 or turn.chunk > 0
 
     def run(self, chunk: int, hidden: torch.Tensor | None, inputs: tuple, **options) -> torch.Tensor:
         """The output of a chunk called with `inputs` and `options`; all but the model's first work on `hidden`."""
