@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens straight from hidden states, with logits of a piece of the vocabulary at a time.
 
-A piece of the vocabulary is to a shard what a shard is to the vocabulary, so the arithmetic is that of `logprobs`.
+A piece of the vocabulary is to a shard what a shard is to the vocabulary, so the arithmetic is that of `logprobs`. On a
+GPU it is one kernel of `logprob_kernels` for each piece, forward and backward.
 Pieces, not positions, because the gradient of a piece's weights then is one product, written (or added) where it
 belongs: pieces of positions would have to be summed into a matrix of the whole weight's size again and again.
 
@@ -39,13 +40,10 @@ class TargetLogprobs(torch.autograd.Function):
         targets_R = targets_R - parallel_state.get_tensor_model_parallel_rank() * weight_VH.size(0)
         dtype = torch.promote_types(hidden_RH.dtype, torch.float32)
         maxima_R, exp_sums_R, target_logits_R = torch.zeros(3, len(targets_R), dtype=dtype, device=hidden_RH.device)
-        maxima_R.fill_(-torch.inf)
+        # not -inf: where all logits are -inf, two maxima must have a difference
+        maxima_R.fill_(torch.finfo(dtype).min)
         for piece, logits_RC in _pieces(hidden_RH, weight_VH):
-            before_R, maxima_R = maxima_R, torch.maximum(maxima_R, logits_RC.amax(dim=1).to(dtype))
-            exp_sums_R *= (before_R - maxima_R).exp()
-            exp_sums_R += logprobs.shard_exp_sums(logits_RC[None], maxima_R[None])[0]
-            place_R, zeros_R = targets_R - piece.start, torch.zeros_like(maxima_R)
-            target_logits_R += logprobs.shard_target_logits(logits_RC[None], place_R[None], zeros_R[None])[0]
+            add_piece_(maxima_R, exp_sums_R, target_logits_R, logits_RC, targets_R, piece.start)
 
         own_maxima_R, maxima_R = maxima_R, maxima_R.clone()
         torch.distributed.all_reduce(maxima_R, torch.distributed.ReduceOp.MAX, group=group)
@@ -62,11 +60,11 @@ class TargetLogprobs(torch.autograd.Function):
     def backward(ctx, grad_R):
         hidden_RH, weight_VH, targets_R, maxima_R, exp_sums_R = ctx.saved_tensors
         needs_weight, fuses = ctx.needs_input_grad[1], ctx.fuse_weight
+        grad_R = grad_R.contiguous()
         grad_hidden_RH = torch.zeros_like(hidden_RH, dtype=maxima_R.dtype)
         grad_weight_VH = torch.empty_like(weight_VH) if needs_weight and not fuses else None
         for piece, logits_RC in _pieces(hidden_RH, weight_VH):
-            per_position = (targets_R - piece.start, maxima_R, exp_sums_R, grad_R)
-            grad_RC = logprobs.shard_gradient(logits_RC[None], *(tensor[None] for tensor in per_position))[0]
+            grad_RC = piece_gradient(logits_RC, targets_R, piece.start, maxima_R, exp_sums_R, grad_R)
             add_product_(grad_hidden_RH, grad_RC, weight_VH[piece])
             if needs_weight and fuses:
                 add_to_main_grad(weight_VH.main_grad[piece], grad_RC, hidden_RH)
@@ -78,6 +76,59 @@ class TargetLogprobs(torch.autograd.Function):
         if needs_weight and fuses:
             grad_weight_VH = stand_in_gradient(weight_VH)
         return grad_hidden_RH, grad_weight_VH, None, None, None
+
+
+def add_piece_(
+    maxima_R: torch.Tensor,
+    exp_sums_R: torch.Tensor,
+    target_logits_R: torch.Tensor,
+    logits_RC: torch.Tensor,
+    targets_R: torch.Tensor,
+    first: int,
+) -> None:
+    """Bring what is known of each position's logits up to date with those of a piece.
+
+    Args:
+        maxima_R, exp_sums_R, target_logits_R: the largest logit so far, the sum of exp(logit - largest), and the
+            target's logit, or 0 before its piece has come.
+        logits_RC: contiguous.
+        targets_R: int64, the target's place in this shard; it may lie in another one.
+        first: the place of the piece's first entry.
+    """
+    if logits_RC.is_cuda:
+        from nemo_aligner.utils import logprob_kernels
+
+        logprob_kernels.add_piece_(maxima_R, exp_sums_R, target_logits_R, logits_RC, targets_R, first)
+        return
+    before_R = maxima_R.clone()
+    torch.maximum(maxima_R, logits_RC.amax(dim=1).to(maxima_R.dtype), out=maxima_R)
+    exp_sums_R *= (before_R - maxima_R).exp()
+    exp_sums_R += logprobs.shard_exp_sums(logits_RC[None], maxima_R[None])[0]
+    place_R, zeros_R = targets_R - first, torch.zeros_like(maxima_R)
+    target_logits_R += logprobs.shard_target_logits(logits_RC[None], place_R[None], zeros_R[None])[0]
+
+
+def piece_gradient(
+    logits_RC: torch.Tensor,
+    targets_R: torch.Tensor,
+    first: int,
+    maxima_R: torch.Tensor,
+    exp_sums_R: torch.Tensor,
+    grad_R: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of a piece's logits, [R, C] in their dtype.
+
+    Args:
+        logits_RC, targets_R, first: as above. The memory of the logits is used again.
+        maxima_R, exp_sums_R: of the whole vocabulary.
+        grad_R: of the log-probabilities, contiguous.
+    """
+    if logits_RC.is_cuda:
+        from nemo_aligner.utils import logprob_kernels
+
+        return logprob_kernels.piece_gradient(logits_RC, targets_R, first, maxima_R, exp_sums_R, grad_R)
+    per_position = (targets_R - first, maxima_R, exp_sums_R, grad_R)
+    return logprobs.shard_gradient(logits_RC[None], *(tensor[None] for tensor in per_position))[0]
 
 
 def _pieces(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

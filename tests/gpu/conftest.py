@@ -32,6 +32,13 @@ def exact_matmuls():
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine does not ask torch; cuBLAS reads it when first used
 
 
+@pytest.fixture
+def normal() -> Callable[..., torch.Tensor]:
+    """`normal(*shape, dtype=...)`: random numbers on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape, dtype: torch.randn(shape, generator=generator).to(dtype)
+
+
 @pytest.fixture(scope="session")
 def own_layers():
     """For tests of the layers that stand in for those of Transformer Engine."""

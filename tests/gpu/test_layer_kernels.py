@@ -33,12 +33,6 @@ SUMMED = 2e-6
 NUM_PARTS = 5
 
 
-@pytest.fixture
-def normal():
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape, dtype: torch.randn(shape, generator=generator).to(dtype)
-
-
 def on_device(x):
     """Copies, which may be written to."""
     return x.clone().to(DEVICE) if isinstance(x, torch.Tensor) else x

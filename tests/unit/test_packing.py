@@ -19,7 +19,7 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils import logprobs
-from nemo_aligner.utils.target_logprobs import TargetLogprobs
+from nemo_aligner.utils.target_logprobs import TargetLogprobs, add_piece_
 from tests.tiny import load_actor, save_gpt2_like
 from tests.unit.test_loss import END_ID, assert_same, make_batch, training_step
 
@@ -310,6 +310,16 @@ def plain_logprobs(hidden_RH, weight_VH, targets_R, grad_R, dtype):
     logprobs_R = (hidden_RH @ weight_VH.t()).log_softmax(-1).gather(1, targets_R[:, None]).squeeze(1)
     logprobs_R.backward(grad_R.to(dtype))
     return logprobs_R, hidden_RH.grad, weight_VH.grad
+
+
+def test_a_piece_may_be_impossible():
+    logits_RV = torch.tensor([[-torch.inf, -torch.inf, 1.0, 2.0], [1.0, 2.0, -torch.inf, -torch.inf]])
+    seen = torch.full((2,), torch.finfo(torch.float32).min), torch.zeros(2), torch.zeros(2)
+    for first in (0, 2):
+        add_piece_(*seen, logits_RV[:, first : first + 2], torch.tensor([3, 2]), first)
+    maxima_R, exp_sums_R, target_logits_R = seen
+    torch.testing.assert_close(maxima_R + exp_sums_R.log(), logits_RV.logsumexp(1))
+    assert target_logits_R.tolist() == [2.0, -torch.inf]
 
 
 def test_a_frozen_output_layer_gets_no_gradient(llama):
