@@ -83,21 +83,20 @@ CENTERS = pytest.mark.parametrize("zero_centered", [True, False], ids=["zero", "
 @CENTERS
 @pytest.mark.parametrize(("T", "H"), [(1, 96), (37, 576), (3, 2048)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_bias_and_norm(normal, record_property, dtype, is_rms, zero_centered, T, H, with_bias):
+def test_norm_and_residual(normal, record_property, dtype, is_rms, zero_centered, T, H, with_bias):
     module = a_norm(normal, H, is_rms, zero_centered, dtype)
     x, bias = normal(T, H, dtype=dtype) * 3 + 1, normal(H, dtype=dtype) if with_bias else None
-    of_torch = x.clone()
-    normed_of_torch = layer_ops.normalized(module, of_torch, bias)
-    exact = x.double() + (bias.double() if with_bias else 0)
-    normed_exact = layer_ops.normalized(copy.deepcopy(module).double(), exact.to(dtype).double())
+    normed_of_torch, residual_of_torch = layer_ops.norm_and_residual(module, x, bias)
+    normed_exact = layer_ops.norm_and_residual(copy.deepcopy(module).double(), x.double(), None)[0]
 
     ours = on_device(x)
-    normed = layer_kernels.normalized(module.to(DEVICE), ours, on_device(bias))
-    if with_bias:
-        check(ours, of_torch, exact, record_property, "sum")
-    else:
-        assert torch.equal(ours.cpu(), x)
+    normed, residual = layer_kernels.norm_and_residual(module.to(DEVICE), ours, on_device(bias))
     check(normed, normed_of_torch, normed_exact, record_property, "norm")
+    if with_bias:
+        check(residual, residual_of_torch, x.double() + bias.double(), record_property, "residual")
+    else:
+        assert torch.equal(residual.cpu(), x) and residual.data_ptr() != ours.data_ptr()
+    assert torch.equal(ours.cpu(), x)
 
 
 @DTYPES
@@ -194,7 +193,7 @@ def test_a_layer(kind, tiny_hf, tiny_nemo, tmp_path, monkeypatch):
     path = tiny_nemo if kind == "llama" else save_gpt2_like(tiny_hf, tmp_path / "model.nemo", **MODELS[kind])
     layer = load_actor(path).model.decoder.layers[0].train()
     called = []
-    for name in ("normalized", "norm_gradient", "activation_gradient", "qkv_gradient"):
+    for name in ("norm_and_residual", "norm_gradient", "activation_gradient", "qkv_gradient"):
         module = rotary_kernels if name == "qkv_gradient" else layer_kernels
         spy = functools.partial(called_kernel, called, name, getattr(module, name))
         # the interpreter's tensors are on the CPU, where nobody would call them
@@ -208,8 +207,8 @@ def test_a_layer(kind, tiny_hf, tiny_nemo, tmp_path, monkeypatch):
         expected = outcome(layer, TransformerLayer.forward)
         called.clear()
         assert_same(outcome(layer), expected)
-        expected_calls = ["normalized"] * 2 + ["activation_gradient", "norm_gradient", "qkv_gradient", "norm_gradient"]
-        assert called == expected_calls
+        forward, backward = ["norm_and_residual"] * 2, ["norm_gradient", "qkv_gradient", "norm_gradient"]
+        assert called == [*forward, "activation_gradient", *backward]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has one program after the other")

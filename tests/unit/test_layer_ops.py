@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from nemo_aligner.models.nlp.gpt.activation import Activation, activate
-from nemo_aligner.models.nlp.gpt.layer_ops import ColumnSums, activation_gradient, norm_gradient, normalized
+from nemo_aligner.models.nlp.gpt.layer_ops import ColumnSums, activation_gradient, norm_and_residual, norm_gradient
 from nemo_aligner.models.nlp.gpt.rotary import qkv_gradient
 from tests.unit.test_layer_spec import norm
 
@@ -59,11 +59,14 @@ def test_norm_gradient_beside_a_residual_connection(normal, name, zero_centered)
         assert torch.equal(ours, same)
 
 
-def test_a_bias_is_added_in_front_of_a_norm(normal):
+def test_a_bias_is_added_beside_a_norm(normal):
     module, x, bias = norm("LayerNorm"), normal(5, 8), normal(8)
     kept = x.clone()
-    assert torch.equal(normalized(module, kept, bias), module(x + bias)) and torch.equal(kept, x + bias)
-    assert torch.equal(normalized(module, kept), module(x + bias)) and torch.equal(kept, x + bias)
+    for given, expected in ((bias, x + bias), (None, x)):
+        normed, residual = norm_and_residual(module, kept, given)
+        assert torch.equal(normed, module(x)) and torch.equal(residual, expected)
+        residual += 1
+        assert torch.equal(kept, x)
 
 
 @pytest.mark.parametrize("is_gated", [True, False])

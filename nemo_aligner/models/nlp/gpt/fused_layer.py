@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_aligner.compat.cpu_linear import linear, matmul
 from nemo_aligner.models.nlp.gpt.activation import activate, activation_of
-from nemo_aligner.models.nlp.gpt.layer_ops import ColumnSums, activation_gradient, norm_gradient, normalized
+from nemo_aligner.models.nlp.gpt.layer_ops import ColumnSums, activation_gradient, norm_and_residual, norm_gradient
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
 from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from nemo_aligner.utils.weight_gradients import weight_gradient
@@ -48,19 +48,21 @@ class _FusedLayer(torch.autograd.Function):
             if parameter is not None:
                 parameter.data_ptr()
 
-        qkv_TP = linear(normalized(layer.input_layernorm, hidden_TH), qkv_w, qkv_b)
+        # a product's bias is on the residual connection before the product is
+        normed_TH, middle_TH = norm_and_residual(layer.input_layernorm, hidden_TH, proj_b)
+        qkv_TP = linear(normed_TH, qkv_w, qkv_b)
         qkv_TGXD = _by_heads(layer, qkv_TP)
         if angles_TA is not None:
             apply_rotary_(qkv_TGXD, angles_TA)
         with torch.enable_grad():
             qkv = [part.detach().requires_grad_() for part in _query_key_value(qkv_TGXD)]
             context_TND = packed_attention(*qkv, sequences, dropout=0.0)
-        middle_TH = _add_product(hidden_TH, context_TND.detach().flatten(1), proj_w)
+        middle_TH = _add_product(middle_TH, context_TND.detach().flatten(1), proj_w)
 
-        inner_TF = linear(normalized(layer.pre_mlp_layernorm, middle_TH, proj_b), fc1_w, fc1_b)
-        output_TH = _add_product(middle_TH, activate(inner_TF, activation_of(layer.config)), fc2_w)
-        if fc2_b is not None:
-            output_TH += fc2_b
+        normed_TH, output_TH = norm_and_residual(layer.pre_mlp_layernorm, middle_TH, fc2_b)
+        inner_TF = linear(normed_TH, fc1_w, fc1_b)
+        del normed_TH
+        output_TH = _add_product(output_TH, activate(inner_TF, activation_of(layer.config)), fc2_w)
 
         ctx.save_for_backward(hidden_TH, middle_TH, inner_TF, angles_TA, *parameters)
         ctx.layer, ctx.attention = layer, (qkv, context_TND)
@@ -121,7 +123,7 @@ def _query_key_value(qkv_TGXD: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _add_product(residual_TH: torch.Tensor, x_TI: torch.Tensor, weight_HI: torch.Tensor) -> torch.Tensor:
-    """`residual_TH + x_TI @ weight_HI.T`."""
+    """`residual_TH + x_TI @ weight_HI.T`; the memory of `residual_TH` is used again."""
     if residual_TH.is_cuda:
-        return torch.addmm(residual_TH, x_TI, weight_HI.t())
+        return residual_TH.addmm_(x_TI, weight_HI.t())  # out of place, torch copies the summand first
     return linear(x_TI, weight_HI).add_(residual_TH)

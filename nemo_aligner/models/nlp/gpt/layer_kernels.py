@@ -14,13 +14,15 @@ from nemo_aligner.models.nlp.gpt.activation import Activation
 # ---- norms
 
 
-def normalized(norm: torch.nn.Module, x_TH: torch.Tensor, bias_H: torch.Tensor | None = None) -> torch.Tensor:
+def norm_and_residual(
+    norm: torch.nn.Module, x_TH: torch.Tensor, bias_H: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, size = x_TH.shape
-    normed_TH = torch.empty_like(x_TH)
-    _normalized_kernel[(num_tokens,)](
-        x_TH, bias_H, norm.weight, norm.bias, normed_TH, size, norm.eps, **_norm_options(norm, size)
+    normed_TH, residual_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+    _norm_and_residual_kernel[(num_tokens,)](
+        x_TH, bias_H, norm.weight, norm.bias, normed_TH, residual_TH, size, norm.eps, **_norm_options(norm, size)
     )
-    return normed_TH
+    return normed_TH, residual_TH
 
 
 def norm_gradient(
@@ -84,8 +86,8 @@ def _scale_and_shift(weight, bias, column, inside, ZERO_CENTERED: tl.constexpr):
 
 
 @triton.jit
-def _normalized_kernel(
-    x, x_bias, weight, bias, normed, size, eps,
+def _norm_and_residual_kernel(
+    x, x_bias, weight, bias, normed, residual, size, eps,
     IS_RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
@@ -93,12 +95,10 @@ def _normalized_kernel(
     at = tl.program_id(0).to(tl.int64) * size + column
     scale, shift = _scale_and_shift(weight, bias, column, inside, ZERO_CENTERED)
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    along = row
     if x_bias is not None:
-        row += tl.load(x_bias + column, mask=inside, other=0.0).to(tl.float32)
-        # the norm is that of what is kept
-        rounded = row.to(x.dtype.element_ty)
-        tl.store(x + at, rounded, mask=inside)
-        row = rounded.to(tl.float32)
+        along += tl.load(x_bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(residual + at, along.to(residual.dtype.element_ty), mask=inside)
     unit, _ = _unit(row, inside, size, eps, IS_RMS)
     tl.store(normed + at, (unit * scale + shift).to(normed.dtype.element_ty), mask=inside)
 

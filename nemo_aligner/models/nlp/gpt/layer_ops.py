@@ -84,15 +84,23 @@ def _put_(part_ZC: torch.Tensor | None, sums_C: torch.Tensor | None) -> None:
         part_ZC[1:] = 0
 
 
-def normalized(norm: torch.nn.Module, x_TH: torch.Tensor, bias_H: torch.Tensor | None = None) -> torch.Tensor:
-    """`norm` (a `layer_spec.Norm`) of `x_TH`, to which `bias_H` is added in place before."""
+def norm_and_residual(
+    norm: torch.nn.Module, x_TH: torch.Tensor, bias_H: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a residual connection goes around and what goes along it.
+
+    Args:
+        norm: a `layer_spec.Norm`.
+        bias_H: of the last linear layer that the connection goes around.
+
+    Returns:
+        `norm(x_TH)`, and `x_TH + bias_H` in memory of its own, where the product of that layer can be added.
+    """
     if x_TH.is_cuda:
         from nemo_aligner.models.nlp.gpt import layer_kernels
 
-        return layer_kernels.normalized(norm, x_TH, bias_H)
-    if bias_H is not None:
-        x_TH += bias_H
-    return norm.normalize(x_TH, norm.weight, norm.bias)
+        return layer_kernels.norm_and_residual(norm, x_TH, bias_H)
+    return norm.normalize(x_TH, norm.weight, norm.bias), x_TH.clone() if bias_H is None else x_TH + bias_H
 
 
 def norm_gradient(
