@@ -12,6 +12,8 @@ from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from omegaconf import OmegaConf
 
+from nemo_aligner.models.nlp.gpt import embedding
+from nemo_aligner.models.nlp.gpt.embedding import embed
 from nemo_aligner.utils import logprobs
 from nemo_aligner.utils.target_logprobs import TargetLogprobs
 from tests.tiny import load_actor, save_gpt2_like
@@ -83,6 +85,30 @@ def test_the_output_layer_adds_to_the_buffer_piece_by_piece(groups, monkeypatch,
         assert torch.equal(fusing.grad, torch.zeros_like(fusing.grad))
 
 
+@pytest.mark.parametrize("convention", ["none", "replaced", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_add_their_rows_to_the_buffer(convention, dtype):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(11, 6, generator=generator).to(dtype))
+    plain_weight = torch.nn.Parameter(weight.detach().float())
+    weight.main_grad = torch.full((11, 6), 3.0)
+    if convention != "none":
+        weight.grad_added_to_main_grad = False
+        weight.zero_out_wgrad = convention == "tied"
+    ids = torch.tensor([[0, 10, 3, 3, 3]])
+    rows, plain = embed(ids, weight), plain_weight[ids]
+    assert torch.equal(rows.float(), plain)
+    grad = torch.randn(rows.shape, generator=generator).to(dtype)
+    rows.backward(grad), plain.backward(grad.float())
+    torch.testing.assert_close(weight.main_grad, 3.0 + plain_weight.grad)
+    if convention == "none":
+        assert weight.grad is None
+    else:
+        assert weight.grad_added_to_main_grad
+    if convention == "tied":  # what autograd adds to it counts
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
 @pytest.mark.parametrize("optimizer", ["mcore_distributed_optim", "adamw"])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
@@ -106,10 +132,14 @@ def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
         actor._optimizer.zero_grad()
         actor.prepare_for_training_step()
         kernels = layers.fused_weight_gradient_mlp_cuda
-        with mock.patch.object(kernels, "wgrad_gemm_accum_fp32", wraps=kernels.wgrad_gemm_accum_fp32) as accumulate:
+        with (
+            mock.patch.object(kernels, "wgrad_gemm_accum_fp32", wraps=kernels.wgrad_gemm_accum_fp32) as accumulate,
+            mock.patch.object(embedding, "add_rows_", wraps=embedding.add_rows_) as add_rows_,
+        ):
             actor.get_loss_and_metrics(make_batch(ROWS), forward_only=False)
         # three packs through four matrices in each of four layers, and the output layer
         assert accumulate.call_count == (3 * (4 * 4 + 1) if fuses else 0)
+        assert add_rows_.call_count == (3 if fuses else 0)
         actor.finish_training_step()
         parameters = actor.get_model_module_list()[0].named_parameters()
         gradients[fuses] = {name: parameter.main_grad.clone() for name, parameter in parameters}

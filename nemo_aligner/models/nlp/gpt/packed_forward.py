@@ -1,14 +1,14 @@
 """The forward pass of a model chunk over a pack, with log-probabilities instead of logits at its end.
 
-megatron-core's `GPTModel` is called as always, through all its wrappers. For the time of the call two of its parts are
-changed: rotary positions are those of the rows in the pack, and the output layer returns the log-probabilities of the
-tokens of the loss.
+megatron-core's `GPTModel` is called as always, through all its wrappers. For the time of the call three of its parts
+are changed: word embeddings add their gradient in place where linear layers do, rotary positions are those of the rows
+in the pack, and the output layer returns the log-probabilities of the tokens of the loss.
 
 Legend: as in packing.py, and H hidden size.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.utils import get_attr_wrapped_model
 
+from nemo_aligner.models.nlp.gpt.embedding import can_add_in_place, embed
 from nemo_aligner.models.nlp.gpt.layer_spec import ScaledDotProductAttention
 from nemo_aligner.models.nlp.gpt.packing import Pack
 from nemo_aligner.utils.target_logprobs import TargetLogprobs
@@ -45,9 +46,23 @@ def packed_forward(model: torch.nn.Module, pack: Pack) -> torch.Tensor:
         [T, 1, H], or [T/TP, 1, H] with sequence parallelism.
     """
     gpt_model = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
-    with _rotary_positions(gpt_model, pack.position_ids_1T[0]), _logprobs_for_logits(gpt_model, pack):
+    rotary_positions = _rotary_positions(gpt_model, pack.position_ids_1T[0])
+    with _embedding_gradient_in_place(gpt_model), rotary_positions, _logprobs_for_logits(gpt_model, pack):
         output = model(pack.tokens_1T, pack.position_ids_1T, None, labels=None, packed_seq_params=pack.sequences)
     return output.squeeze(0) if gpt_model.post_process else output
+
+
+@contextlib.contextmanager
+def _embedding_gradient_in_place(gpt_model: GPTModel) -> Iterator[None]:
+    if not gpt_model.pre_process:
+        yield
+        return
+    module = gpt_model.embedding.word_embeddings
+    if not can_add_in_place(module, gpt_model.config.gradient_accumulation_fusion):
+        yield
+        return
+    with _other_forward(module, lambda ids: embed(ids, module.weight)):
+        yield
 
 
 @contextlib.contextmanager
@@ -67,7 +82,6 @@ def _rotary_positions(gpt_model: GPTModel, position_ids_T: torch.Tensor) -> Iter
 
 @contextlib.contextmanager
 def _logprobs_for_logits(gpt_model: GPTModel, pack: Pack) -> Iterator[None]:
-    """The output layer is still called as a module: wrappers and optimizers wait for its parameters in its hooks."""
     if not gpt_model.post_process:
         yield
         return
@@ -77,14 +91,21 @@ def _logprobs_for_logits(gpt_model: GPTModel, pack: Pack) -> Iterator[None]:
         logprobs_R = _target_logprobs(layer, hidden_T1H, layer.weight if weight is None else weight, pack)
         return logprobs_R.unsqueeze(1), None  # [positions, rows], which GPTModel transposes
 
-    before = vars(layer).get("forward")
-    layer.forward = forward
+    with _other_forward(layer, forward):
+        yield
+
+
+@contextlib.contextmanager
+def _other_forward(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
+    """It is still called as a module: wrappers and optimizers wait for its parameters in its hooks."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del layer.forward
+        del module.forward
         if before is not None:
-            layer.forward = before
+            module.forward = before
 
 
 def _target_logprobs(
