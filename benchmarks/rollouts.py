@@ -125,14 +125,14 @@ def of_transformers(args):
 # ---- the work
 
 
-def prompt_batch(args, eos_id: int) -> dict[str, torch.Tensor]:
-    """`--prompts` ragged prompts, `--rollouts` neighbouring rows of each."""
+def prompt_batch(args, eos_id: int, num_ids: int = NUM_IDS) -> dict[str, torch.Tensor]:
+    """`--prompts` ragged prompts of tokens below `num_ids`, `--rollouts` neighbouring rows of each."""
     generator = torch.Generator().manual_seed(0)
     shortest, longest = (args.prompt_tokens + 1) // 2, args.prompt_tokens
     lengths = torch.randint(shortest, longest + 1, (args.prompts,), generator=generator)
     text = torch.full((args.prompts, longest + args.new_tokens), eos_id)
     for row, length in zip(text, lengths.tolist(), strict=True):
-        row[:length] = torch.randint(3, NUM_IDS, (length,), generator=generator)
+        row[:length] = torch.randint(3, num_ids, (length,), generator=generator)
     return {"text": text.repeat_interleave(args.rollouts, 0), "length": lengths.repeat_interleave(args.rollouts)}
 
 

@@ -109,12 +109,12 @@ class RolloutGenerator:
     def _why_not_engine(self) -> str | None:
         """The same on all stages, each of which knows its own layers."""
         chunks = self._model.get_model_module_list()
-        has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
-        if len(chunks) > 1 or (has_stages and current_device().type == "cuda"):  # where it has not been run yet
-            return "pipeline parallelism on a GPU, or with virtual stages"
+        if len(chunks) > 1:
+            return "virtual pipeline stages"
         if any(self._model.resets.values()):
             return "model.data.reset_attention_mask or reset_position_ids"
         reason = unsupported_part(chunks[0])
+        has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
         if has_stages and not least_of_all_ranks(int(reason is None)):
             return reason or "what another pipeline stage has"
         return reason

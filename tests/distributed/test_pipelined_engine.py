@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 from megatron.core import parallel_state
 
-from nemo_aligner.generation import lane
+from nemo_aligner.generation import engine, lane
 from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings
 from nemo_aligner.generation.rows import DeviceRows
@@ -32,8 +32,17 @@ def with_engine(actor, max_rows: int = 256):
 
 
 def rollouts_with_places_for(actor, max_rows: int) -> dict:
-    """Rows wait for places, and few prompts are prefilled at once."""
-    with mock.patch.object(lane, "MAX_PROMPTS_PER_PREFILL", 2):
+    """Rows wait for places, few prompts are prefilled at once, and the host is a turn behind, as it is with a GPU."""
+
+    class LaneAhead(lane.Lane):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._looks_behind = 1
+
+        def _num_looked_at(self):
+            return self._cache.capacity
+
+    with mock.patch.object(lane, "MAX_PROMPTS_PER_PREFILL", 2), mock.patch.object(engine, "Lane", LaneAhead):
         return rollouts_of(with_engine(actor, max_rows))
 
 
