@@ -193,7 +193,7 @@ def test_a_state_that_passes_through_the_gpu_gives_the_same_losses(workplace, re
     settings.append("model.rs.training.stream_adam_states=True")
     run_script(workplace, name, f"trainer.rs.max_steps={NUM_STEPS // 2}", *settings)
     streamed = run_script(workplace, name, f"trainer.rs.max_steps={NUM_STEPS}", *settings)
-    record_property("losses", losses(streamed))
+    record_property("last loss", losses(streamed)[-1])
     assert losses(streamed) == losses(resident)
 
 
