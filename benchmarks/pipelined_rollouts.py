@@ -3,8 +3,9 @@
     python -m benchmarks.pipelined_rollouts             # two GPUs: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
     python -m benchmarks.pipelined_rollouts --cpu       # SmolLM2-135M in float32 and in small: checks the script itself
 
-Every row generates exactly `--new-tokens` tokens. With stages each holds a part of the layers, and all work at once, on
-different rows: together they can be as fast as one device that holds all layers reads them, and no faster with few rows.
+Every row has a prompt of its own and generates exactly `--new-tokens` tokens. A stage holds a part of the layers, and
+all work at once, on different rows. Weights are read once for the rows of a stage's turn, so that with few rows stages
+add memory, not speed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import nemo_aligner.compat.quiet_imports  # noqa: F401
@@ -44,7 +46,7 @@ def measure_backend(args, folder: Path, backend: str, row_counts: list[int]) -> 
         sizes = argparse.Namespace(**vars(args), prompts=num_rows, rollouts=1)
         batch = prompt_batch(sizes, actor.tokenizer.eos_id, num_ids=actor.tokenizer.vocab_size)
         with inference(actor):
-            result = found[f"{backend}, {num_rows} rows"] = measure(lambda: run_engine(actor, batch), args.repeats)
+            result = found[f"{backend}, {num_rows} rows"] = measure(partial(run_engine, actor, batch), args.repeats)
         say(
             f"{os.environ.get('WORLD_SIZE', '1'):>7}   {backend:8}{num_rows:>6}{result['tokens_per_s']:>12,.0f}"
             f"{result['spread']:>9.1%}{result['first_s']:>10.1f}{result['peak_gib']:>11.1f}"

@@ -15,7 +15,8 @@ tick behind the stage before:
 
 All stages plan the same turns in the same order. At the beginning of a tick they hand on what they have put out in the
 one before, in one batch of sends and receives; at its end the last one spreads the tokens that it has drawn: one order
-for all ranks, as in `stages`.
+for all ranks, as in `stages`. Behind that they let out the rows that left in the turn in which the last stage is: the
+same ones in the same tick, when nobody waits for anybody, as whoever gets them may meet the other ranks.
 """
 
 from collections import deque
@@ -30,7 +31,7 @@ from nemo_aligner.generation.no_token import NoTokenError
 from nemo_aligner.generation.rows import Decoding, Row
 from nemo_aligner.generation.stages import Pipeline
 
-# These are 64 tokens of each row on a GPU, 32 on a CPU: well below the half minute that schedulers wait behind SIGTERM.
+# 64 tokens of each row on one GPU, otherwise 32: well below the half minute that schedulers wait behind SIGTERM.
 LOOKS_BETWEEN_CHECKS = 32
 
 
@@ -46,7 +47,7 @@ class Engine:
         num_stages = self._pipeline.num_stages
         self._hidden_size = model.config.hidden_size
         self._dtype = next(model.parameters()).dtype
-        self.lanes = [Lane(model, -(-max_rows // num_stages), num_stages == 1) for _ in range(num_stages)]
+        self.lanes = [Lane(model, -(-max_rows // num_stages), num_stages) for _ in range(num_stages)]
 
     @torch.no_grad()
     def generate(
@@ -87,7 +88,6 @@ class Engine:
                     waiting.clear()
                     for each in lanes:
                         each.give_up()
-                yield from turn.finished
                 turns.append((lane, turn))
                 are_last = not waiting and all(each.is_at_most_half_full for each in lanes)
                 if on_last_rows is not None and are_last:
@@ -100,8 +100,8 @@ class Engine:
                 handed_on = self._hand_on(handed_on, turn)
             if turn is not None:
                 handed_on = lane.run(turn, handed_on)
-            if num_stages > 1:
-                self._spread(turns, tick)
+            if tick >= num_stages - 1:
+                yield from self._end_tick(*turns[-(num_stages - stage)])
             if num_idle >= num_stages + (num_stages - 1 - stage):
                 break
         if error is not None:
@@ -117,13 +117,10 @@ class Engine:
         sizes = [] if turn is None or self._pipeline.stage == 0 else turn.sizes_of_messages()
         return self._pipeline.exchange(handed_on, [(size, self._hidden_size) for size in sizes], self._dtype)
 
-    def _spread(self, turns: deque[tuple[Lane, Turn]], tick: int) -> None:
-        """Let the tokens that the last stage has drawn in this tick come to all stages."""
-        num_stages = len(self.lanes)
-        if tick < num_stages - 1:
-            return
-        lane, turn = turns[-(num_stages - self._pipeline.stage)]
-        if turn.num_rows:
+    def _end_tick(self, lane: Lane, turn: Turn) -> list[Row]:
+        """Let what the last stage has drawn in its turn come to all stages; returns the rows that left in it."""
+        if len(self.lanes) > 1 and turn.num_rows:
             under_way = self._pipeline.spread(lane.drawn(turn))
             under_way.wait()
             lane.advance(turn)
+        return turn.finished

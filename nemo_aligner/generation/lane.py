@@ -105,11 +105,13 @@ class Lane:
 
     Args:
         max_rows: rows in flight at most; memory may lower it.
-        is_alone: there is one stage, which has all of the model, and draws and advances in one go.
+        num_lanes: of this stage, as many as there are stages. A single one, which has all of the model, draws and
+            advances in one go.
     """
 
-    def __init__(self, model: torch.nn.Module, max_rows: int, is_alone: bool):
-        self._model, self._max_rows, self._is_alone = model, max_rows, is_alone
+    def __init__(self, model: torch.nn.Module, max_rows: int, num_lanes: int):
+        self._model, self._max_rows, self._num_lanes = model, max_rows, num_lanes
+        self._is_alone = is_alone = num_lanes == 1
         self._device = next(model.parameters()).device
         self._on_gpu = self._device.type == "cuda"
         self._ops = _kernels() if self._on_gpu else torch_ops
@@ -146,11 +148,13 @@ class Lane:
         """Have a cache for as many rows as may be in flight, a store for prompts, and what goes with them.
 
         Args:
+            num_rows: that are in flight in this lane at most.
             share: of the memory that is free, that this lane may take.
         """
         self._weights, self._decoding = find_weights(self._model), decoding
         self.in_flight, self._stored, self._looks = [], deque(), deque()
         self._make_caches(num_rows, prompts, decoding, share)
+        self._num_places = min(num_rows, self._cache.num_rows)  # the cache may be an earlier, larger batch's
         size = (self._cache.num_rows, self._cache.capacity)
         if self._rotary is None or self._rotary.capacity != self._cache.capacity:
             self._rotary = RotaryTable(self._weights, self._cache.capacity)
@@ -234,7 +238,7 @@ class Lane:
 
     @property
     def is_at_most_half_full(self) -> bool:
-        return not self._stored and 2 * len(self.in_flight) <= self._cache.num_rows
+        return not self._stored and 2 * len(self.in_flight) <= self._num_places
 
     def plan(self, waiting: deque[Prompt], end_strings: EndStrings) -> Turn:
         """Take in what is known of the last turns, let rows leave and join, and say what is to be done.
@@ -264,7 +268,7 @@ class Lane:
     def _admit(self, waiting: deque[Prompt], turn: Turn) -> None:
         """Let waiting rows join while there are places for them."""
         places, joining = [], []
-        while len(self.in_flight) < self._cache.num_rows and (self._stored or waiting):
+        while len(self.in_flight) < self._num_places and (self._stored or waiting):
             if not self._stored:
                 self._store_next(waiting, turn)
             number, prompt = self._stored[0]
@@ -279,13 +283,21 @@ class Lane:
             self._device_rows.put_(places, joining)
 
     def _store_next(self, waiting: deque[Prompt], turn: Turn) -> None:
-        """Fill the store, which nobody needs any more, with the next prompts."""
+        """Fill the store, which nobody needs any more, with the next prompts.
+
+        Several, as prompts are prefilled at little more than the cost of one, but only this lane's share of all that
+        wait, unless there are places for more.
+        """
+        num_waiting = sum(len(prompt.rows) for prompt in waiting)
+        num_left = max(self._num_places - len(self.in_flight), num_waiting // self._num_lanes)
         num_tokens = 0
-        while waiting and len(self._stored) < self._prompts.num_rows:
+        while waiting and num_left > 0 and len(self._stored) < self._prompts.num_rows:
             num_tokens += len(waiting[0].tokens)
             if self._stored and num_tokens > MAX_TOKENS_PER_PREFILL:
                 break
-            self._stored.append((len(self._stored), waiting.popleft()))
+            prompt = _first_rows(waiting, num_left)
+            num_left -= len(prompt.rows)
+            self._stored.append((len(self._stored), prompt))
         prompts = [prompt.tokens[:-1] for _, prompt in self._stored]
         if any(prompts):
             turn.admission.append(Prefill(prompts, -sum(map(len, prompts)) % self._prefill_step))
@@ -407,6 +419,13 @@ def _kernels():
     from nemo_aligner.generation import triton_ops
 
     return triton_ops
+
+
+def _first_rows(waiting: deque[Prompt], num_rows: int) -> Prompt:
+    """The first prompt with all of its rows, or with the first `num_rows`: the others go on waiting."""
+    if len(waiting[0].rows) <= num_rows:
+        return waiting.popleft()
+    return Prompt(deque(waiting[0].rows.popleft() for _ in range(num_rows)))
 
 
 def _steady(num_rows: int, last_num_rows: int) -> int:

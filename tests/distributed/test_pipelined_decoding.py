@@ -88,7 +88,9 @@ def batch_of(actor, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
 def recorded_exchanges():
     """What this rank takes part in, in order: sets of what is begun together, each as (what, ranks, number)."""
     exchanges, counts = [], Counter()
-    batch, broadcast = torch.distributed.batch_isend_irecv, torch.distributed.broadcast
+    batch, broadcast, barrier = (
+        getattr(torch.distributed, name) for name in ("batch_isend_irecv", "broadcast", "barrier")
+    )
     rank = torch.distributed.get_rank()
 
     def begin(what: str, *ranks: int) -> tuple:
@@ -105,7 +107,12 @@ def recorded_exchanges():
         exchanges.append({begin("broadcast", *torch.distributed.get_process_group_ranks(options["group"]))})
         return broadcast(*args, **options)
 
+    def recording_barrier(group=None):
+        exchanges.append({begin("barrier", *torch.distributed.get_process_group_ranks(group))})
+        return barrier(group)
+
     with (
+        mock.patch.object(torch.distributed, "barrier", recording_barrier),
         mock.patch.object(torch.distributed, "batch_isend_irecv", recording_batch),
         mock.patch.object(torch.distributed, "broadcast", recording_broadcast),
     ):
@@ -142,6 +149,7 @@ def rollouts_of(actor) -> dict[str, dict[str, list]]:
     with mock.patch.dict(actor._sampling_params, sampling):
         batches = [batch_of(actor, prompts_of(num_rows, actor.tokenizer.eos_id)) for num_rows in (2, 7, 4, 1, 6)]
         for number, rollouts in enumerate(actor.infer_each(batches)):
+            torch.distributed.barrier()  # the trainer meets the other ranks between batches, too
             found[f"batch {number}"] = {key: value.tolist() for key, value in rollouts.items()}
     return found
 

@@ -16,12 +16,33 @@ from tests.distributed.test_pipelined_decoding import (
     batch_of,
     load,
     num_stuck,
+    prompts_of,
     recorded_exchanges,
     rollouts_of,
 )
 
 OF_TWO = {"PP=2": Layout(pp=2)}
 OF_FOUR = {"PP=4": Layout(pp=4), "TP=2 PP=2": Layout(tp=2, pp=2)}
+
+
+class WatchedLane(lane.Lane):
+    most_in_flight = 0
+
+    def plan(self, *args):
+        turn = super().plan(*args)
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+        return turn
+
+
+class LaneAhead(WatchedLane):
+    """Its host is a turn behind, as it is with a GPU."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._looks_behind = 1
+
+    def _num_looked_at(self):
+        return self._cache.capacity
 
 
 def with_engine(actor, max_rows: int = 256):
@@ -32,18 +53,21 @@ def with_engine(actor, max_rows: int = 256):
 
 
 def rollouts_with_places_for(actor, max_rows: int) -> dict:
-    """Rows wait for places, few prompts are prefilled at once, and the host is a turn behind, as it is with a GPU."""
-
-    class LaneAhead(lane.Lane):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self._looks_behind = 1
-
-        def _num_looked_at(self):
-            return self._cache.capacity
-
+    """Rows wait for places, few prompts are prefilled at once, and the host is behind."""
     with mock.patch.object(lane, "MAX_PROMPTS_PER_PREFILL", 2), mock.patch.object(engine, "Lane", LaneAhead):
         return rollouts_of(with_engine(actor, max_rows))
+
+
+def rows_in_lanes(actor, num_prompts: int, num_rollouts: int) -> list[int]:
+    """Most rows in flight in each lane, of a batch with that many, behind a larger one."""
+    prompts = prompts_of(num_prompts, actor.tokenizer.eos_id)
+    with mock.patch.object(engine, "Lane", WatchedLane):
+        with_engine(actor).infer(batch_of(actor, [[7, 8]] * 20))
+        lanes = actor._rollout_generator._engine.lanes
+        for each in lanes:
+            each.most_in_flight = 0
+        actor.infer(batch_of(actor, [prompt for prompt in prompts for _ in range(num_rollouts)]))
+    return [each.most_in_flight for each in lanes]
 
 
 def error_of(actor) -> str:
@@ -74,6 +98,7 @@ def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Lay
             few = rollouts_with_places_for(actor, 4)
         outcomes[name] = {
             "rollouts": rollouts, "few": few, "exchanges": exchanges, "error": error_of(actor),
+            "rows in lanes": [rows_in_lanes(actor, *shape) for shape in ((8, 1), (2, 4), (1, 8))],
             "is engine": actor._rollout_generator._engine is not None,
         }  # fmt: skip
         parallel_state.destroy_model_parallel()
@@ -98,15 +123,15 @@ def of_four(tiny_nemo):
 
 @pytest.mark.parametrize("name", OF_TWO)
 def test_two_processes_decode_as_one(of_one, of_two, name):
-    check([outcomes[name] for outcomes in of_two], of_one)
+    check(OF_TWO[name], [outcomes[name] for outcomes in of_two], of_one)
 
 
 @pytest.mark.parametrize("name", OF_FOUR)
 def test_four_processes_decode_as_one(of_one, of_four, name):
-    check([outcomes[name] for outcomes in of_four], of_one)
+    check(OF_FOUR[name], [outcomes[name] for outcomes in of_four], of_one)
 
 
-def check(outcomes: list[dict], of_one: tuple[dict, str]) -> None:
+def check(layout: Layout, outcomes: list[dict], of_one: tuple[dict, str]) -> None:
     rollouts, error = of_one
     exchanges = [outcome["exchanges"] for outcome in outcomes]
     assert sum(map(len, exchanges)) > 4 * MAX_LENGTH and num_stuck(exchanges) == 0
@@ -114,3 +139,4 @@ def check(outcomes: list[dict], of_one: tuple[dict, str]) -> None:
         assert outcome["is engine"]
         assert outcome["rollouts"] == rollouts == outcome["few"]
         assert outcome["error"] == error
+        assert outcome["rows in lanes"] == [[8 // layout.pp] * layout.pp] * 3
