@@ -1,4 +1,4 @@
-"""Responses to batches of prompts, from the engine or, through pipeline stages and as the reference, in NeMo's way.
+"""Responses to batches of prompts, from the engine or, where it cannot and as the reference, in NeMo's way.
 
 Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
 """
@@ -32,8 +32,8 @@ class GenerationSettings:
     """The section `model.rs.generation`, which existing configurations may lack.
 
     Attributes:
-        backend: `engine`, or `nemo` for NeMo's way of decoding, which is that of pipeline stages.
-        max_rows_in_flight: rows that the engine decodes side by side.
+        backend: `engine`, or `nemo` for NeMo's way of decoding.
+        max_rows_in_flight: rows that the engine decodes side by side, over all pipeline stages together.
     """
 
     backend: str = "engine"
@@ -65,7 +65,7 @@ class RolloutGenerator:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """What `infer` returns, for each batch in order, as soon as it is complete.
 
-        With pipeline stages several batches are decoded together, and are complete together.
+        In NeMo's way with pipeline stages several batches are decoded together, and are complete together.
 
         Args:
             check: called while rows are under way, as `Engine.generate` and `decode.generate` say.

@@ -2,7 +2,8 @@
 
 Autograd makes a matrix of the whole weight's size for it, in the weight's dtype, which then is added to the optimizer's
 float32 buffer, micro-batch by micro-batch: for 128,256 entries of 2048 channels three gigabytes are read and written,
-for rows of some megabytes. Here the rows are added to the buffer.
+for rows of some megabytes. Here the rows are added to the buffer. (megatron-core's data-parallel wrapper still gets a
+matrix for a tied weight, of zeros: see `stand_in_gradient`.)
 
 Legend: M tokens, V vocabulary, H hidden size.
 """

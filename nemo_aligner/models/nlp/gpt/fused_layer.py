@@ -51,6 +51,7 @@ class _FusedLayer(torch.autograd.Function):
         # a product's bias is on the residual connection before the product is
         normed_TH, middle_TH = norm_and_residual(layer.input_layernorm, hidden_TH, proj_b)
         qkv_TP = linear(normed_TH, qkv_w, qkv_b)
+        del normed_TH
         qkv_TGXD = _by_heads(layer, qkv_TP)
         if angles_TA is not None:
             apply_rotary_(qkv_TGXD, angles_TA)
