@@ -26,6 +26,7 @@ from itertools import count, groupby
 import torch
 
 from nemo_aligner.generation.ends import EndStrings
+from nemo_aligner.generation.kv_cache import USABLE_SHARE
 from nemo_aligner.generation.lane import Lane, Prompt, Turn
 from nemo_aligner.generation.no_token import NoTokenError
 from nemo_aligner.generation.rows import Decoding, Row
@@ -74,7 +75,8 @@ class Engine:
         waiting = deque(Prompt(deque(same)) for _, same in groupby(rows, key=lambda row: row.prompt))
         lanes, num_stages, stage = self.lanes, len(self.lanes), self._pipeline.stage
         for number, lane in enumerate(lanes):
-            lane.begin(-(-len(rows) // num_stages), waiting, decoding, share=1 / (num_stages - number))
+            share = 1 / (num_stages - USABLE_SHARE * number)  # of what the lanes before have left: the same for all
+            lane.begin(-(-len(rows) // num_stages), waiting, decoding, share)
         turns: deque[tuple[Lane, Turn]] = deque(maxlen=num_stages)  # of which the last stage may be at the first
         handed_on, num_idle, error = [], 0, None
         for tick in count():

@@ -13,7 +13,7 @@ from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.cuda_graph import pools_in_use
 
 # What is left to activations, logits and the allocator's own gaps.
-_USABLE_SHARE = 0.85
+USABLE_SHARE = 0.85
 
 
 class KVCache:
@@ -55,10 +55,10 @@ def bytes_per_position(num_layers: int, num_groups: int, head_dim: int, dtype: t
 def usable_memory(device: torch.device) -> int:
     """Bytes that keys and values may take now: most of what neither this process nor another one uses."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available * _USABLE_SHARE)
+        return int(psutil.virtual_memory().available * USABLE_SHARE)
     free, _ = torch.cuda.mem_get_info(device)
     cached = cached_memory(torch.cuda.memory_snapshot(), device.index, pools_in_use())
-    return int((free + cached) * _USABLE_SHARE)
+    return int((free + cached) * USABLE_SHARE)
 
 
 def cached_memory(segments: list[dict], device_index: int, pools_of_graphs: Collection[tuple[int, int]]) -> int:

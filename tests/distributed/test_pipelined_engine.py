@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 from megatron.core import parallel_state
 
-from nemo_aligner.generation import engine, lane
+from nemo_aligner.generation import engine, kv_cache, lane
 from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings
 from nemo_aligner.generation.rows import DeviceRows
@@ -70,6 +70,23 @@ def rows_in_lanes(actor, num_prompts: int, num_rollouts: int) -> list[int]:
     return [each.most_in_flight for each in lanes]
 
 
+def places_in_lanes(actor) -> tuple[list[int], float]:
+    """Places in each lane where memory limits them, and the share of the memory that they take."""
+    memory, lanes = 2**20, []
+
+    def usable_memory(device) -> float:
+        caches = [cache for each in lanes for cache in (each._cache, each._prompts) if cache is not None]
+        return kv_cache.USABLE_SHARE * (memory - sum(cache.num_bytes for cache in caches))
+
+    def noted_lane(*args):
+        lanes.append(lane.Lane(*args))
+        return lanes[-1]
+
+    with mock.patch.object(lane, "usable_memory", usable_memory), mock.patch.object(engine, "Lane", noted_lane):
+        with_engine(actor).infer(batch_of(actor, [[7, 8]] * 200))
+    return [each._cache.num_rows for each in lanes], 1 - usable_memory(None) / kv_cache.USABLE_SHARE / memory
+
+
 def error_of(actor) -> str:
     draw = DeviceRows.draw
 
@@ -99,6 +116,7 @@ def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Lay
         outcomes[name] = {
             "rollouts": rollouts, "few": few, "exchanges": exchanges, "error": error_of(actor),
             "rows in lanes": [rows_in_lanes(actor, *shape) for shape in ((8, 1), (2, 4), (1, 8))],
+            "places in lanes": places_in_lanes(actor),
             "is engine": actor._rollout_generator._engine is not None,
         }  # fmt: skip
         parallel_state.destroy_model_parallel()
@@ -139,4 +157,6 @@ def check(layout: Layout, outcomes: list[dict], of_one: tuple[dict, str]) -> Non
         assert outcome["is engine"]
         assert outcome["rollouts"] == rollouts == outcome["few"]
         assert outcome["error"] == error
+        places, share = outcome["places in lanes"]
+        assert 1 < max(places) <= min(places) + 1 < 200 // layout.pp and 0.75 < share <= 0.85
         assert outcome["rows in lanes"] == [[8 // layout.pp] * layout.pp] * 3
