@@ -11,7 +11,6 @@ add memory, not speed.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -23,7 +22,7 @@ import nemo_aligner.compat.quiet_imports  # noqa: F401
 import torch
 
 from benchmarks.gpt_1b import build_actor, build_smollm2
-from benchmarks.report import hardware, say
+from benchmarks.report import hardware, measured_by, say
 from benchmarks.rollouts import inference, measure, prompt_batch, run_engine
 from nemo_aligner.compat import cpu
 from tests.tiny import save_tokenizer
@@ -54,18 +53,6 @@ def measure_backend(args, folder: Path, backend: str, row_counts: list[int]) -> 
     return found
 
 
-def launch(args, num_stages: int, backend: str, row_counts: list[int]) -> dict[str, dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        command = [sys.executable]
-        if num_stages > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_stages}"]
-        command += ["-m", "benchmarks.pipelined_rollouts", *sys.argv[1:], "--save", str(result)]
-        command += ["--backend", backend, "--rows", *map(str, row_counts)]
-        subprocess.run(command, check=True)
-        return json.loads(result.read_text())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true")
@@ -94,7 +81,9 @@ def main() -> None:
     say(f"{'stages':>7}   {'backend':8}{'rows':>6}{'tokens/s':>12}{'spread':>9}{'first, s':>10}{'peak, GiB':>11}")
     for num_stages, backend, row_counts in ((1, "engine", rows), (args.stages, "engine", rows),
                                             (args.stages, "nemo", rows[:1])):  # fmt: skip
-        results["runs"][f"{num_stages} stages, {backend}"] = launch(args, num_stages, backend, row_counts)
+        arguments = (*sys.argv[1:], "--backend", backend, "--rows", *map(str, row_counts))
+        found = measured_by(num_stages, "benchmarks.pipelined_rollouts", *arguments)
+        results["runs"][f"{num_stages} stages, {backend}"] = found
     if args.save:
         args.save.write_text(json.dumps(results, indent=2) + "\n")
 

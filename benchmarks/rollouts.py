@@ -185,13 +185,6 @@ def run_nemo(actor, batch, args) -> int:
     return len(lengths) * args.new_tokens
 
 
-@contextlib.contextmanager
-def products_of_torch():
-    """megatron-core's linear layers multiply as they come, also on a CPU."""
-    with mock.patch.object(cpu_linear, "linear", functional.linear):
-        yield
-
-
 def run_transformers(model, batch, args, eos_id: int) -> int:
     lengths = batch["length"]
     width = int(lengths.max())
@@ -331,7 +324,7 @@ def main() -> None:
         )
 
     def with_nemo():
-        with products_of_torch():
+        with mock.patch.object(cpu_linear, "linear", functional.linear):
             return run_nemo(actor, batch, args)
 
     runs["NeMo's generate"] = (with_nemo, 1)

@@ -24,7 +24,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ import torch
 from megatron.core import parallel_state
 
 from benchmarks.gpt_1b import SMOLLM2, build_actor, build_smollm2, gpt_model, unfused_attention
-from benchmarks.report import hardware, say, say_verdicts
+from benchmarks.report import hardware, measured_by, say, say_verdicts
 from nemo_aligner.algorithms.balancing import balance_over_replicas
 from nemo_aligner.compat import cpu, device
 from nemo_aligner.utils.masks import trained_lengths
@@ -249,17 +248,11 @@ def verdicts(found: dict) -> list[tuple[str, float, str, bool]]:
 
 def one_replica_and_both(args) -> None:
     """Rollouts per second of `--devices` replicas and of one alone, each in processes of its own."""
-    script = ["-m", "benchmarks.train_step", *sys.argv[1:], "--only", "packed"]
+    arguments = [*sys.argv[1:], "--only", "packed", "--devices", "0"]
     rates = {}
     for number in (1, args.devices):
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder, "result.json")
-            launch = [sys.executable]
-            if number > 1:
-                launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-            own = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"} if number == 1 else os.environ
-            subprocess.run([*launch, *script, "--devices", "0", "--save", str(result)], env=own, check=True)
-            found = json.loads(result.read_text())["kinds"]["packed"]
+        own = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"} if number == 1 else None
+        found = measured_by(number, "benchmarks.train_step", *arguments, env=own)["kinds"]["packed"]
         rates[number] = {case: args.rows * number / measured["step_s"] for case, measured in found.items()}
     lines = []
     target = 0.925 * args.devices
