@@ -3,10 +3,12 @@
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +36,41 @@ def measured_by(num_processes: int, module: str, *arguments: str, env: dict[str,
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         subprocess.run([*command, "-m", module, *arguments, "--save", str(result)], env=env, check=True)
         return json.loads(result.read_text())
+
+
+def compare_replicas(
+    num_replicas: int,
+    module: str,
+    steps_of: Callable[[dict], dict[str, list[float]]],
+    rollouts_of_one: int,
+    save: Path | None,
+) -> None:
+    """Rollouts per second of some replicas and of one alone, in turns, each time in processes of their own.
+
+    In turns, as machines are faster and slower for minutes. `--devices 0` says to a script to measure as launched.
+
+    Args:
+        steps_of: takes what a run has saved, gives the seconds of its steps, case by case.
+        rollouts_of_one: that a replica has in a step.
+    """
+    seconds = {1: {}, num_replicas: {}}
+    for number in (1, num_replicas, 1, num_replicas):
+        own = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"} if number == 1 else None
+        for case, steps in steps_of(measured_by(number, module, *sys.argv[1:], "--devices", "0", env=own)).items():
+            seconds[number].setdefault(case, []).extend(steps)
+    target, lines, rates = 0.925 * num_replicas, [], {}
+    for case in seconds[1]:
+        rates[case] = [rollouts_of_one * number / statistics.median(steps[case]) for number, steps in seconds.items()]
+        one, all_of_them = rates[case]
+        say(f"{case}: rollouts/s of one replica {one:.1f}, of {num_replicas} {all_of_them:.1f}; seconds of the steps:")
+        for number, steps in seconds.items():
+            say(f"    {number}   {' '.join(f'{s:.3f}' for s in steps[case])}")
+        ratio = all_of_them / one
+        lines.append((f"{num_replicas} replicas / one, {case}", ratio, f">= {target:.2f}", ratio >= target))
+    say_verdicts(lines)
+    if save:
+        found = {"machine": hardware(), "rollouts_per_s": rates, "steps_s": seconds}
+        save.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def say(line: str) -> None:

@@ -1,7 +1,8 @@
 """A whole RS step, 16 prompts x 4 rollouts, by phases: the library as it is, and NeMo's generate with plain training.
 
-    python -m benchmarks.rs_step            # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
-    python -m benchmarks.rs_step --cpu      # SmolLM2-135M in float32 and in small: checks the script itself
+    python -m benchmarks.rs_step                # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
+    python -m benchmarks.rs_step --devices 2    # rollouts per second of two replicas, beside one of them alone
+    python -m benchmarks.rs_step --cpu          # SmolLM2-135M in float32 and in small: checks the script itself
 
 A step rolls out responses of up to 256 tokens to prompts of 64 to 128, scores them by a Python function, selects the
 best of each prompt, trains on these 16 and steps the optimizer, through `RSTrainer` itself. "ours" generates with the
@@ -11,6 +12,7 @@ prompts and random numbers are the same; about one token in 107 ends a response,
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -22,7 +24,7 @@ import nemo_aligner.compat.quiet_imports  # noqa: F401
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.report import hardware, say, say_verdicts
+from benchmarks.report import compare_replicas, hardware, say, say_verdicts
 from benchmarks.train_step import (
     add_common_arguments,
     allocated,
@@ -98,19 +100,20 @@ def run(args, folder: Path, kind: str, num_steps: int) -> dict:
         "rs.sampling_params.end_strings": ends,
     }
     actor, optimizer = build(args, folder, kind, **overrides)
+    num_prompts = args.prompts * int(os.environ.get("WORLD_SIZE", "1"))
     cfg = OmegaConf.create(
         {
             "trainer": {"rs": {
                 "max_epochs": 1, "max_steps": num_steps + 1, "val_check_interval": 0, "save_interval": 0,
-                "gradient_clip_val": 1.0, "model_gbs": args.prompts, "model_mbs": args.micro_batch,
+                "gradient_clip_val": 1.0, "model_gbs": num_prompts, "model_mbs": args.micro_batch,
                 "rollout_batch_seq_length": None,
             }},
             "model": {"seed": 1234, "data": {"num_workers": 0}},
         }
     )  # fmt: skip
-    prompts = RandomPrompts(args.prompts * (max(args.steps, args.nemo_steps) + 1), args.prompt_tokens)
+    prompts = RandomPrompts(num_prompts * (max(args.steps, args.nemo_steps) + 1), args.prompt_tokens)
     loading = {
-        "cfg": cfg, "dataset": prompts, "consumed_samples": 0, "mbs": args.prompts, "gbs": args.prompts,
+        "cfg": cfg, "dataset": prompts, "consumed_samples": 0, "mbs": args.prompts, "gbs": num_prompts,
         "collate_fn": collate_with_pad_to_max_batch(args.new_tokens, actor.tokenizer.eos_id, cfg), "load_gbs": False,
     }  # fmt: skip
     log = Log()
@@ -160,21 +163,31 @@ def main() -> None:
     args = parsed_arguments()
     if args.cpu:
         cpu.enable()
+    if args.devices > 1:
+        compare_replicas(args.devices, "benchmarks.rs_step", measured_steps, args.prompts * NUM_ROLLOUTS, args.save)
+        return
+    if not args.cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     results = {"machine": hardware()}
     say(json.dumps(results["machine"]))
     with tempfile.TemporaryDirectory() as folder:
         ours = results["ours"] = attempt("ours", run, args, Path(folder), "packed", args.steps)
         if ours:
             say("\n" + phase_table({"ours": ours["phases"]}) + "\n")
-        nemo = results["nemo"] = attempt("NeMo", run, args, Path(folder), "plain", args.nemo_steps)
-    if ours and nemo:
-        say("\n" + phase_table({"ours": ours["phases"], "NeMo": nemo["phases"]}))
-        ratio = nemo["phases"][TOTAL] / ours["phases"][TOTAL]
-        say_verdicts([("times faster than NeMo's way", ratio, f">= {TARGET}", ratio >= TARGET)])
-    if args.save:
+        if args.devices == 1:
+            nemo = results["NeMo"] = attempt("NeMo", run, args, Path(folder), "plain", args.nemo_steps)
+            if ours and nemo:
+                say("\n" + phase_table({"ours": ours["phases"], "NeMo": nemo["phases"]}))
+                ratio = nemo["phases"][TOTAL] / ours["phases"][TOTAL]
+                say_verdicts([("times faster than NeMo's way", ratio, f">= {TARGET}", ratio >= TARGET)])
+    if args.save and int(os.environ.get("RANK", "0")) == 0:
         args.save.write_text(json.dumps(results, indent=2) + "\n")
-    if not (ours and nemo):
+    if not all(results.values()):
         sys.exit(1)
+
+
+def measured_steps(results: dict) -> dict[str, list[float]]:
+    return {"RS steps": results["ours"]["steps_s"]}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import torch
 from megatron.core import parallel_state
 
 from benchmarks.gpt_1b import SMOLLM2, build_actor, build_smollm2, gpt_model, unfused_attention
-from benchmarks.report import hardware, measured_by, say, say_verdicts
+from benchmarks.report import compare_replicas, hardware, say, say_verdicts
 from nemo_aligner.algorithms.balancing import balance_over_replicas
 from nemo_aligner.compat import cpu, device
 from nemo_aligner.utils.masks import trained_lengths
@@ -149,6 +149,7 @@ def measure(actor, optimizer, batch: dict[str, torch.Tensor], repeats: int, memo
     peak = 0 if device.on_cpu() else torch.cuda.memory_stats()["active_bytes.all.peak"] - memory_before
     return {
         "pass_s": statistics.median(passes[1:]), "passes_s": passes, "step_s": statistics.median(steps[1:]),
+        "steps_s": steps,
         "loss": loss, "tokens": int(trained_lengths(batch["mask"]).sum()),
         "share_of_padded": trained_lengths(batch["mask"]).sum().item() / batch["response_tokens"].numel(),
         "peak_gib": peak / GIB,
@@ -246,24 +247,9 @@ def verdicts(found: dict) -> list[tuple[str, float, str, bool]]:
     return lines
 
 
-def one_replica_and_both(args) -> None:
-    """Rollouts per second of `--devices` replicas and of one alone, each in processes of its own."""
-    arguments = [*sys.argv[1:], "--only", "packed", "--devices", "0"]
-    rates = {}
-    for number in (1, args.devices):
-        own = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"} if number == 1 else None
-        found = measured_by(number, "benchmarks.train_step", *arguments, env=own)["kinds"]["packed"]
-        rates[number] = {case: args.rows * number / measured["step_s"] for case, measured in found.items()}
-    lines = []
-    target = 0.925 * args.devices
-    for case, of_one in rates[1].items():
-        of_all = rates[args.devices][case]
-        say(f"{case}: rollouts/s of one replica {of_one:.1f}, of {args.devices} {of_all:.1f}, whole training steps")
-        ratio = of_all / of_one
-        lines.append((f"{args.devices} replicas / one, {case}", ratio, f">= {target:.2f}", ratio >= target))
-    say_verdicts(lines)
-    if args.save:
-        args.save.write_text(json.dumps({"machine": hardware(), "rollouts_per_s": rates}, indent=2) + "\n")
+def measured_steps(results: dict) -> dict[str, list[float]]:
+    """Of the packed path, behind the first one."""
+    return {case: measured["steps_s"][1:] for case, measured in results["kinds"]["packed"].items()}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, new_tokens: str) -> None:
@@ -273,6 +259,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, new_tokens: str) -> No
     parser.add_argument("--micro-batch", type=int, help="rows: 8, on a CPU 2")
     parser.add_argument("--prompt-tokens", type=int, help="of the longest prompt, the shortest has half: 128 or 16")
     parser.add_argument("--new-tokens", type=int, help=new_tokens)
+    parser.add_argument("--devices", type=int, default=1, help="replicas to compare with one; 0: as launched")
     parser.add_argument("--save", type=Path, help="file for the results, as JSON")
 
 
@@ -287,7 +274,7 @@ def parse_and_fill_in(parser: argparse.ArgumentParser, **sizes: tuple[int, int])
     args.streams = not args.cpu and args.optimizer == "distributed_fused_adam"
     if args.cpu and not SMOLLM2.exists():
         parser.error(f"{SMOLLM2} does not exist: `make model` fetches and converts it")
-    num_gpus, needed = torch.cuda.device_count(), max(getattr(args, "devices", 1), 1)
+    num_gpus, needed = torch.cuda.device_count(), max(args.devices, 1)
     if not args.cpu and num_gpus < needed:
         parser.error(f"{num_gpus} GPU(s) found; --cpu runs the script without one")
     return args
@@ -296,7 +283,6 @@ def parse_and_fill_in(parser: argparse.ArgumentParser, **sizes: tuple[int, int])
 def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, new_tokens="256, on a CPU 16")
-    parser.add_argument("--devices", type=int, default=1, help="replicas to compare with one; 0: as launched")
     parser.add_argument("--rows", type=int, help="rollouts of each replica: 64, on a CPU 8")
     parser.add_argument("--repeats", type=int, default=5, help="measured passes after one of warm-up")
     parser.add_argument(
@@ -310,7 +296,7 @@ def main() -> None:
     if args.cpu:
         cpu.enable()
     if args.devices > 1:
-        one_replica_and_both(args)
+        compare_replicas(args.devices, "benchmarks.train_step", measured_steps, args.rows, args.save)
         return
     if not args.cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -322,7 +308,7 @@ def main() -> None:
         f"{'':12}{'responses':10}{'pass, s':>9}{'step, s':>9}{'tokens/s':>11}{'of matmul':>10}{'peak GiB':>10}"
         f"{'of padded':>10}{'loss':>10}   passes, s"
     )
-    wanted = args.only or ["packed", "streamed", "plain", "vocabulary"]
+    wanted = args.only or (["packed", "streamed", "plain", "vocabulary"] if args.devices == 1 else ["packed"])
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("packed", "streamed", "plain"):
             if kind in wanted and (kind != "streamed" or args.streams):

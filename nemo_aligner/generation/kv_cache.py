@@ -20,10 +20,11 @@ class KVCache:
     """Keys and values [L, R, G, T, D]; which of a row's positions are filled is its owner's business."""
 
     def __init__(self, num_layers: int, num_rows: int, num_groups: int, capacity: int, head_dim: int, dtype, device):
-        shape = (num_layers, num_rows, num_groups, capacity, head_dim)
-        # zeros: what attention masks out is multiplied by 0, which must not meet a NaN
-        self.keys_LRGTD = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LRGTD = torch.zeros(shape, dtype=dtype, device=device)
+        # In one piece: of two that are alike, torch's allocator may give back each in the other's place, and what was
+        # captured for them would be in vain. Zeros: what attention masks out is multiplied by 0, which must not meet a
+        # NaN.
+        both = torch.zeros(2, num_layers, num_rows, num_groups, capacity, head_dim, dtype=dtype, device=device)
+        self.keys_LRGTD, self.values_LRGTD = both.unbind()
 
     @property
     def num_rows(self) -> int:
@@ -37,9 +38,10 @@ class KVCache:
     def num_bytes(self) -> int:
         return 2 * self.keys_LRGTD.numel() * self.keys_LRGTD.element_size()
 
-    def pointers(self) -> tuple[int, int]:
+    @property
+    def pointer(self) -> int:
         """Where it lies in memory."""
-        return self.keys_LRGTD.data_ptr(), self.values_LRGTD.data_ptr()
+        return self.keys_LRGTD.data_ptr()
 
     def copy_row_(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
         """Make the first `length` positions of `row` those of a row of `source`, which may be this cache."""

@@ -166,7 +166,7 @@ class Lane:
             self._hidden_RH = torch.empty(size[0], hidden_size, dtype=self._weights.dtype, device=self._device)
             self._drawn_R = torch.empty(size[0], dtype=torch.int64, device=self._device)
         handed_on = None if self._hidden_RH is None else self._hidden_RH.data_ptr()
-        where = (self._weights.pointers(), self._cache.pointers(), size, handed_on)
+        where = (self._weights.pointers(), self._cache.pointer, size, handed_on)
         reads = (*where, self._device_rows, self._rotary)
         if self._graphs is None or not self._graphs.are_valid_for(reads):
             warm = self._warm_sizes.setdefault((self._cache.capacity, decoding), set())  # what kernels are compiled for

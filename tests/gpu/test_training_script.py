@@ -87,6 +87,11 @@ def run_script(workplace: Path, name: str, *overrides: str) -> Path:
     return workplace / name
 
 
+def rollouts(run: Path) -> list[tuple]:
+    lines = map(json.loads, (run / "rollouts/train_rank0.jsonl").open())
+    return sorted((line["step"], line["prompt_index"], line["response"], line["kept"]) for line in lines)
+
+
 def losses(run: Path) -> list[float]:
     """Step by step, also those of an earlier start, whose logs NeMo moves aside."""
     starts = [*sorted(run.glob("run_*")), run]
@@ -181,6 +186,20 @@ def test_bf16_on_two_gpus(workplace, check_losses, first_loss_in_bf16, optimizer
     )  # fmt: skip
     # about the same rows: logits are rounded differently
     check_losses(folder, 1, 0.1, first_loss_in_bf16("engine", "bf16_O2"))
+
+
+@needs_two_gpus
+def test_stages_with_few_places_generate_what_one_gpu_does(workplace, check_losses):
+    """With three places in each stage a prompt's four rows are dealt to both, and leave while others wait."""
+    runs = {}
+    for layout in ("one", "pp2"):
+        runs[layout] = run_script(
+            workplace, f"few_places_{layout}", "trainer.rs.max_steps=2", "model.optim.name=adamw",
+            "model.rs.num_rollout_samples=8", "model.global_batch_size=8", "model.rs.generation.max_rows_in_flight=6",
+            *PRECISIONS["fp32"], *LAYOUTS[layout],
+        )  # fmt: skip
+    check_losses(runs["pp2"], 2, 1e-5, losses(runs["one"]))
+    assert rollouts(runs["pp2"]) == rollouts(runs["one"]) and len(rollouts(runs["one"])) == 2 * 8 * 4
 
 
 @needs_apex
