@@ -163,10 +163,12 @@ class RSTrainer:
 
         Raises:
             RewardError: if rewards could not be had.
-            StopRequested: after SIGTERM. Before both a checkpoint is written, and the next start begins with the
-                rollouts that were left.
+            StopRequested: after SIGTERM, which is answered while rollouts are generated or scored, or behind the step's
+                training. A checkpoint is written before either is raised, and the next start begins with the rollouts
+                that were left.
         """
         self._saved_step = self.step
+        self.unscored.drop_later(self.step)
         with (
             self.termination.watching(),
             saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN),
@@ -408,7 +410,7 @@ class RSTrainer:
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.
 
-        A batch without a token to train on, on any replica, costs nothing, changes neither weights nor learning rate,
+        A batch in which no replica has a token to train on costs nothing, changes neither weights nor learning rate,
         and is logged with a loss and a gradient of 0.
 
         Raises:

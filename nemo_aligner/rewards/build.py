@@ -57,7 +57,7 @@ class RewardSource:
 
 
 def build_reward(cfg: DictConfig, tokenizer) -> PythonRewardModel | RemoteGPTRMClient | WeightedSum:
-    """Connect to servers, load functions. Collective over the replica."""
+    """Connect to servers, load functions. Collective over the job."""
     sources = reward_sources(cfg)
     end_strings = cfg.model.rs.sampling_params.end_strings
     if "" in sources:

@@ -26,6 +26,7 @@ next ones are generated; calls never overlap each other. Gradients are off.
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -80,7 +81,8 @@ def load_reward_function(target: str, kwargs: Mapping | None = None, key: str = 
 
     Returns:
         A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on what the function takes,
-        which its attribute `columns` names; its attribute `description` tells it from others.
+        which its attribute `columns` names; its attribute `description` tells it from others, and from what it was
+        before its file was edited.
 
     Raises:
         ConfigError: (a ValueError) one line with the key, its value and the remedy, if the target is
@@ -95,8 +97,17 @@ def load_reward_function(target: str, kwargs: Mapping | None = None, key: str = 
         return function(prompts, responses, **{name: available[name] for name in columns}, **constants)
 
     reward_function.columns = tuple(columns)
-    reward_function.description = f"{target} {constants}"
+    reward_function.description = f"{target} {constants} {_digest_of_file(function)}"
     return reward_function
+
+
+def _digest_of_file(function: Callable) -> str | None:
+    """SHA-256 of the file that defines the function, if there is one."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # of an object, or built in
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file is not None and Path(file).is_file() else None
 
 
 def _resolve(source: _Source) -> Callable:

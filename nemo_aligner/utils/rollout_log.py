@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+from nemo.utils import logging
+
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX
 from nemo_aligner.rewards.python_reward import decode_rollouts
 from nemo_aligner.utils.server_utils import is_replica_source
@@ -30,7 +32,7 @@ class RolloutLog:
         self.rank = rank
 
     def write(self, split: str, step: int, rollouts: dict, kept_rows=()) -> None:
-        """Append a batch of rollouts and flush it to disk.
+        """Append a batch of rollouts and flush it to disk. If that fails, as on a full disk, a warning says so.
 
         Args:
             rollouts: tensors with one leading size, `rewards` may be missing; and `records`, for `decode_rollouts`.
@@ -38,6 +40,15 @@ class RolloutLog:
         """
         if self.folder is None or not is_replica_source():
             return
+        try:
+            self._append(split, step, rollouts, kept_rows)
+        except OSError as error:  # nothing that training depends on
+            logging.warning(f"rollouts of step {step} are missing in {self._path(split)}: {error}")
+
+    def _path(self, split: str) -> Path:
+        return self.folder / f"{split}_rank{self.rank}.jsonl"
+
+    def _append(self, split: str, step: int, rollouts: dict, kept_rows) -> None:
         rollouts = cpu_dict(rollouts)
         kept = set(kept_rows)
         fit, padding = rollouts.get("is_fit"), rollouts.get("is_padding")
@@ -45,7 +56,7 @@ class RolloutLog:
         rewards = rollouts["rewards"].flatten().tolist() if "rewards" in rollouts else None
         parts = {name: part.tolist() for name, part in rollouts.items() if name.startswith(PART_PREFIX)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{split}_rank{self.rank}.jsonl"
+        path = self._path(split)
         _drop_unfinished_line(path)
         with open(path, "a", encoding="utf-8") as file:
             for row, prompt_index in enumerate(rollouts["prompt_index"].tolist()):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from nemo.utils import logging
 
+from nemo_aligner.rewards import python_reward
 from nemo_aligner.rewards.python_reward import PythonRewardModel, RewardError, load_reward_function
 from nemo_aligner.testing.utils import Utils
 from nemo_aligner.utils.termination import StopRequested
@@ -255,6 +256,64 @@ def test_rollouts_of_another_run_are_not_taken_for_this_ones(tmp_path, change, m
     assert len(second.model.requests) == generated + 6 and list(tmp_path.glob("unscored_*")) == []
     complaint = "another length_params; rolling out anew" if change == "settings" else "answer other prompts; rolling"
     assert complaint in warnings[0]
+
+
+def test_rollouts_of_a_step_that_a_run_has_gone_back_from_are_not_taken_for_this_ones(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    first, _ = run_until_scored(tmp_path, failing={4})
+    (left,) = tmp_path.glob("unscored_train_step1_*")
+    generated = len(first.model.requests)
+    make_trainer(rm=SecondTokenReward(), rollout_dir=tmp_path, model=first.model, k=2).fit()
+    assert len(first.model.requests) == generated + 4, "two micro-batches of each of two steps"
+    assert warnings == [f"{left} is of other weights than this run has, which goes on at step 0: deleted"]
+
+
+def test_rewards_of_another_function_are_not_mixed_with_those_of_this_one(tmp_path, monkeypatch):
+    """Which has the same name, but was mended in between; rollouts that the first has scored are scored again."""
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    file = tmp_path / "rewards.py"
+    found = []
+    for reward in ("[100.0 / (calls.append(0) or 2 - len(calls)) for _ in responses[:1]] * 2", "[0.5, 0.5]"):
+        file.write_text(f"calls = []\n\n\ndef reward(prompts, responses):\n    return {reward}\n")
+        python_reward._execute_file.cache_clear()  # as in another process
+        rm = PythonRewardModel(load_reward_function(f"{file}:reward"), Tokenizer())
+        trainer = make_trainer(rm=rm, rollout_dir=tmp_path, max_steps=1)
+        with pytest.raises(RewardError, match="ZeroDivisionError") if not found else contextlib.nullcontext():
+            trainer.fit()
+        rm.close()
+        found.append(trainer)
+        if len(found) == 1:
+            assert ["rewards" in batch for batch in kept_for_later(tmp_path, "train", 0)] == [True, False]
+    assert found[1].model.requests == [], "the rollouts are those of the first start"
+    ((_, metrics),) = found[1].logger.of("train_rollouts/")
+    assert metrics["global_rewards"] == 0.5
+    assert any("the reward is another one since; all of its rollouts are scored by that" in line for line in warnings)
+
+
+def test_a_disk_that_takes_no_rollouts_does_not_end_the_run(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    no_file = tmp_path / "train_rank0.jsonl"
+    no_file.mkdir()
+    trainer = make_trainer(rollout_dir=tmp_path, max_steps=1)
+    trainer.fit()
+    assert trainer.step == 1
+    assert f"rollouts of step 0 are missing in {no_file}: [Errno 21] Is a directory" in warnings[0]
+
+
+def test_a_disk_that_does_not_keep_the_unscored_leaves_the_checkpoint_to_be_written(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed")))
+    trainer = make_trainer(rm=FlakyReward({4}), rollout_dir=tmp_path, answers=ANSWERS, k=2, val_check_interval=1,
+                           save_interval=2)  # fmt: skip
+    with pytest.raises(RewardError, match=r"^the server is away$"):
+        trainer.fit()
+    assert [int(saved["step"]) for saved, _ in trainer.ckpt_callback.saved] == [1]
+    assert "step1_rank0.pt could not be written, its rollouts are lost: PytorchStreamWriter failed" in warnings[-1]
+    assert not list(tmp_path.glob("unscored_*"))
 
 
 def test_a_run_that_failed_in_its_last_validation_still_ends_properly(tmp_path):

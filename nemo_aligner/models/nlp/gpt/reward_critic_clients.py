@@ -22,10 +22,10 @@ from nemo_aligner.servers.http_communicator import (
     HTTPCommunicator,
     not_there,
 )
-from nemo_aligner.utils.server_utils import BackgroundResult, is_replica_source, share_from_source
+from nemo_aligner.utils.server_utils import BackgroundResult, fail_on_all_ranks, is_replica_source, share_from_source
 
-# While the server comes up, the other ranks of a replica wait in one collective after the other, each no longer than
-# this: their process group gives up on a single one after some minutes.
+# While the server comes up, the other ranks wait in one collective after the other, each no longer than this: their
+# process group gives up on a single one after some minutes.
 CONNECT_SLICE_S = 60.0
 
 
@@ -75,7 +75,7 @@ class RMFutureResult(BackgroundResult):
 
 @dataclass
 class RemoteGPTRMClient:
-    """Sends rollouts to the reward server. Constructing it waits until the server is up; collective over the replica.
+    """Sends rollouts to the reward server. Constructing it waits until all replicas reach it; collective over the job.
 
     `cfg` is the section `remote_rm`: `reward_model.{name, ip, port}`, `pad_to_length`, and, each with a default,
     `wait_for_server_s`, `request_timeout_s` and `retry_deadline_s`.
@@ -91,11 +91,14 @@ class RemoteGPTRMClient:
             request_timeout_s=self.cfg.get("request_timeout_s", REQUEST_TIMEOUT_S),
             retry_deadline_s=self.cfg.get("retry_deadline_s", RETRY_DEADLINE_S),
         )
+        self._is_connected = False
         deadline = time.monotonic() + self.communicator.init_timeout_s
-        while not share_from_source(lambda: self._connect(deadline)):
+        while not _is_true_on_all_ranks(fail_on_all_ranks(lambda: share_from_source(lambda: self._connect(deadline)))):
             pass
 
     def _connect(self, deadline: float) -> bool:
+        if self._is_connected:
+            return True
         server = self.cfg.reward_model
         remaining = deadline - time.monotonic()
         if remaining <= 0:
@@ -104,6 +107,7 @@ class RemoteGPTRMClient:
             return False
         self.communicator.add_server_by_name(server.name, ip=server.ip, port=server.port)
         self.communicator.print_server_dict()
+        self._is_connected = True
         return True
 
     def infer_rm(self, rollout_batch: dict[str, torch.Tensor]) -> RMFutureResult:
@@ -142,6 +146,12 @@ class RemoteGPTRMClient:
     def close(self) -> None:
         """Close the connections. Local; nothing happens on ranks that have none."""
         self.communicator.close()
+
+
+def _is_true_on_all_ranks(value: bool) -> bool:
+    least = torch.tensor(value, dtype=torch.int64, device=current_device())
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return bool(least)
 
 
 def check_rewards(reply: dict[str, np.ndarray], num_rows: int) -> None:
