@@ -210,7 +210,14 @@ def _check_unsupported(cfg: DictConfig) -> None:
     if (model.get("context_parallel_size") or 1) > 1:
         raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
     has_te = cfg.trainer.accelerator != "cpu" and importlib.util.find_spec("transformer_engine") is not None
-    if has_te and model.get("transformer_engine") and model.data.get("reset_attention_mask"):
+    uses_te = has_te and model.get("transformer_engine", False)
+    window = model.get("window_size")
+    if window is not None and not uses_te and 0 <= window[0] < model.data.seq_length - 1:
+        raise ConfigError(
+            f"model.window_size={list(window)} needs Transformer Engine (model.transformer_engine=True, on a GPU); "
+            f"without it lower model.data.seq_length={model.data.seq_length} to {window[0] + 1}, which fits in"
+        )
+    if uses_te and model.data.get("reset_attention_mask"):
         raise ConfigError(
             "model.data.reset_attention_mask=True needs a mask, which Transformer Engine's causal attention does not "
             "read; set it to False, or model.transformer_engine=False"

@@ -32,6 +32,11 @@ def _are_betas(value) -> bool:
     return isinstance(value, ListConfig) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value)
 
 
+def _is_window_or_null(value) -> bool:
+    is_window = isinstance(value, ListConfig) and len(value) == 2 and all(type(number) is int for number in value)
+    return value is None or is_window
+
+
 _RULES = {
     "trainer.devices": COUNT,
     "trainer.num_nodes": COUNT,
@@ -97,6 +102,7 @@ _RULES_OF_OPTIONAL_KEYS = {
     "model.mcore_gpt": Rule(lambda value: value is True, "true: NeMo's own layers are not supported"),
     "model.megatron_amp_O2": _SWITCH_OR_NULL,
     "model.sequence_parallel": _SWITCH_OR_NULL,
+    "model.window_size": Rule(_is_window_or_null, "null, or how many tokens to the left and to the right are seen"),
     "model.data.reset_position_ids": _SWITCH_OR_NULL,
     "model.data.reset_attention_mask": _SWITCH_OR_NULL,
     "model.seed": Rule(lambda value: type(value) is int and 0 <= value < 2**32, "a whole number, 0 to 4294967295"),

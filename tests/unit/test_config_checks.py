@@ -332,6 +332,21 @@ def test_transformer_engine_s_attention_reads_no_mask(files, monkeypatch):
     check_rs_config(config(*overrides, "trainer.accelerator=gpu"))
 
 
+def test_rows_that_reach_beyond_an_attention_window_need_transformer_engine(files, monkeypatch):
+    longest = config().model.data.seq_length
+    message = refusal(f"+model.window_size=[{longest - 2},0]")
+    assert message == (
+        f"model.window_size=[{longest - 2}, 0] needs Transformer Engine (model.transformer_engine=True, on a GPU); "
+        f"without it lower model.data.seq_length={longest} to {longest - 1}, which fits in"
+    )
+    for window in (f"[{longest - 1},0]", "[-1,0]", "null"):
+        check_rs_config(config(f"+model.window_size={window}"))
+    assert refusal("+model.window_size=3").startswith("model.window_size=3 must be null, or how many")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_rs_config(config("+model.window_size=[3,0]", "+model.transformer_engine=True", "trainer.accelerator=gpu"))
+
+
 def test_a_gpu_configuration_without_a_gpu(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = refusal("trainer.accelerator=gpu")

@@ -140,27 +140,27 @@ def test_modules_that_were_replaced_or_have_another_forward_are_called(layer, ca
 
 
 def test_tensor_parallelism_and_selective_recomputation_are_left_to_the_modules(layer, monkeypatch):
-    assert layer_spec.can_fuse(layer, torch.zeros(1))
+    assert layer_spec.can_fuse(layer, torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
-        assert not layer_spec.can_fuse(layer, torch.zeros(1))
+        assert not layer_spec.can_fuse(layer, torch.float32)
     monkeypatch.setattr(layer.self_attention, "checkpoint_core_attention", True)
-    assert not layer_spec.can_fuse(layer, torch.zeros(1))
+    assert not layer_spec.can_fuse(layer, torch.float32)
 
 
 @pytest.mark.parametrize("key", ["hidden_dropout", "attention_dropout"])
 def test_dropout_is_left_to_the_modules(layer, calls, monkeypatch, key):
     monkeypatch.setattr(layer.config, key, 0.1)
-    assert not layer_spec.can_fuse(layer, torch.zeros(1))
+    assert not layer_spec.can_fuse(layer, torch.float32)
     layer.eval()
-    assert layer_spec.can_fuse(layer, torch.zeros(1))
+    assert layer_spec.can_fuse(layer, torch.float32)
     layer.train()
 
 
 def test_other_dtypes_and_autocast_are_left_to_the_modules(layer):
-    assert not layer_spec.can_fuse(layer, torch.zeros(1, dtype=torch.bfloat16))
+    assert not layer_spec.can_fuse(layer, torch.bfloat16)
     with torch.autocast("cpu"):
-        assert not layer_spec.can_fuse(layer, torch.zeros(1))
+        assert not layer_spec.can_fuse(layer, torch.float32)
 
 
 def test_turning_is_complex_multiplication_and_its_gradient_undoes_it():

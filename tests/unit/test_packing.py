@@ -218,9 +218,18 @@ def test_forward_pass_in_a_small_piece_of_the_vocabulary_at_a_time(actor, monkey
     assert_same(training_step(actor, batch, 2), whole, rel=OTHER_ORDER)
 
 
-@pytest.mark.parametrize(("seq_length", "expected"), [(40, 2 * 40), (4096, 2 * 2 * 30)])
-def test_a_pack_holds_no_more_than_its_longest_rows_could_and_twice_a_padded_micro_batch(seq_length, expected):
-    actor = SimpleNamespace(cfg=OmegaConf.create({"micro_batch_size": 2, "data": {"seq_length": seq_length}}))
+@pytest.mark.parametrize(
+    ("seq_length", "dropout", "expected"),
+    [(40, 0, 2 * 40), (4096, 0, 2 * 2 * 30), (20, 0.1, 2 * 20), (40, 0.1, 2 * 30)],
+)
+def test_a_pack_holds_no_more_than_its_longest_rows_could_and_twice_a_padded_micro_batch(
+    llama, monkeypatch, seq_length, dropout, expected
+):
+    """With dropout layers are not fused, and keep as much of a token as they did padded."""
+    llama.model.train()
+    monkeypatch.setattr(llama.model.config, "hidden_dropout", dropout)
+    cfg = OmegaConf.create({"micro_batch_size": 2, "data": {"seq_length": seq_length}})
+    actor = SimpleNamespace(cfg=cfg, get_model_module_list=llama.get_model_module_list)
     assert MegatronGPTRSModel._max_tokens_of_a_pack(actor, width=30) == expected
 
 

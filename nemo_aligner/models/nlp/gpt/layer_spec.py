@@ -132,7 +132,7 @@ class Layer(TransformerLayer):
     """megatron-core's layer, which over packs is one function where that computes the same."""
 
     def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, packed_seq_params=None, **kwargs):
-        if packed_seq_params is None or not can_fuse(self, hidden_states):
+        if packed_seq_params is None or not can_fuse(self, hidden_states.dtype):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -147,15 +147,18 @@ class Layer(TransformerLayer):
         return make_viewless_tensor(output_T1H, requires_grad=output_T1H.requires_grad, keep_graph=True), None
 
 
-def can_fuse(layer: Layer, hidden: torch.Tensor) -> bool:
-    """Whether `fused_layer` computes all that the layer's own modules would. If not, these are called."""
+def can_fuse(layer: Layer, dtype: torch.dtype) -> bool:
+    """Whether `fused_layer` computes all that the layer's own modules would of hidden states of that dtype.
+
+    If not, these are called.
+    """
     config, attention, mlp = layer.config, layer.self_attention, layer.mlp
     return (
         parallel_state.get_tensor_model_parallel_world_size() == 1
         and not (layer.training and (config.hidden_dropout or config.attention_dropout))
         and not attention.checkpoint_core_attention
-        and hidden.dtype == attention.linear_qkv.weight.dtype
-        and not torch.is_autocast_enabled(hidden.device.type)
+        and dtype == attention.linear_qkv.weight.dtype
+        and not torch.is_autocast_enabled(attention.linear_qkv.weight.device.type)
         and _is_untouched(attention, SelfAttention)
         and _is_untouched(mlp, MLP)
         and _is_untouched(attention.core_attention, ScaledDotProductAttention)
@@ -163,6 +166,13 @@ def can_fuse(layer: Layer, hidden: torch.Tensor) -> bool:
         and all(_is_untouched(linear, ColumnParallelLinear) for linear in (attention.linear_qkv, mlp.linear_fc1))
         and all(_is_untouched(linear, RowParallelLinear) for linear in (attention.linear_proj, mlp.linear_fc2))
     )
+
+
+def fuses_all_layers(model: torch.nn.Module) -> bool:
+    """Whether every layer of megatron-core's `GPTModel` is one function over packs."""
+    dtype = next(model.parameters()).dtype
+    is_mixed = getattr(model.config, "enable_autocast", False)
+    return not is_mixed and all(type(layer) is Layer and can_fuse(layer, dtype) for layer in model.decoder.layers)
 
 
 def _is_untouched(module: torch.nn.Module, kind: type) -> bool:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from nemo.utils import logging, logging_mode
@@ -33,6 +34,7 @@ from nemo_aligner.generation.sampling import random_streams
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
+from nemo_aligner.models.nlp.gpt.layer_spec import fuses_all_layers
 from nemo_aligner.models.nlp.gpt.lora import adapter_state, sharded_adapters
 from nemo_aligner.models.nlp.gpt.packed_forward import packed_forward, unsupported_part
 from nemo_aligner.models.nlp.gpt.packing import Pack, pack_batch
@@ -253,12 +255,15 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         )
 
     def _max_tokens_of_a_pack(self, width: int) -> int:
-        """What the longest rows that may come would be in a micro-batch, but at most twice its padded size now.
+        """What the longest rows that may come would be in a micro-batch, but not more than its padded size now.
 
-        A token of a pack takes less than half the memory of a padded one, of which all logits and more activations are
-        kept; so a configuration that fitted with padded rows fits.
+        Or twice that, where layers are fused: a token of a pack then takes less than half of the memory that it took
+        padded, with all logits and unfused attention (benchmarks/train_step.py), so a configuration that fitted fits.
+        The layers' own modules keep as much of a token as ever.
         """
-        return self.cfg.micro_batch_size * min(self.cfg.data.seq_length, 2 * width)
+        gpt_model = get_attr_wrapped_model(self.get_model_module_list()[0], "decoder", return_model_obj=True)
+        widest = 2 * width if fuses_all_layers(gpt_model) else width
+        return self.cfg.micro_batch_size * min(self.cfg.data.seq_length, widest)
 
     def _packed_forward_output_and_loss_func(self, num_loss_tokens: torch.Tensor, num_microbatches: int) -> Callable:
         """As `get_actor_forward_output_and_loss_func`, over packs; the last stage's output are log-probabilities [R].
