@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make quickstart` and `make test`. Each makes what it needs, from nothing.
 PYTHON ?= python3.11
-SEED ?= 1234
+SEED ?= 1
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -211,6 +211,11 @@ def _check_unsupported(cfg: DictConfig) -> None:
         raise ConfigError("model.context_parallel_size must be 1: context parallelism is not supported")
     has_te = cfg.trainer.accelerator != "cpu" and importlib.util.find_spec("transformer_engine") is not None
     uses_te = has_te and model.get("transformer_engine", False)
+    if model.get("num_moe_experts") and not uses_te:
+        raise ConfigError(
+            f"model.num_moe_experts={model.num_moe_experts}: a mixture of experts needs Transformer Engine "
+            "(model.transformer_engine=True, on a GPU)"
+        )
     window = model.get("window_size")
     if window is not None and not uses_te and 0 <= window[0] < model.data.seq_length - 1:
         raise ConfigError(

@@ -347,6 +347,13 @@ def test_rows_that_reach_beyond_an_attention_window_need_transformer_engine(file
     check_rs_config(config("+model.window_size=[3,0]", "+model.transformer_engine=True", "trainer.accelerator=gpu"))
 
 
+def test_a_mixture_of_experts_needs_transformer_engine(files, monkeypatch):
+    assert refusal("+model.num_moe_experts=8").startswith("model.num_moe_experts=8: a mixture of experts needs")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_rs_config(config("+model.num_moe_experts=8", "+model.transformer_engine=True", "trainer.accelerator=gpu"))
+
+
 def test_a_gpu_configuration_without_a_gpu(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = refusal("trainer.accelerator=gpu")
