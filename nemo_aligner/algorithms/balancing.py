@@ -38,7 +38,7 @@ def balance_over_replicas(
     lengths, widths = torch.stack(gathered).cpu().split([len(columns["mask"]), len(columns)], dim=1)
 
     lengths_by_batch = lengths.unflatten(1, (-1, rows_per_batch)).transpose(0, 1)  # [batches, replicas, rows_per_batch]
-    takers = torch.tensor([deal(batch.flatten().tolist(), num_replicas) for batch in lengths_by_batch])
+    takers = torch.tensor([deal_to_replicas(batch.flatten().tolist(), num_replicas) for batch in lengths_by_batch])
     takers = takers.view(lengths_by_batch.shape)
 
     columns = {
@@ -62,7 +62,7 @@ def balance_over_replicas(
     return {key: column.squeeze(1) if is_flat[key] else column for key, column in exchanged.items()}
 
 
-def deal(lengths: list[int], num_shares: int) -> list[int]:
+def deal_to_replicas(lengths: list[int], num_shares: int) -> list[int]:
     """Deal rows out in shares of equal number and about equal total length.
 
     The longest row that is left goes to the share with the least, as long as that is not full; then, while it helps,

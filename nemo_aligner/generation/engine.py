@@ -37,7 +37,7 @@ LOOKS_BETWEEN_CHECKS = 32
 
 
 class Engine:
-    """Decodes rows with the parameters of `model`, a stage's `GPTModel` of which `unsupported_part` has nothing to say.
+    """Decodes rows with the parameters of `model`, a stage's `GPTModel` that `unsupported_by_engine` says nothing about.
 
     Args:
         max_rows: rows in flight at most; memory may lower it.

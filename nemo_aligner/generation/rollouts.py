@@ -20,7 +20,7 @@ from nemo_aligner.generation.kv_cache import bytes_per_position, least_of_all_ra
 from nemo_aligner.generation.no_token import NoTokenError
 from nemo_aligner.generation.rows import Decoding, Row
 from nemo_aligner.generation.sampling import SamplingParams
-from nemo_aligner.generation.weights import unsupported_part
+from nemo_aligner.generation.weights import unsupported_by_engine
 from nemo_aligner.utils.distributed import pad_list
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 
@@ -113,7 +113,7 @@ class RolloutGenerator:
             return "virtual pipeline stages"
         if any(self._model.resets.values()):
             return "model.data.reset_attention_mask or reset_position_ids"
-        reason = unsupported_part(chunks[0])
+        reason = unsupported_by_engine(chunks[0])
         has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
         if has_stages and not least_of_all_ranks(int(reason is None)):
             return reason or "what another pipeline stage has"
@@ -157,7 +157,7 @@ class RolloutGenerator:
 
     def _decoding(self, lengths_B: torch.Tensor) -> tuple[Decoding, EndStrings]:
         model, strategy = self._model, self._strategy(lengths_B)
-        end_ids, texts = strategy._end_ids_and_strings(model.tokenizer.eos_id, model._sampling_params["end_strings"])
+        end_ids, texts = strategy.end_ids_and_strings(model.tokenizer.eos_id, model._sampling_params["end_strings"])
         decoding = Decoding(
             sampling=SamplingParams.of(model._sampling_params),
             max_length=strategy.max_length,

@@ -93,7 +93,7 @@ class Weights:
 
 
 def find_weights(model: GPTModel) -> Weights:
-    """The parameters of `model`, which `unsupported_part` has nothing to say about, where they are now."""
+    """The parameters of `model`, which `unsupported_by_engine` has nothing to say about, where they are now."""
     config, tp_size = model.config, parallel_state.get_tensor_model_parallel_world_size()
     layers = tuple(_layer(layer, config) for layer in model.decoder.layers)
     has_learned_positions = model.pre_process and model.position_embedding_type == "learned_absolute"
@@ -111,7 +111,7 @@ def find_weights(model: GPTModel) -> Weights:
     )
 
 
-def unsupported_part(model: torch.nn.Module) -> str | None:
+def unsupported_by_engine(model: torch.nn.Module) -> str | None:
     """What in `model` generation cannot compute, in a few words; None if it can compute all of it."""
     if not isinstance(model, GPTModel):
         return "a model that is not megatron-core's GPTModel"

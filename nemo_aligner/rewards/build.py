@@ -110,7 +110,7 @@ def _part(name: str, entry) -> RewardSource:
     )
 
 
-def check_rewards(cfg: DictConfig) -> list[str]:
+def check_reward_config(cfg: DictConfig) -> list[str]:
     """Refuse rewards that cannot work: functions are imported, servers are asked for; returns warnings.
 
     Raises:

@@ -25,7 +25,7 @@ from pytorch_lightning.plugins.environments import (
 from nemo_aligner.data.nlp.builders import check_prompt_files, split_rows
 from nemo_aligner.generation.rollouts import GenerationSettings
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
-from nemo_aligner.rewards.build import check_rewards
+from nemo_aligner.rewards.build import check_reward_config
 from nemo_aligner.utils.checkpoints import read_run_state
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import check_archive
@@ -107,7 +107,7 @@ def check_rs_config(cfg: DictConfig) -> None:
             f"model.rs.offload_adam_states=True does nothing with model.optim.name={cfg.model.optim.name}: only the "
             "state of a distributed optimizer leaves the GPU"
         )
-    for warning in check_rewards(cfg):
+    for warning in check_reward_config(cfg):
         logging.warning(warning)
     for key, silent in WITHOUT_EFFECT:
         value = OmegaConf.select(cfg, key, default=silent)

@@ -68,7 +68,7 @@ def read_weights(folder: Path) -> Weights:
     return Weights(None, shapes, set())
 
 
-def check_sizes(weights: Weights, cfg) -> None:
+def check_weight_sizes(weights: Weights, cfg) -> None:
     """Refuse a config whose `num_layers` or `hidden_size` are not those of the weights.
 
     Raises:

@@ -79,15 +79,16 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
 
     def end_token_ids(self, eod_id: int, end_strings: list[str]) -> list[int]:
         """The ids that end a response by themselves."""
-        return sorted(self._end_ids_and_strings(eod_id, end_strings)[0])
+        return sorted(self.end_ids_and_strings(eod_id, end_strings)[0])
 
-    def _end_ids_and_strings(self, eod_id: int, end_strings: list[str]) -> tuple[set[int], list[str]]:
+    def end_ids_and_strings(self, eod_id: int, end_strings: list[str]) -> tuple[set[int], list[str]]:
+        """What ends a response by itself: token ids, and texts of several tokens."""
         if not end_strings:
             return {eod_id}, []
         return self._get_end_of_generation_tokens_and_strings(eod_id, end_strings)
 
     def _ends_with_token_or_string(self, tokens, prev, undecided, eod_id, end_strings) -> torch.Tensor:
-        end_ids, texts = self._end_ids_and_strings(eod_id, end_strings)
+        end_ids, texts = self.end_ids_and_strings(eod_id, end_strings)
         is_end = torch.isin(prev, torch.tensor(sorted(end_ids), device=prev.device))
         if texts:
             for row in (undecided & ~is_end).nonzero().flatten().tolist():
@@ -139,7 +140,7 @@ def verify_is_valid_and_clamp_range_(
         response_tokens: prompt, response and padding, int64 [B, S]. Modified in place.
         response_lengths: int64 [B].
     """
-    end_ids, texts = strategy._end_ids_and_strings(tokenizer.eos_id, end_strings or [])
+    end_ids, texts = strategy.end_ids_and_strings(tokenizer.eos_id, end_strings or [])
     in_range = ((response_tokens >= 0) & (response_tokens < tokenizer.vocab_size)).all(dim=-1)
     response_tokens.clamp_(0, tokenizer.vocab_size - 1)
     last_tokens = response_tokens.gather(1, (response_lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)

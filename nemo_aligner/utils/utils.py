@@ -20,7 +20,7 @@ from nemo_aligner.data.nlp.builders import collate_with_batch_max_sequence_lengt
 from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, extract_value_from_ckpt  # noqa: F401
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import CONFIG_FILE, extract, naming, opened
-from nemo_aligner.utils.nemo_weights import check_model, check_sizes, read_weights
+from nemo_aligner.utils.nemo_weights import check_model, check_weight_sizes, read_weights
 from nemo_aligner.utils.optimizer_offload import (  # noqa: F401
     dist_adam_load_state_bucket_into_device,
     offload_distributed_adam,
@@ -68,7 +68,7 @@ class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
             cfg = stored_cfg if override_config_path is None else override_config_path
             with naming(checkpoint.where):
                 weights = read_weights(checkpoint.folder)
-                check_sizes(weights, cfg)
+                check_weight_sizes(weights, cfg)
             if weights.format is None:
                 weights.shapes = self.modify_state_dict(cfg, weights.shapes)
             wanted_format = cfg.get("dist_ckpt_format", "torch_dist")

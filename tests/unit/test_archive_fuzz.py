@@ -21,7 +21,7 @@ import yaml
 
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import naming, opened
-from nemo_aligner.utils.nemo_weights import check_sizes, read_weights
+from nemo_aligner.utils.nemo_weights import check_weight_sizes, read_weights
 
 BLOCK = tarfile.BLOCKSIZE
 COUNT = 1000  # of each kind: plain and gzipped
@@ -69,7 +69,7 @@ def read(path: Path) -> tuple[dict, dict]:
         config = checkpoint.config()
         with naming(checkpoint.where):
             weights = read_weights(checkpoint.folder)
-            check_sizes(weights, config)
+            check_weight_sizes(weights, config)
         files = {str(file.relative_to(checkpoint.folder)): file.read_bytes() for file in checkpoint.folder.rglob("*.*")}
     return files, weights.shapes
 

@@ -5,24 +5,24 @@ import random
 import pytest
 import torch
 
-from nemo_aligner.algorithms.balancing import deal
+from nemo_aligner.algorithms.balancing import deal_to_replicas
 from nemo_aligner.utils.masks import trained_lengths
 
 
 def test_the_longest_row_goes_to_the_emptiest_share_that_is_not_full():
     # 9 | 8, then 7 to the second, 2 to the first: 11 | 15. No swap makes that difference of 4 smaller: 8 for 9 and 7
     # for 2 leave 6, 8 for 2 and 7 for 9 leave 8.
-    assert deal([7, 2, 9, 8], 2) == [1, 0, 0, 1]
+    assert deal_to_replicas([7, 2, 9, 8], 2) == [1, 0, 0, 1]
 
 
 def test_a_swap_mends_what_full_shares_forced():
     # 10, 5, 5 | 9, 6, 1 are 20 | 16; 10 for 9 makes 19 | 17, and every other swap leaves more
-    assert deal([10, 9, 6, 5, 5, 1], 2) == [1, 0, 1, 0, 0, 1]
+    assert deal_to_replicas([10, 9, 6, 5, 5, 1], 2) == [1, 0, 1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 3, 3, 3], [0, 0]], ids=["none", "ties", "nothing to train on"])
 def test_edges(lengths):
-    shares = deal(lengths, 2)
+    shares = deal_to_replicas(lengths, 2)
     assert shares.count(0) == shares.count(1) == len(lengths) // 2
 
 
@@ -32,7 +32,7 @@ def test_geometric_lengths_are_balanced_to_half_a_percent(num_shares):
     worst_before = 0.0
     for _ in range(20):
         lengths = [rng.randint(64, 128) + min(256, int(rng.expovariate(1 / 64))) for _ in range(16 * num_shares)]
-        shares = deal(lengths, num_shares)
+        shares = deal_to_replicas(lengths, num_shares)
         assert [shares.count(share) for share in range(num_shares)] == [16] * num_shares
         assert _excess(lengths, shares) <= 0.005
         worst_before = max(worst_before, _excess(lengths, [row // 16 for row in range(len(lengths))]))

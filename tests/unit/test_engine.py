@@ -21,7 +21,7 @@ from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
 from nemo_aligner.generation.sampling import SamplingParams
-from nemo_aligner.generation.weights import find_weights, unsupported_part
+from nemo_aligner.generation.weights import find_weights, unsupported_by_engine
 from nemo_aligner.models.nlp.gpt import megatron_gpt_rs_actor
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy, ends_with_text
 from tests.tiny import load_actor, prompt_batch
@@ -628,7 +628,7 @@ def test_norms_that_transformer_engine_has_fused_into_the_next_layer_are_read_fr
             del linear._parameters["bias"]
             linear.bias = torch.empty(0)
             setattr(layer, name, torch.nn.Identity())
-    assert unsupported_part(actor.model) is None
+    assert unsupported_by_engine(actor.model) is None
     assert responses_of(actor.infer(batch_of(actor, prompts))) == plain
 
 
@@ -639,9 +639,9 @@ def test_what_the_engine_does_not_know_goes_through_the_schedule_with_one_line(t
     expected = responses_of(actor.infer(batch_of(actor, prompts)))
     actor.finish_inference()
     actor.model.decoder.layers[2].post_norm = torch.nn.LayerNorm(64)
-    assert unsupported_part(actor.model) == "the parameter decoder.layers.2.post_norm.weight"
+    assert unsupported_by_engine(actor.model) == "the parameter decoder.layers.2.post_norm.weight"
     actor.model.config.enable_autocast = True
-    assert unsupported_part(actor.model) == "mixed precision without model.megatron_amp_O2"
+    assert unsupported_by_engine(actor.model) == "mixed precision without model.megatron_amp_O2"
     actor.model.config.enable_autocast = False
     actor.prepare_for_inference()
     with caplog.at_level(logging.WARNING, "nemo_logger"):

@@ -44,9 +44,9 @@ ROWS = [
 
 
 def test_the_longest_rows_are_dealt_first_to_the_emptiest_pack():
-    assert packing.deal([7, 5, 0, 4, 4, 3, 0], 3) == [[0], [1, 5], [3, 4]]
-    assert packing.deal([2, 2, 2], 2) == [[0, 2], [1]]  # ties: the first row, the first pack
-    assert packing.deal([0, 0], 2) == [[], []]
+    assert packing.deal_to_packs([7, 5, 0, 4, 4, 3, 0], 3) == [[0], [1, 5], [3, 4]]
+    assert packing.deal_to_packs([2, 2, 2], 2) == [[0, 2], [1]]  # ties: the first row, the first pack
+    assert packing.deal_to_packs([0, 0], 2) == [[], []]
 
 
 def test_a_pack_holds_what_the_loss_depends_on():
@@ -76,7 +76,7 @@ def test_packs_in_order_of_equal_length_and_never_empty():
 
 def test_a_real_batch_is_dealt_evenly():
     lengths = torch.randint(60, 350, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    loads = [sum(lengths[row] for row in rows) for rows in packing.deal(lengths, 8)]
+    loads = [sum(lengths[row] for row in rows) for rows in packing.deal_to_packs(lengths, 8)]
     assert sum(loads) == sum(lengths)
     assert max(loads) <= 1.02 * min(loads)
 
@@ -84,11 +84,13 @@ def test_a_real_batch_is_dealt_evenly():
 def test_as_few_packs_as_hold_the_rows():
     lengths = [7, 5, 0, 4, 4, 3, 0]  # 23 tokens in 5 rows
     assert packing.deal_to_fewest(lengths, 7, 23) == [[0, 1, 3, 4, 5]]
-    assert packing.deal_to_fewest(lengths, 7, 12) == packing.deal(lengths, 2)
-    assert packing.deal_to_fewest(lengths, 7, 11) == packing.deal(lengths, 3)  # two would hold 11 and 12
-    assert packing.deal_to_fewest(lengths, 7, 12, multiple=5) == packing.deal(lengths, 3)  # two would be 15 wide
-    assert packing.deal_to_fewest(lengths, 7, 1) == packing.deal(lengths, 5)  # none is left empty
-    assert packing.deal_to_fewest(lengths, 2, 1) == packing.deal(lengths, 2)
+    assert packing.deal_to_fewest(lengths, 7, 12) == packing.deal_to_packs(lengths, 2)
+    assert packing.deal_to_fewest(lengths, 7, 11) == packing.deal_to_packs(lengths, 3)  # two would hold 11 and 12
+    assert packing.deal_to_fewest(lengths, 7, 12, multiple=5) == packing.deal_to_packs(
+        lengths, 3
+    )  # two would be 15 wide
+    assert packing.deal_to_fewest(lengths, 7, 1) == packing.deal_to_packs(lengths, 5)  # none is left empty
+    assert packing.deal_to_fewest(lengths, 2, 1) == packing.deal_to_packs(lengths, 2)
     assert packing.deal_to_fewest([0, 0], 2, 10) == [[]]
 
 
@@ -266,9 +268,9 @@ def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives
     ):  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llama.model.config, name, value)
-            assert reason in packed_forward.unsupported_part(llama.model)
+            assert reason in packed_forward.unsupported_by_packing(llama.model)
     monkeypatch.setattr(packed_forward, "ScaledDotProductAttention", ())
-    assert packed_forward.unsupported_part(llama.model) == "ScaledDotProductAttention"
+    assert packed_forward.unsupported_by_packing(llama.model) == "ScaledDotProductAttention"
 
 
 # Log-probabilities from hidden states

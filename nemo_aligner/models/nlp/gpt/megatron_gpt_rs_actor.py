@@ -36,7 +36,7 @@ from nemo_aligner.models.nlp.gpt.hf_tokenizer import build_packed_tokenizer
 from nemo_aligner.models.nlp.gpt.inference_mode import InferenceMode, fill_missing_keys, switch_off_O2_in_float32
 from nemo_aligner.models.nlp.gpt.layer_spec import fuses_all_layers
 from nemo_aligner.models.nlp.gpt.lora import adapter_state, sharded_adapters
-from nemo_aligner.models.nlp.gpt.packed_forward import packed_forward, unsupported_part
+from nemo_aligner.models.nlp.gpt.packed_forward import packed_forward, unsupported_by_packing
 from nemo_aligner.models.nlp.gpt.packing import Pack, pack_batch
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
@@ -234,7 +234,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             return f"{type(self).__name__}.{step}"
         if any(self.resets.values()):
             return "model.data.reset_attention_mask or reset_position_ids"
-        return unsupported_part(self.get_model_module_list()[0])
+        return unsupported_by_packing(self.get_model_module_list()[0])
 
     def _packs(self, batch: dict, num_microbatches: int) -> list[Pack]:
         """The rows of `batch` as micro-batches, which a loss per micro-batch binds to their places.

@@ -22,7 +22,7 @@ from nemo_aligner.models.nlp.gpt.packing import Pack
 from nemo_aligner.utils.target_logprobs import TargetLogprobs
 
 
-def unsupported_part(gpt_model: torch.nn.Module) -> str | None:
+def unsupported_by_packing(gpt_model: torch.nn.Module) -> str | None:
     """What of a model cannot run over packs, in words for the log; None if all can. The same on all pipeline stages."""
     if not isinstance(gpt_model, GPTModel):
         return type(gpt_model).__name__

@@ -75,7 +75,7 @@ def pack_batch(
     if in_order:
         rows_of = _deal_in_order(lengths_B, num_packs)
     elif max_tokens is None:
-        rows_of = deal(lengths_B, num_packs)
+        rows_of = deal_to_packs(lengths_B, num_packs)
     else:
         rows_of = deal_to_fewest(lengths_B, num_packs, max_tokens, multiple)
     widths = [_round_up(sum(lengths_B[row] for row in rows), multiple) for rows in rows_of]
@@ -87,7 +87,7 @@ def pack_batch(
     ]
 
 
-def deal(lengths: list[int], num_packs: int) -> list[list[int]]:
+def deal_to_packs(lengths: list[int], num_packs: int) -> list[list[int]]:
     """Row numbers for each pack: the longest row first, always to the pack with the fewest tokens (R. L. Graham 1969).
 
     Rows of length 0 go nowhere. Of equal rows, and of equal packs, the first comes first, so that all ranks agree.
@@ -102,7 +102,7 @@ def deal(lengths: list[int], num_packs: int) -> list[list[int]]:
 
 
 def deal_to_fewest(lengths: list[int], most: int, max_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Row numbers for each of the fewest packs that `deal` fills with at most `max_tokens` tokens, padding included.
+    """Row numbers for each of the fewest packs that `deal_to_packs` fills with at most `max_tokens` tokens, with padding.
 
     At least one and at most `most`, into which rows are dealt even if a pack then has more tokens. It never has if no
     row is longer than r tokens, `max_tokens` is n * r, a multiple of `multiple`, and there are n * `most` rows: a pack
@@ -110,10 +110,10 @@ def deal_to_fewest(lengths: list[int], most: int, max_tokens: int, multiple: int
     """
     most = max(1, min(most, sum(length > 0 for length in lengths)))
     for num_packs in range(max(1, -(-sum(lengths) // max_tokens)), most):
-        rows_of = deal(lengths, num_packs)
+        rows_of = deal_to_packs(lengths, num_packs)
         if all(_round_up(sum(lengths[row] for row in rows), multiple) <= max_tokens for rows in rows_of):
             return rows_of
-    return deal(lengths, most)
+    return deal_to_packs(lengths, most)
 
 
 def _deal_in_order(lengths: list[int], num_packs: int) -> list[list[int]]:
