@@ -37,7 +37,7 @@ LOOKS_BETWEEN_CHECKS = 32
 
 
 class Engine:
-    """Decodes rows with the parameters of `model`, a stage's `GPTModel` that `unsupported_by_engine` says nothing about.
+    """Decodes rows with the parameters of `model`, a stage's `GPTModel` without an `unsupported_by_engine` part.
 
     Args:
         max_rows: rows in flight at most; memory may lower it.

@@ -102,7 +102,7 @@ def deal_to_packs(lengths: list[int], num_packs: int) -> list[list[int]]:
 
 
 def deal_to_fewest(lengths: list[int], most: int, max_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Row numbers for each of the fewest packs that `deal_to_packs` fills with at most `max_tokens` tokens, with padding.
+    """Row numbers for each of the fewest packs that `deal_to_packs` fills with at most `max_tokens`, with padding.
 
     At least one and at most `most`, into which rows are dealt even if a pack then has more tokens. It never has if no
     row is longer than r tokens, `max_tokens` is n * r, a multiple of `multiple`, and there are n * `most` rows: a pack
