@@ -30,12 +30,13 @@ def _resume_after_a_kill() -> None:
     """NeMo refuses to resume if its only last checkpoint is half written, or if there are two of them.
 
     The first is what a kill in the middle of the first save leaves, the second what it leaves between the end of a save
-    and the removal of the checkpoint before. Here the newest complete one is found for it. Removal: with the first NeMo
-    that does so itself.
+    and the removal of the checkpoint before. Here the newest complete one is found for it, and a new run in the folder
+    of another one refused. Removal: with the first NeMo that does so itself.
     """
     from nemo.utils import exp_manager, logging
 
     from nemo_aligner.utils.checkpoints import newest_complete_checkpoint
+    from nemo_aligner.utils.errors import ConfigError
 
     check_resume = exp_manager.check_resume
     if check_resume.__module__ == __name__:
@@ -46,8 +47,13 @@ def _resume_after_a_kill() -> None:
         dirpath=None, resume_from_checkpoint=None,
     ):  # fmt: skip
         folder = Path(dirpath or Path(log_dir, "checkpoints"))
-        newest = newest_complete_checkpoint(folder) if resume_if_exists else None
-        if newest is not None:
+        newest = newest_complete_checkpoint(folder)
+        if newest is not None and not resume_if_exists and resume_from_checkpoint is None:
+            raise ConfigError(
+                f"exp_manager.resume_if_exists=False, but {newest} is of a run in this folder, with "
+                "which a new one would be mixed up; give another exp_manager.explicit_log_dir, or resume_if_exists=True"
+            )
+        if newest is not None and resume_if_exists:
             resume_if_exists, resume_from_checkpoint = False, str(newest)
         elif resume_if_exists and resume_ignore_no_checkpoint:
             resume_if_exists = False

@@ -25,6 +25,7 @@ The function runs in one background thread on the source rank of each replica, o
 next ones are generated; calls never overlap each other. Gradients are off.
 """
 
+import copy
 import functools
 import hashlib
 import importlib
@@ -135,7 +136,7 @@ def _resolve(source: _Source) -> Callable:
 def _import_module(source: _Source, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             remedy = "install it, put its folder on PYTHONPATH, or name the file as path/to/file.py:function"
@@ -148,7 +149,7 @@ def _import_file(source: _Source, file: Path) -> ModuleType:
         raise source.error(f"there is no file {file.resolve()}", "correct the path")
     try:
         return _execute_file(file.resolve())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_failure(source, str(file), error) from error
 
 
@@ -234,7 +235,8 @@ def score(
     columns = {"response_tokens": response_tokens, "records": records, "finished": finished}
     try:
         with torch.no_grad():
-            values = function(prompts, responses, **columns)
+            # copies, as the batch is looked at again: in a message, a log, by the next reward
+            values = function(*copy.deepcopy((prompts, responses)), **copy.deepcopy(columns))
     except (Exception, SystemExit) as error:
         problem = one_line(f"the reward function raised {type(error).__name__}: {error}")
         row = _first_failing_row(function, prompts, responses, columns)
@@ -278,7 +280,8 @@ def _first_failing_row(function: Callable, prompts: list, responses: list, colum
         one = slice(row, row + 1)
         try:
             with torch.no_grad():
-                function(prompts[one], responses[one], **{name: column[one] for name, column in columns.items()})
+                of_row = {name: column[one] for name, column in columns.items()}
+                function(prompts[one], responses[one], **copy.deepcopy(of_row))
         except (Exception, SystemExit):
             return row
     return None

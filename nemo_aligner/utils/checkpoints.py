@@ -20,9 +20,11 @@ from nemo.utils import logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import ckpt_to_dir
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, complete_in, is_complete, settle
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.server_utils import one_line
 
 COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,6 +47,22 @@ def extract_value_from_ckpt(key: str, ckpt_path: str) -> int:
     return int(found.group(1))
 
 
+@contextlib.contextmanager
+def damage_named(ckpt_path: str | Path) -> Iterator[None]:
+    """Within, what goes wrong, but for a lack of memory, is a `ConfigError` in one line that names the checkpoint."""
+    try:
+        yield
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise ConfigError(
+            f"the checkpoint {ckpt_path} could not be restored ({one_line(f'{type(first).__name__}: {first}')}): it is "
+            "damaged, or of another model, precision or optimizer; move it away to go on from an older one, if there "
+            "is one, or give another exp_manager.explicit_log_dir"
+        ) from error
+
+
 def read_counters(ckpt_path: str | Path) -> dict[str, int]:
     """The RS counters of a checkpoint: from inside it, or, as the original wrote none there, from its name.
 
@@ -61,10 +79,12 @@ def read_run_state(ckpt_path: str | Path) -> dict:
     There are no settings in a checkpoint of the original, or of our first versions.
 
     Raises:
+        ConfigError: if the checkpoint is damaged.
         ValueError: if the counters are neither in the checkpoint nor in its name.
     """
     common = Path(ckpt_path, "common.pt")
-    stored = torch.load(common, map_location="cpu", weights_only=True) if common.is_file() else {}
+    with damage_named(ckpt_path):
+        stored = torch.load(common, map_location="cpu", weights_only=True) if common.is_file() else {}
     counters, settings = stored.get("rs_trainer"), stored.get("rs_settings")
     if counters is None:
         counters = {name: extract_value_from_ckpt(name, str(ckpt_path)) for name in COUNTERS}
@@ -73,9 +93,9 @@ def read_run_state(ckpt_path: str | Path) -> dict:
 
 
 def newest_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The `-last` checkpoint of the highest step that was written to its end; None if there is none.
+    """The `-last` checkpoint of the highest step that was written to its end, without such the newest of the best.
 
-    One that a killed run had no time to rename counts, too; rank 0 renames it.
+    One that a killed run had no time to rename counts, too; rank 0 renames it. None if there is none.
     """
     try:
         return _newest_complete(Path(folder))
@@ -88,6 +108,8 @@ def _newest_complete(folder: Path) -> Path | None:
     partial = [path for path in complete_in(folder / PARTIAL) if path.match("*-last")]
     found = {folder / path.name: path for path in partial}
     found.update({path: path for path in folder.glob("*-last") if is_complete(path)})
+    if not found:
+        found = {path: path for path in folder.glob("*=*") if is_complete(path)}
     if not found:
         return None
     newest = max(found, key=lambda path: (read_counters(found[path])["step"], found[path].stat().st_mtime))

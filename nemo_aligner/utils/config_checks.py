@@ -35,6 +35,7 @@ from nemo_aligner.utils.step_profile import check_profile
 from nemo_aligner.utils.trainer_utils import check_sizes
 from nemo_aligner.utils.value_checks import check_values
 
+TOP_LEVEL_KEYS = {"trainer", "exp_manager", "pretrained_checkpoint", "model", "remote_rm", "name"}
 TRAINER_RS_KEYS = {
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "gradient_clip_val", "model_gbs", "model_mbs",
     "rollout_batch_seq_length", "val_at_start", "profile",
@@ -68,6 +69,8 @@ WITHOUT_EFFECT = (
     ("trainer.gradient_clip_val", None),
     ("trainer.val_check_interval", None),
     ("trainer.accumulate_grad_batches", 1),
+    ("exp_manager.create_early_stopping_callback", False),
+    ("model.rampup_batch_size", None),
     ("model.rs.sampling_params.add_BOS", False),
     ("model.rs.sampling_params.all_probs", False),
     ("model.rs.sampling_params.compute_logprob", False),
@@ -134,6 +137,10 @@ def _check_keys(cfg: DictConfig) -> None:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
+    for key in set(cfg) - TOP_LEVEL_KEYS:  # scripts may have sections of their own
+        near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.8)
+        if near:
+            raise ConfigError(f"{key} is not a known section; did you mean {near[0]}?")
     for section, may_be_null in SECTIONS_OF_NEMO:
         settings = OmegaConf.select(cfg, section, default={})
         if not (OmegaConf.is_dict(settings) or settings == {} or (settings is None and may_be_null)):

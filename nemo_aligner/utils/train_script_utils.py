@@ -25,7 +25,13 @@ from nemo_aligner.compat import adam_step, cpu
 from nemo_aligner.models.nlp.gpt.lora import add_adapters_
 from nemo_aligner.servers.http_communicator import BadAnswer, NoAnswer
 from nemo_aligner.utils.background_save import BackgroundSave
-from nemo_aligner.utils.checkpoints import COUNTERS, custom_save_ckpt_func, read_run_state, write_missing_archive
+from nemo_aligner.utils.checkpoints import (
+    COUNTERS,
+    custom_save_ckpt_func,
+    damage_named,
+    read_run_state,
+    write_missing_archive,
+)
 from nemo_aligner.utils.config_checks import DISTRIBUTED_OPTIMIZER_KEYS, check_rs_config
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.interpolations import resolve_interpolations
@@ -95,7 +101,7 @@ def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer
         ConfigError: for a mistake in the configuration or in a file it names.
     """
     resolve_interpolations(cfg)
-    if cfg.trainer.accelerator == "cpu":
+    if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
         cpu.enable()
         with open_dict(cfg):
             cfg.model.use_cpu_initialization = True
@@ -165,7 +171,7 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
     those of the config, also where it has changed since.
 
     Raises:
-        ConfigError: if the checkpoint cannot be continued with a setting that has changed.
+        ConfigError: if the checkpoint is damaged, or cannot be continued with a setting that has changed.
     """
     ptl_model._train_dl, ptl_model._train_ds = train_dataloader, train_ds
     disable_data_callbacks(ptl_model)
@@ -187,7 +193,8 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
         adam_step.restore_on_load(optimizer)
     call._call_callback_hooks(ptl_trainer, "on_fit_start")
     call._call_lightning_module_hook(ptl_trainer, "on_fit_start")
-    with _keeping_optimizer_settings(ptl_trainer):
+    named = contextlib.nullcontext() if ptl_trainer.ckpt_path is None else damage_named(ptl_trainer.ckpt_path)
+    with _keeping_optimizer_settings(ptl_trainer), named:
         ptl_trainer._checkpoint_connector._restore_modules_and_callbacks(ptl_trainer.ckpt_path)
         ptl_trainer._checkpoint_connector.restore_training_state()
         ptl_trainer._checkpoint_connector.resume_end()
@@ -299,15 +306,22 @@ def add_custom_checkpoint_callback(ptl_trainer: Trainer, ptl_model):
 
 
 class CustomLoggerWrapper:
-    """Several Lightning loggers as one; a logger that lacks a method is left out of it."""
+    """Several Lightning loggers as one; a logger that lacks a method is left out of it.
+
+    What cannot be written, as on a full disk, is a warning: training does not depend on it.
+    """
 
     def __init__(self, loggers):
         self.loggers = loggers
 
     def apply_fn(self, name_of_fn: str, *args, **kwargs) -> None:
         for logger in self.loggers:
-            if hasattr(logger, name_of_fn):
+            if not hasattr(logger, name_of_fn):
+                continue
+            try:
                 getattr(logger, name_of_fn)(*args, **kwargs)
+            except OSError as error:
+                logging.warning(f"{type(logger).__name__}.{name_of_fn}: {error}")
 
     def log_hyperparams(self, params) -> None:
         self.apply_fn("log_hyperparams", params)

@@ -10,6 +10,7 @@ from nemo.utils import logging
 
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX
 from nemo_aligner.compat.device import current_device
+from nemo_aligner.utils.errors import RewardError
 from nemo_aligner.utils.server_utils import fail_on_all_ranks, is_replica_source, one_line, share_from_source
 from nemo_aligner.utils.tensors import cpu_dict
 
@@ -99,7 +100,12 @@ class UnscoredRollouts:
     def _read(self, path: Path) -> list[dict] | None:
         if not path.exists():
             return None
-        stored = torch.load(path, weights_only=True)
+        try:
+            stored = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise RewardError(
+                f"{path} could not be read ({type(error).__name__}); move it away, and its rollouts are made anew"
+            ) from error
         changed = [name for name, value in self.made_with.items() if stored["made_with"].get(name) != value]
         if changed == ["reward"]:
             logging.warning(f"{path}: the reward is another one since; all of its rollouts are scored by that")

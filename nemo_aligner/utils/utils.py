@@ -19,6 +19,7 @@ from nemo_aligner.compat import extra_states
 from nemo_aligner.data.nlp.builders import collate_with_batch_max_sequence_length  # noqa: F401
 from nemo_aligner.utils.checkpoints import custom_save_ckpt_func, extract_value_from_ckpt  # noqa: F401
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.misspelt_keys import warn_of_misspelt_keys
 from nemo_aligner.utils.nemo_archive import CONFIG_FILE, extract, naming, opened
 from nemo_aligner.utils.nemo_weights import check_model, check_weight_sizes, read_weights
 from nemo_aligner.utils.optimizer_offload import (  # noqa: F401
@@ -212,6 +213,7 @@ def load_and_override_model_config(
             if not OmegaConf.is_dict(fields):
                 raise ConfigError(f"model.overwrite_base_config={fields!r} must be a section of true and false")
             remove_overwritten_fields(stored, fields)
+    warn_of_misspelt_keys(model_cfg_to_overwrite, stored)
     OmegaConf.set_struct(stored, False)
     merged = OmegaConf.merge(stored, model_cfg_to_overwrite)
     with open_dict(merged):

@@ -10,6 +10,7 @@ from nemo_aligner.utils.value_rules import (
     SWITCH,
     WHOLE,
     WHOLE_FROM_0,
+    WHOLE_OR_NULL,
     Rule,
     check_section,
     is_number,
@@ -73,13 +74,18 @@ _SWITCH_OR_NULL = Rule(lambda value: value is None or SWITCH.holds(value), SWITC
 _WHOLE_FROM_0_OR_NULL = Rule(
     lambda value: value is None or WHOLE_FROM_0.holds(value), "a whole number, 0 or larger, or null"
 )
+_OURS = Rule(lambda value: value is None, "left out: the library sets it")
 _DURATION = Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes")
 # These have defaults.
 _RULES_OF_OPTIONAL_KEYS = {
     "trainer.max_time": _DURATION,
+    "trainer.fast_dev_run": Rule(lambda value: value is False, "false: it would train on nothing"),
+    **{f"trainer.{key}": _OURS for key in ("strategy", "plugins", "callbacks")},
     "trainer.rs.max_steps": Rule(
         lambda value: value == -1 or WHOLE_FROM_0.holds(value), "a whole number, or -1 for as many as the epochs have"
     ),
+    "trainer.max_epochs": WHOLE_OR_NULL,
+    "trainer.max_steps": WHOLE_OR_NULL,
     "trainer.rs.val_at_start": SWITCH,
     "trainer.rs.gradient_clip_val": Rule(
         lambda value: value is None or is_number(value), "a number, or null to switch it off"
@@ -89,16 +95,37 @@ _RULES_OF_OPTIONAL_KEYS = {
     "exp_manager.checkpoint_callback_params.monitor": Rule(
         lambda value: isinstance(value, str) and value != "", "the name of a metric"
     ),
+    "exp_manager.checkpoint_callback_params.filename": Rule(
+        lambda value: value is None or (isinstance(value, str) and "/" not in value), "a name without a slash, or null"
+    ),
+    "exp_manager.checkpoint_callback_params.save_weights_only": Rule(
+        lambda value: value is False, "false: a run could not go on from such checkpoints"
+    ),
+    "exp_manager.ema.enable": Rule(lambda value: value is False, "false: averages of weights are not supported"),
     "exp_manager.checkpoint_callback_params.mode": Rule(lambda value: value in ("min", "max"), "min or max"),
     "exp_manager.checkpoint_callback_params.save_top_k": Rule(
         lambda value: type(value) is int and value >= -1, "a whole number, or -1 for all"
     ),
     "model.data.num_workers": WHOLE_FROM_0,
     "model.optim.weight_decay": NUMBER_FROM_0,
+    "model.optim.eps": NUMBER_FROM_0,
+    "model.optim.sched.max_steps": COUNT_OR_NULL,
+    "model.context_parallel_size": COUNT_OR_NULL,
+    "exp_manager.resume_from_checkpoint": Rule(
+        lambda value: value is None or isinstance(value, str), "the path of a checkpoint, or null"
+    ),
+    "model.data.data_prefix": Rule(
+        lambda value: value is None or isinstance(value, (DictConfig, ListConfig)),
+        "{train: [file], validation: [file], test: [file]}",
+    ),
     "model.optim.betas": Rule(_are_betas, "a list of two numbers, each at least 0 and less than 1"),
     "model.optim.sched.warmup_steps": _WHOLE_FROM_0_OR_NULL,
     "model.optim.sched.constant_steps": _WHOLE_FROM_0_OR_NULL,
     "model.optim.sched.min_lr": NUMBER_FROM_0,
+    "model.dist_ckpt_format": Rule(lambda value: value in ("zarr", "torch_dist"), "zarr or torch_dist"),
+    "model.position_embedding_type": Rule(
+        lambda value: value in ("learned_absolute", "rope", "none"), "learned_absolute, rope or none"
+    ),
     "model.mcore_gpt": Rule(lambda value: value is True, "true: NeMo's own layers are not supported"),
     "model.megatron_amp_O2": _SWITCH_OR_NULL,
     "model.sequence_parallel": _SWITCH_OR_NULL,

@@ -25,6 +25,7 @@ def is_count(value) -> bool:
 COUNT = Rule(is_count, "a positive whole number")
 COUNT_OR_NULL = Rule(lambda value: value is None or is_count(value), "a positive whole number or null")
 WHOLE = Rule(lambda value: type(value) is int, "a whole number")
+WHOLE_OR_NULL = Rule(lambda value: value is None or type(value) is int, "a whole number or null")
 WHOLE_FROM_0 = Rule(lambda value: type(value) is int and value >= 0, "a whole number, 0 or larger")
 NUMBER_FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number, 0 or larger")
 SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")

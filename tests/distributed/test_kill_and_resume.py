@@ -178,6 +178,32 @@ def test_the_time_limit_saves_first(workplace, zygote, undisturbed):
     assert_equal_runs(workplace / "timed", undisturbed[0])
 
 
+@pytest.mark.parametrize("damage", ["a shard cut off", "a shard missing", "no table of contents", "another precision"])
+def test_a_checkpoint_that_cannot_be_restored_is_named_in_one_line(workplace, zygote, undisturbed, damage):
+    name = damage.replace(" ", "_")
+    shutil.copytree(undisturbed[0], workplace / name)
+    (saved,) = (workplace / name / "checkpoints").glob("*-last")
+    shards = sorted(saved.rglob("*.distcp"))
+    more = []
+    if damage == "a shard cut off":
+        for shard in shards:
+            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    elif damage == "a shard missing":
+        shards[0].unlink()
+    elif damage == "no table of contents":
+        (saved / ".metadata").write_bytes(b"")
+    else:
+        more = ["trainer.precision=bf16", "model.megatron_amp_O2=True"]
+    zygote.start(arguments(name, f"trainer.rs.max_steps={NUM_STEPS + 1}", *more), workplace / f"{name}.log")
+    code, log = zygote.wait(), (workplace / f"{name}.log").read_text()
+    assert code == 2, log[-3000:]
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert f"error: the checkpoint {saved} could not be restored (" in line.replace(
+        f"{name}/", f"{workplace}/{name}/", 1
+    )
+    assert "move it away to go on from an older one" in line and "Traceback" not in log
+
+
 def test_a_run_that_could_judge_nothing_leaves_the_weights_and_continues(workplace, zygote):
     (workplace / "nulls.py").write_text("def reward(prompts, responses):\n    return [None] * len(prompts)\n")
     run(zygote, workplace, "unjudged", "model.rs.reward.target=nulls.py:reward", "trainer.rs.max_steps=1")

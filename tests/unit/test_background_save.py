@@ -15,7 +15,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
-from nemo.utils import AppState, logging
+from nemo.utils import AppState, exp_manager, logging
 
 from benchmarks.checkpoint import Checkpoints, build
 from nemo_aligner.compat.checkpoint_writer import raise_on_all_ranks
@@ -350,6 +350,42 @@ def test_a_checkpoint_that_another_rank_moves_meanwhile_is_found(tmp_path, monke
 
     monkeypatch.setattr(checkpoints, "read_counters", read_after_rank_0)
     assert newest_complete_checkpoint(tmp_path) == tmp_path / name
+
+
+def test_without_a_last_checkpoint_the_newest_of_the_best_counts(tmp_path):
+    assert newest_complete_checkpoint(tmp_path) is None
+    paths = [
+        tmp_path / f"gpt-step={step}-consumed_samples=8-epoch=0-rs_optimization_step={step}{end}"
+        for step, end in ((3, ""), (12, ""), (13, ""), (2, "-last"))
+    ]
+    for path in paths:
+        path.mkdir()
+    for path in paths[:2]:
+        (path / "metadata.json").write_text("{}")
+    assert newest_complete_checkpoint(tmp_path) == paths[1]
+    (paths[3] / "metadata.json").write_text("{}")
+    assert newest_complete_checkpoint(tmp_path) == paths[3]
+
+
+def test_a_new_run_in_the_folder_of_another_one_is_refused(tmp_path):
+    path = tmp_path / "checkpoints/gpt-step=3-consumed_samples=8-epoch=0-rs_optimization_step=3-last"
+    path.mkdir(parents=True)
+    (path / "metadata.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=rf"^exp_manager.resume_if_exists=False, but {path} is of a run in this folder"
+    ):
+        exp_manager.check_resume(None, str(tmp_path), resume_if_exists=False)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "gpt-step=3-consumed_samples=8-epoch=0-rs_optimization_step=3-last"
+    path.mkdir()
+    for content in (b"", b"PK\x03\x04 and so on", b"hello"):
+        (path / "common.pt").write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            read_counters(path)
+        message = str(caught.value)
+        assert message.startswith(f"the checkpoint {path} could not be restored (") and "\n" not in message
 
 
 class Save:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from nemo.utils import logging
 from omegaconf import OmegaConf
 
 from nemo_aligner.compat import virtual_stages
@@ -20,6 +21,7 @@ from nemo_aligner.rewards import build
 from nemo_aligner.utils import config_checks
 from nemo_aligner.utils.config_checks import MODEL_RS_KEYS, SAMPLING_KEYS, TRAINER_RS_KEYS, check_rs_config
 from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.misspelt_keys import warn_of_misspelt_keys
 from nemo_aligner.utils.nemo_archive import check_archive
 from nemo_aligner.utils.parallel_checks import check_parallel
 
@@ -130,6 +132,20 @@ def test_a_word_is_no_section(files, section):
         ("model.mcore_gpt=False", "model.mcore_gpt=False must be true"),
         ("model.megatron_amp_O2=word", "model.megatron_amp_O2='word' must be true or false"),
         ("model.precision=word", "model.precision=word must be trainer.precision=32"),
+        ("+exp_manager.checkpoint_callback_params.save_weights_only=True", "save_weights_only=True must be false"),
+        ("exp_manager.checkpoint_callback_params.filename='{step}/x'", "filename='{step}/x' must be a name without"),
+        ("+exp_manager.ema.enable=True", "exp_manager.ema.enable=True must be false: averages"),
+        ("exp_manager.resume_from_checkpoint=3", "resume_from_checkpoint=3 must be the path of a checkpoint"),
+        ("+model.dist_ckpt_format=foo", "model.dist_ckpt_format='foo' must be zarr or torch_dist"),
+        ("+model.position_embedding_type=foo", "position_embedding_type='foo' must be learned_absolute, rope or none"),
+        ("model.data.data_prefix=3", "model.data.data_prefix=3 must be {train: "),
+        ("+model.context_parallel_size=a", "model.context_parallel_size='a' must be a positive whole number"),
+        ("+model.optim.eps=a", "model.optim.eps='a' must be a number, 0 or larger"),
+        ("+model.optim.sched.max_steps=a", "model.optim.sched.max_steps='a' must be a positive whole number"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs='abc' must be a whole number"),
+        ("+trainer.fast_dev_run=True", "trainer.fast_dev_run=True must be false"),
+        ("+trainer.strategy=ddp", "trainer.strategy='ddp' must be left out: the library sets it"),
+        ("+exp_manger.name=x", "exp_manger is not a known section; did you mean exp_manager?"),
         ("model.seed=4294967296", "model.seed=4294967296 must be a whole number, 0 to 4294967295"),
         ("model.data.reset_attention_mask=word", "model.data.reset_attention_mask='word' must be true or false"),
         ("model.optim.sched=null", "model.optim.sched=None must be a section with keys"),
@@ -345,6 +361,31 @@ def test_rows_that_reach_beyond_an_attention_window_need_transformer_engine(file
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_rs_config(config("+model.window_size=[3,0]", "+model.transformer_engine=True", "trainer.accelerator=gpu"))
+
+
+def test_keys_of_the_model_that_look_like_slips_of_the_pen(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+    stored = OmegaConf.create({"hidden_size": 8, "bias_gelu_fusion": True, "decoder_seq_length": 8, "data": {}})
+    for name in ("gpt_rs_actor", "quickstart"):
+        warn_of_misspelt_keys(OmegaConf.load(CONFIGS / f"{name}.yaml").get("model", {}), stored)
+    warn_of_misspelt_keys(
+        OmegaConf.load(Path(__file__).parents[1] / "distributed/drop_in/gpt_rs_actor.yaml").model, stored
+    )
+    assert warnings == []
+    slips = {
+        "micro_batchsize": 1, "tensor_model_paralel_size": 2, "hiden_size": 4, "decoder_seq_length": 4,
+        "data": {"seqlength": 3}, "peft": {"peft_schem": "lora"}, "optim": {"weigth_decay": 0.1},
+    }  # fmt: skip
+    warn_of_misspelt_keys(OmegaConf.create(slips), stored)
+    assert [line.partition("model.")[2] for line in warnings] == [
+        "micro_batchsize is not a known key; did you mean model.micro_batch_size?",
+        "tensor_model_paralel_size is not a known key; did you mean model.tensor_model_parallel_size?",
+        "hiden_size is not a known key; did you mean model.hidden_size?",
+        "data.seqlength is not a known key; did you mean model.data.seq_length?",
+        "optim.weigth_decay is not a known key; did you mean model.optim.weight_decay?",
+        "peft.peft_schem is not a known key; did you mean model.peft.peft_scheme?",
+    ]
 
 
 def test_a_mixture_of_experts_needs_transformer_engine(files, monkeypatch):

@@ -1,5 +1,6 @@
 """A user's reward function: found or refused before the run, called with what it names, never trusted blindly."""
 
+import copy
 import math
 
 import numpy as np
@@ -124,6 +125,12 @@ def test_a_module_that_fails_to_import_is_told_from_a_missing_one(reward_file, m
     assert "raised SyntaxError" in one_line_error(f"{broken}:reward")
 
 
+@pytest.mark.parametrize("code", ["0", "'no'"])
+def test_a_module_that_exits_when_it_is_imported_ends_nothing_unnoticed(reward_file, code):
+    file = reward_file(f"import sys\nsys.exit({code})\n", name=f"leaving_{len(code)}.py")
+    assert "raised SystemExit: " in one_line_error(f"{file}:reward")
+
+
 def test_arguments_that_do_not_fit_are_refused(reward_file):
     file = reward_file(
         "def reward(prompts, responses, *, records, weight=1.0):\n    return []\n"
@@ -204,6 +211,24 @@ def test_an_exception_names_the_row_that_caused_it():
     error = reward_error(judge)
     assert "raised KeyError: 'four' for row 1 of 2, prompt 'two plus two?'" in str(error)
     assert isinstance(error.__cause__, KeyError)
+
+
+def test_a_function_that_changes_its_arguments_changes_nothing_else():
+    before = copy.deepcopy((PROMPTS, RESPONSES, COLUMNS))
+
+    def careless(prompts, responses, *, records, response_tokens, **columns):
+        found = [float(len(ids)) for ids in response_tokens]
+        prompts.pop(), responses.clear(), response_tokens[0].clear(), records[0].clear()
+        return found
+
+    first = score_with(careless).tolist()
+    assert score_with(careless).tolist() == first and before == (PROMPTS, RESPONSES, COLUMNS)
+
+    def careless_and_failing(prompts, responses, **columns):
+        prompts.clear()
+        raise KeyError("four")
+
+    assert "raised KeyError: 'four' for row 0 of 2, prompt 'one plus one?'" in str(reward_error(careless_and_failing))
 
 
 def test_an_exception_that_no_single_row_causes_names_the_batch():

@@ -1,7 +1,9 @@
 from types import SimpleNamespace
 
 import pytest
+from nemo.utils import logging
 
+from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
 from nemo_aligner.utils.trainer_utils import (
     check_progress,
     compute_limit_batches,
@@ -84,3 +86,20 @@ def test_save_interval_must_be_a_multiple_of_the_validation_interval():
 @pytest.mark.parametrize(("a", "b", "expected"), [(6, 3, True), (7, 3, False), (0, 3, True), (6, 0, False)])
 def test_safe_is_divisible(a, b, expected):
     assert safe_is_divisible(a, b) is expected
+
+
+def test_a_logger_that_cannot_write_does_not_end_the_run(monkeypatch):
+    warnings, logged = [], []
+    monkeypatch.setattr(logging, "warning", warnings.append)
+
+    class Full:
+        def log_metrics(self, metrics, step):
+            raise OSError(28, "No space left on device")
+
+    class Working:
+        def log_metrics(self, metrics, step):
+            logged.append((metrics, step))
+
+    CustomLoggerWrapper([Full(), Working()]).log_metrics({"loss": 1.0}, step=3, prefix="train_optim/")
+    assert logged == [({"train_optim/loss": 1.0}, 3)]
+    assert warnings == ["Full.log_metrics: [Errno 28] No space left on device"]
