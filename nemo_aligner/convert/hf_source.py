@@ -60,6 +60,10 @@ class HFFolder:
             self._open_files[file] = _load_torch_file(file)
         return self._open_files[file][name]
 
+    def tensors_beside(self, names: set[str]) -> list[str]:
+        """Those of the folder that are not among `names`, but for tables that follow from the config."""
+        return sorted(name for name in set(self._file_of) - names if not name.endswith("rotary_emb.inv_freq"))
+
 
 class GGUFFile:
     """A Llama model in llama.cpp's format. Each tensor is dequantized to float32 when it is asked for."""
@@ -102,6 +106,10 @@ class GGUFFile:
         if name.endswith("k_proj.weight"):
             return _unpermute_heads(tensor, self.config.num_key_value_heads)
         return tensor
+
+    def tensors_beside(self, names: set[str]) -> list[str]:
+        """Those of the file that are not among the Hugging Face `names`."""
+        return sorted(set(self._tensors) - set(map(_gguf_name, names)))
 
     def _restore_special_tokens(self) -> None:
         """transformers 4.49 takes special tokens from the vocabulary's order, not from the ids the file states."""

@@ -9,11 +9,13 @@ from nemo_aligner.utils.text_generation_utils import ends_with_text
 
 
 def check_end_strings(texts: Sequence[str], tokenizer, key: str) -> None:
-    """Refuse a string of several tokens that no text can end with, as one of them is special and never in a text.
+    """Refuse what is no list, and a string of several tokens that no text can end with, as one of them is special.
 
     Raises:
         ConfigError: naming `key` of the configuration, the string and what to write instead.
     """
+    if isinstance(texts, str):
+        raise ConfigError(f"{key}={texts!r} must be a list of strings")
     for text in texts:
         ids = tokenizer.text_to_ids(text)
         if len(ids) == 1:

@@ -1,5 +1,6 @@
 """Hugging Face models to `.nemo` archives: packing, whole models, the tokenizer that travels along, refused sources."""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -164,6 +165,28 @@ def test_a_missing_tensor_is_named(copied, tmp_path):
     save_file(tensors, copied / "model.safetensors")
     with pytest.raises(ValueError, match=r"no tensor 'model\.layers\.2\.mlp\.up_proj\.weight'"):
         convert(copied, tmp_path / "never.nemo")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "model.layers.2.self_attn.q_norm.weight",
+            1.0,
+            r"has no tensor 'model\.layers\.2\.self_attn\.q_norm\.weight' \(1",
+        ),
+        ("model.norm.weight", float("nan"), r"the tensor 'model\.norm\.weight' has values that are NaN"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", 1.0, None),
+        ("lm_head.weight", 1.0, None),  # of a model with tied embeddings
+    ],
+)
+def test_tensors_that_would_be_lost_and_values_that_are_none(copied, tmp_path, name, value, message):
+    from safetensors.torch import load_file, save_file
+
+    save_file({**load_file(copied / "model.safetensors"), name: torch.full((64,), value)}, copied / "model.safetensors")
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        convert(copied, tmp_path / "model.nemo")
+    assert (tmp_path / "model.nemo").exists() == (message is None)
 
 
 def test_a_tensor_of_another_shape_is_named(copied, tmp_path):

@@ -108,6 +108,8 @@ def test_a_special_token_among_others_is_refused_before_there_is_a_model(monkeyp
 
 
 def test_texts_and_single_special_tokens_are_end_strings(tiny_hf):
+    with pytest.raises(ConfigError, match=r"^end_strings='abc' must be a list of strings$"):
+        check_end_strings("abc", None, key="end_strings")
     check_end_strings([END, " ", "\n\n", "<extra_id_1>", "the dog", "€"], load_tokenizer(tiny_hf), key="end_strings")
 
 
