@@ -4,10 +4,33 @@ Legend: B prompts of a micro-batch, N rollouts per prompt.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 
+from nemo_aligner.algorithms.scoring import records_of
+from nemo_aligner.utils.errors import ConfigError, PromptError
+from nemo_aligner.utils.server_utils import fail_on_all_ranks
 from nemo_aligner.utils.text_generation_utils import has_content
+
+
+def read_prompts(
+    dataloader_iter: Iterator[dict], num_microbatches: int, dataset, num_rollouts: int
+) -> tuple[list[dict], list[list[dict]]]:
+    """Collated prompts of so many micro-batches, or of as many as there are, and the `records_of` their rollouts.
+
+    Raises:
+        PromptError: on every rank of the job, if one of them could not read its prompts.
+    """
+
+    def read():
+        try:
+            batches = list(islice(dataloader_iter, num_microbatches))
+            return batches, [records_of(dataset, batch, len(batch["length"]) * num_rollouts) for batch in batches]
+        except ConfigError as error:
+            raise PromptError(str(error)) from error
+
+    return fail_on_all_ranks(read, PromptError)
 
 
 def take_up_or_generate(
@@ -18,8 +41,8 @@ def take_up_or_generate(
     meet: Callable[[bool], bool],
     on_last_rows: Callable[[], object] | None,
     step: int,
-) -> Iterator[tuple[dict, dict]]:
-    """Each micro-batch and its rollouts, as soon as they exist: the stored ones, or else new ones.
+) -> Iterator[dict]:
+    """The rollouts of each micro-batch, as soon as they exist: the stored ones, or else new ones.
 
     The ranks meet before each, and also while it is generated, some replicas more often than others.
 
@@ -33,7 +56,7 @@ def take_up_or_generate(
         step: that an error names.
 
     Yields:
-        The batch, and tensors with B * N rows, N neighbouring ones for each prompt, on the model's device: what `infer`
+        Tensors with B * N rows, N neighbouring ones for each prompt, on the model's device: what `infer`
         returns, `prompt_tokens`, `prompt_index`, `is_padding` (bool, the row only fills up the batch) and `is_fit`
         (bool, the row may be trained on).
 
@@ -43,9 +66,9 @@ def take_up_or_generate(
     unanswered = [batch for batch, rollouts in zip(batches, stored, strict=True) if rollouts is None]
     new = _generate(model, unanswered, num_rollouts, check=lambda: meet(False), on_last_rows=on_last_rows)
     try:
-        for batch, rollouts in zip(batches, stored, strict=True):
+        for rollouts in stored:
             meet(False)
-            yield batch, next(new) if rollouts is None else rollouts
+            yield next(new) if rollouts is None else rollouts
     except FloatingPointError as error:
         raise FloatingPointError(f"RS step {step}: {error}") from error
 

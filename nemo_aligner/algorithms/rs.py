@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -18,14 +17,14 @@ from nemo.utils import AppState, logging
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_aligner.algorithms.rollout_batches import take_up_or_generate, without_stand_ins
+from nemo_aligner.algorithms.rollout_batches import read_prompts, take_up_or_generate, without_stand_ins
 from nemo_aligner.algorithms.rollout_metrics import example, global_rollout_metrics, selection_metrics
-from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, records_of, wait_on_all_ranks
+from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, wait_on_all_ranks
 from nemo_aligner.algorithms.training_batches import count_trained_rows, optimizer_batches, stack_rollouts
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 from nemo_aligner.utils.distributed import ScopedTimer
-from nemo_aligner.utils.errors import ConfigError
+from nemo_aligner.utils.errors import ConfigError, PromptError
 from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
 from nemo_aligner.utils.phases import OTHER, PhaseClock
 from nemo_aligner.utils.ppo_utils import select_topk
@@ -50,7 +49,7 @@ MAX_TABLE_ROWS = 100
 # First number of the key from which the random stream of a phase is derived.
 TRAINING_STREAM, VALIDATION_STREAM = 0, 1
 # What ends a run on all ranks at the same place.
-ENDS_OF_A_RUN = (RewardError, StopRequested)
+ENDS_OF_A_RUN = (RewardError, PromptError, StopRequested)
 
 
 class RSTrainer:
@@ -162,10 +161,10 @@ class RSTrainer:
         """Roll out, score, select, train, validate, save, until the steps, the epochs or the time are used up.
 
         Raises:
-            RewardError: if rewards could not be had.
+            PromptError, RewardError: if prompts could not be read, or rewards not be had.
             StopRequested: after SIGTERM, which is answered while rollouts are generated or scored, or behind the step's
-                training. A checkpoint is written before either is raised, and the next start begins with the rollouts
-                that were left.
+                training. A checkpoint is written before any of them is raised, and the next start begins with the
+                rollouts that were left.
         """
         self._saved_step = self.step
         self.unscored.drop_later(self.step)
@@ -300,28 +299,28 @@ class RSTrainer:
             Rollout batches (training: the kept rows; validation: all) and the metrics of all rows.
 
         Raises:
+            PromptError: on every rank of the job, if prompts could not be read.
             RewardError: on every rank of the job, if rewards could not be had; the rollouts are on disk.
             StopRequested: on every rank of the job, after SIGTERM; the same.
         """
         split = "val" if is_validation else "train"
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
-        batches = list(islice(dataloader_iter, num_microbatches))
+        batches, records = read_prompts(dataloader_iter, num_microbatches, dataset, num_rollouts)
         if not batches:
             raise ValueError(f"the {'validation' if is_validation else 'training'} prompts make no micro-batch")
         if is_validation:
             batches = [without_stand_ins(batch) for batch in batches]
         stored = self.unscored.load(split, self.step, batches, num_rollouts)
-        made, records, futures, kept = [], [], [], []
+        made, futures, kept = [], [], []
         try:
             bring_states = None if is_validation else partial(self._bring_optimizer_states, beside_rollouts=True)
             done = take_up_or_generate(self.model, batches, stored, num_rollouts, self._meet, bring_states, self.step)
             done = _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False)
             with self.phases("rollout"):
-                for batch, rollouts in done:
+                for rollouts, its_records in zip(done, records, strict=True):
                     with self.phases("score"):
-                        records.append(records_of(dataset, batch, len(rollouts["prompt_index"])))
-                        futures.append(ask_for_rewards(self.rm, rollouts, records[-1]))
+                        futures.append(ask_for_rewards(self.rm, rollouts, its_records))
                     made.append(rollouts)
             if not is_validation:
                 self._bring_optimizer_states()  # while the last rollouts are scored

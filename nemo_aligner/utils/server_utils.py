@@ -73,8 +73,8 @@ def share_from_source(compute: Callable[[], Any]) -> Any:
     return value
 
 
-def fail_on_all_ranks(compute: Callable[[], Any]) -> Any:
-    """The value of `compute` on this rank; where it raises `RewardError`, every rank raises one, so that all stop.
+def fail_on_all_ranks(compute: Callable[[], Any], kind: type[Exception] = RewardError) -> Any:
+    """The value of `compute` on this rank; where it raises an error of `kind`, every rank raises one, so that all stop.
 
     Collective over the job. `compute` must raise on all ranks of a replica or on none, as with `share_from_source`.
     Ranks without a failure of their own raise that of the first replica that has one.
@@ -82,14 +82,14 @@ def fail_on_all_ranks(compute: Callable[[], Any]) -> Any:
     value = failure = None
     try:
         value = compute()
-    except RewardError as error:
+    except kind as error:
         failure = error
     messages = [None] * parallel_state.get_data_parallel_world_size()
     group = parallel_state.get_data_parallel_group()
     torch.distributed.all_gather_object(messages, None if failure is None else str(failure), group=group)
     message = next((message for message in messages if message is not None), None)
     if message is not None:
-        raise failure or RewardError(message)
+        raise failure or kind(message)
     return value
 
 

@@ -12,8 +12,9 @@ from nemo.utils import logging
 from nemo_aligner.rewards import python_reward
 from nemo_aligner.rewards.python_reward import PythonRewardModel, RewardError, load_reward_function
 from nemo_aligner.testing.utils import Utils
+from nemo_aligner.utils.errors import ConfigError, PromptError
 from nemo_aligner.utils.termination import StopRequested
-from tests.fake_trainer import EOS, FakeModel, OutOfTimeAfter, SecondTokenReward, Tokenizer, make_trainer
+from tests.fake_trainer import EOS, FakeModel, OutOfTimeAfter, Prompts, SecondTokenReward, Tokenizer, make_trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -314,6 +315,22 @@ def test_a_disk_that_does_not_keep_the_unscored_leaves_the_checkpoint_to_be_writ
     assert [int(saved["step"]) for saved, _ in trainer.ckpt_callback.saved] == [1]
     assert "step1_rank0.pt could not be written, its rollouts are lost: PytorchStreamWriter failed" in warnings[-1]
     assert not list(tmp_path.glob("unscored_*"))
+
+
+def test_prompts_that_cannot_be_read_any_more_end_the_run_behind_a_checkpoint(tmp_path):
+    trainer = make_trainer(rollout_dir=tmp_path, max_epochs=3, save_interval=9)
+    read, dataset = Prompts.record, trainer.train_dataloader.dataset
+
+    def record(index):
+        if trainer.step == 3:
+            raise ConfigError("train.jsonl: the prompt file has changed")
+        return read(dataset, index)
+
+    dataset.record = record
+    with pytest.raises(PromptError, match=r"^train.jsonl: the prompt file has changed$"):
+        trainer.fit()
+    assert [int(saved["step"]) for saved, _ in trainer.ckpt_callback.saved] == [3]
+    assert int(trainer.ckpt_callback.saved[0][0]["consumed_samples"]) == 3 * trainer.num_prompts_per_step
 
 
 def test_a_run_that_failed_in_its_last_validation_still_ends_properly(tmp_path):
