@@ -27,7 +27,7 @@ def read_prompts(
         try:
             batches = list(islice(dataloader_iter, num_microbatches))
             return batches, [records_of(dataset, batch, len(batch["length"]) * num_rollouts) for batch in batches]
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             raise PromptError(str(error)) from error
 
     return fail_on_all_ranks(read, PromptError)

@@ -306,7 +306,12 @@ class RSTrainer:
         split = "val" if is_validation else "train"
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
-        batches, records = read_prompts(dataloader_iter, num_microbatches, dataset, num_rollouts)
+        try:
+            batches, records = read_prompts(dataloader_iter, num_microbatches, dataset, num_rollouts)
+        except PromptError:
+            if is_validation:  # the step counts as done: the next start has to know that this is missing
+                self.unscored.save(split, self.step, [])
+            raise
         if not batches:
             raise ValueError(f"the {'validation' if is_validation else 'training'} prompts make no micro-batch")
         if is_validation:

@@ -47,8 +47,9 @@ def _resume_after_a_kill() -> None:
         dirpath=None, resume_from_checkpoint=None,
     ):  # fmt: skip
         folder = Path(dirpath or Path(log_dir, "checkpoints"))
-        newest = newest_complete_checkpoint(folder)
-        if newest is not None and not resume_if_exists and resume_from_checkpoint is None:
+        is_sought = resume_if_exists or resume_from_checkpoint is None
+        newest = newest_complete_checkpoint(folder) if is_sought else None
+        if newest is not None and not resume_if_exists:
             raise ConfigError(
                 f"exp_manager.resume_if_exists=False, but {newest} is of a run in this folder, with "
                 "which a new one would be mixed up; give another exp_manager.explicit_log_dir, or resume_if_exists=True"

@@ -27,6 +27,8 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.server_utils import one_line
 
 COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
+# What goes wrong while a checkpoint is read, but is not its fault.
+NOT_DAMAGE = (ConfigError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What Lightning's callback keeps of the checkpoints that it has written.
 BOOKS = (
@@ -49,13 +51,16 @@ def extract_value_from_ckpt(key: str, ckpt_path: str) -> int:
 
 @contextlib.contextmanager
 def damage_named(ckpt_path: str | Path) -> Iterator[None]:
-    """Within, what goes wrong, but for a lack of memory, is a `ConfigError` in one line that names the checkpoint."""
+    """Within, what goes wrong is a `ConfigError` in one line that names the checkpoint.
+
+    But not a lack of memory, a lost connection between ranks, and whatever ends a process.
+    """
     try:
         yield
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+    except (Exception, CheckpointException) as error:  # the latter, a BaseException, has any of all ranks
         first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(first, NOT_DAMAGE) or not isinstance(first, Exception):
+            raise first from error
         raise ConfigError(
             f"the checkpoint {ckpt_path} could not be restored ({one_line(f'{type(first).__name__}: {first}')}): it is "
             "damaged, or of another model, precision or optimizer; move it away to go on from an older one, if there "
@@ -84,7 +89,10 @@ def read_run_state(ckpt_path: str | Path) -> dict:
     """
     common = Path(ckpt_path, "common.pt")
     with damage_named(ckpt_path):
-        stored = torch.load(common, map_location="cpu", weights_only=True) if common.is_file() else {}
+        try:
+            stored = torch.load(common, map_location="cpu", weights_only=True)
+        except FileNotFoundError:  # of the original's, or renamed by rank 0 in between
+            stored = {}
     counters, settings = stored.get("rs_trainer"), stored.get("rs_settings")
     if counters is None:
         counters = {name: extract_value_from_ckpt(name, str(ckpt_path)) for name in COUNTERS}
@@ -109,13 +117,32 @@ def _newest_complete(folder: Path) -> Path | None:
     found = {folder / path.name: path for path in partial}
     found.update({path: path for path in folder.glob("*-last") if is_complete(path)})
     if not found:
-        found = {path: path for path in folder.glob("*=*") if is_complete(path)}
+        found = {path: path for path in folder.glob("*=*") if is_complete(path) and _has_counters(path)}
     if not found:
         return None
-    newest = max(found, key=lambda path: (read_counters(found[path])["step"], found[path].stat().st_mtime))
+    newest = max(found, key=lambda path: (_step(found[path]), found[path].stat().st_mtime))
     if partial and is_global_rank_zero():
         settle(folder / PARTIAL)
     return newest
+
+
+def _step(path: Path) -> int:
+    """By its name, so that damage to an older checkpoint does not matter; else by what it holds."""
+    try:
+        return extract_value_from_ckpt("step", str(path))
+    except ValueError:
+        return read_counters(path)["step"]
+
+
+def _has_counters(path: Path) -> bool:
+    """Whether it is one of ours, be it damaged."""
+    try:
+        read_counters(path)
+    except ConfigError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def custom_save_ckpt_func(

@@ -139,7 +139,7 @@ def _check_keys(cfg: DictConfig) -> None:
                 raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
     for key in set(cfg) - TOP_LEVEL_KEYS:  # scripts may have sections of their own
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.8)
-        if near:
+        if near and near[0] not in cfg:
             raise ConfigError(f"{key} is not a known section; did you mean {near[0]}?")
     for section, may_be_null in SECTIONS_OF_NEMO:
         settings = OmegaConf.select(cfg, section, default={})

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 _KEYS = {
     "": {
         "data", "encoder_seq_length", "global_batch_size", "max_position_embeddings", "megatron_amp_O2",
-        "micro_batch_size", "optim", "overwrite_base_config", "peft", "precision", "rs", "seed", "tokenizer",
-        "transformer_engine",
+        "micro_batch_size", "optim", "overwrite_base_config", "peft", "precision", "qkv_bias", "rs", "seed",
+        "tokenizer", "transformer_engine", "ub_tp_comm_overlap", "ub_tp_comm_overlap_cfg",
     },
     "data.": {
         "data_impl", "data_prefix", "dataloader_type", "index_mapping_dir", "num_workers", "reset_attention_mask",

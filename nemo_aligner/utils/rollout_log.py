@@ -20,8 +20,8 @@ class RolloutLog:
     `num_tokens` (of the response, with its ending), `finished` (ended by itself), `reward` (null if it could not be
     judged, or was never scored), `kept` (among the best of its prompt) and `trained_on` (kept, and fit for training:
     neither cut off nor empty, judged, and not of a stand-in for another prompt). If the reward is a sum, each of its
-    parts stands under `reward_<name>`. A step that a killed run had not saved is done again, and then has its lines
-    twice.
+    parts stands under `reward_<name>`. A step that a killed run had not saved is done again, and rollouts that were
+    left by one are scored again if the reward is another one since: these have their lines twice.
     """
 
     def __init__(self, folder: str | Path | None, tokenizer, end_strings=(), rank: int = 0):

@@ -76,17 +76,16 @@ def share_from_source(compute: Callable[[], Any]) -> Any:
 def fail_on_all_ranks(compute: Callable[[], Any], kind: type[Exception] = RewardError) -> Any:
     """The value of `compute` on this rank; where it raises an error of `kind`, every rank raises one, so that all stop.
 
-    Collective over the job. `compute` must raise on all ranks of a replica or on none, as with `share_from_source`.
-    Ranks without a failure of their own raise that of the first replica that has one.
+    Collective over the job, after whatever `compute` holds. Ranks without a failure of their own raise that of the
+    first rank that has one.
     """
     value = failure = None
     try:
         value = compute()
     except kind as error:
         failure = error
-    messages = [None] * parallel_state.get_data_parallel_world_size()
-    group = parallel_state.get_data_parallel_group()
-    torch.distributed.all_gather_object(messages, None if failure is None else str(failure), group=group)
+    messages = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, None if failure is None else str(failure))
     message = next((message for message in messages if message is not None), None)
     if message is not None:
         raise failure or kind(message)

@@ -16,6 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils import AppState, exp_manager, logging
+from torch.distributed.checkpoint.api import CheckpointException
 
 from benchmarks.checkpoint import Checkpoints, build
 from nemo_aligner.compat.checkpoint_writer import raise_on_all_ranks
@@ -363,6 +364,11 @@ def test_without_a_last_checkpoint_the_newest_of_the_best_counts(tmp_path):
     for path in paths[:2]:
         (path / "metadata.json").write_text("{}")
     assert newest_complete_checkpoint(tmp_path) == paths[1]
+    foreign = tmp_path / "gpt_sft--val_loss=1.1-step=99-consumed_samples=80"
+    foreign.mkdir()
+    (foreign / "metadata.json").write_text("{}")
+    (paths[0] / "common.pt").write_bytes(b"damaged, but older")
+    assert newest_complete_checkpoint(tmp_path) == paths[1]
     (paths[3] / "metadata.json").write_text("{}")
     assert newest_complete_checkpoint(tmp_path) == paths[3]
 
@@ -386,6 +392,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             read_counters(path)
         message = str(caught.value)
         assert message.startswith(f"the checkpoint {path} could not be restored (") and "\n" not in message
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("full"), MemoryError()])
+def test_what_is_not_a_checkpoint_s_fault_passes_through(error):
+    for raised in (error, CheckpointException("read", {0: (error, None)})):
+        with pytest.raises(type(error)) as caught, checkpoints.damage_named("a checkpoint"):
+            raise raised
+        assert caught.value is error
 
 
 class Save:

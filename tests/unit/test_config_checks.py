@@ -145,7 +145,6 @@ def test_a_word_is_no_section(files, section):
         ("trainer.max_epochs=abc", "trainer.max_epochs='abc' must be a whole number"),
         ("+trainer.fast_dev_run=True", "trainer.fast_dev_run=True must be false"),
         ("+trainer.strategy=ddp", "trainer.strategy='ddp' must be left out: the library sets it"),
-        ("+exp_manger.name=x", "exp_manger is not a known section; did you mean exp_manager?"),
         ("model.seed=4294967296", "model.seed=4294967296 must be a whole number, 0 to 4294967295"),
         ("model.data.reset_attention_mask=word", "model.data.reset_attention_mask='word' must be true or false"),
         ("model.optim.sched=null", "model.optim.sched=None must be a section with keys"),
@@ -386,6 +385,12 @@ def test_keys_of_the_model_that_look_like_slips_of_the_pen(monkeypatch):
         "optim.weigth_decay is not a known key; did you mean model.optim.weight_decay?",
         "peft.peft_schem is not a known key; did you mean model.peft.peft_scheme?",
     ]
+
+
+def test_a_section_that_looks_like_a_slip_of_the_pen(files):
+    check_rs_config(config("+remote_rm_2={reward_model: {name: other}}"))  # a second server, beside remote_rm
+    message = refusal("~remote_rm", "+remote_rmm={reward_model: {name: other}}")
+    assert message == "remote_rmm is not a known section; did you mean remote_rm?"
 
 
 def test_a_mixture_of_experts_needs_transformer_engine(files, monkeypatch):

@@ -317,6 +317,20 @@ def test_a_disk_that_does_not_keep_the_unscored_leaves_the_checkpoint_to_be_writ
     assert not list(tmp_path.glob("unscored_*"))
 
 
+def test_a_validation_whose_prompts_could_not_be_read_is_made_up_for(tmp_path):
+    settings = {"rollout_dir": tmp_path, "val_check_interval": 1, "save_interval": 1}
+    first = make_trainer(**settings)
+    first.val_dataloader.dataset.record = lambda index: (tmp_path / "gone").read_text()
+    with pytest.raises(PromptError, match="No such file or directory"):
+        first.fit()
+    assert first.step == 1 and [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]
+    second = make_trainer(**settings, model=first.model)
+    second.load_state_dict({key: int(first.ckpt_callback.saved[0][0][key]) for key in second.state_dict()})
+    second.fit()
+    assert [step for step, _ in second.logger.of("val_rollouts/")] == [1, 2]
+    assert not list(tmp_path.glob("unscored_*"))
+
+
 def test_prompts_that_cannot_be_read_any_more_end_the_run_behind_a_checkpoint(tmp_path):
     trainer = make_trainer(rollout_dir=tmp_path, max_epochs=3, save_interval=9)
     read, dataset = Prompts.record, trainer.train_dataloader.dataset
