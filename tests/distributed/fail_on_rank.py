@@ -19,7 +19,8 @@ SCRIPTS = Path(__file__).parents[2] / "examples/nlp/gpt"
 PLACES = {
     "infer": (MegatronGPTRSModel, "infer_each", RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")),
     "loss": (MegatronGPTRSModel, "_normalized_loss", ValueError("a loss that is none")),
-    "data": (RLHFDataset, "__getitem__", OSError("the prompts are gone")),
+    "data": (RLHFDataset, "__getitem__", RuntimeError("the prompts are odd")),
+    "disk": (RLHFDataset, "__getitem__", OSError("the prompts are gone")),
     "select": (RSTrainer, "_select", None),
     "score": (MegatronGPTRewardModel, "infer", MemoryError("no room")),
 }

@@ -172,7 +172,7 @@ def start_script(
     [
         ("lightning", "loss", 0, "ValueError: a loss that is none"),
         ("lightning", "infer", 1, "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
-        ("torchrun", "data", 1, "OSError: the prompts are gone"),
+        ("torchrun", "data", 1, "RuntimeError: the prompts are odd"),
         # replicas with unequal numbers of rollouts would enter collectives of training unequally often
         ("slurm", "select", 1, f"ValueError: this replica has 1 rollouts to train on, but each replica must have {K}"),
     ],
@@ -189,6 +189,15 @@ def test_an_error_in_the_training_script(workplace, launcher, place, rank, messa
         assert message in lines and f"rank      : {rank} (local_rank: {rank})\n  exitcode  : 1" in stderr
     else:
         assert lines[-1] == message, stderr[-3000:]
+
+
+def test_prompts_that_one_rank_cannot_read_end_the_run_on_all_in_one_line(workplace):
+    script = Path(__file__).with_name("fail_on_rank.py")
+    codes, stderr = start_script(
+        "slurm", script, command("fails_disk", "trainer.devices=2")[2:], workplace, FAIL="disk:1"
+    )
+    assert codes == [2, 2], stderr[-3000:]
+    assert stderr.splitlines()[-1] == "error: the prompts are gone" and stderr.count("the prompts are gone") == 1
 
 
 @pytest.mark.parametrize(("launcher", "codes"), [("lightning", [2]), ("slurm", [2, 1]), ("torchrun", [1])])
