@@ -54,7 +54,7 @@ def _resume_after_a_kill() -> None:
                 f"exp_manager.resume_if_exists=False, but {newest} is of a run in this folder, with "
                 "which a new one would be mixed up; give another exp_manager.explicit_log_dir, or resume_if_exists=True"
             )
-        if newest is not None and resume_if_exists:
+        if newest is not None:
             resume_if_exists, resume_from_checkpoint = False, str(newest)
         elif resume_if_exists and resume_ignore_no_checkpoint:
             resume_if_exists = False

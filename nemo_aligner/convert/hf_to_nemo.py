@@ -162,15 +162,14 @@ def _head_config(hf: PretrainedConfig) -> dict:
 @torch.no_grad()
 def _copy_weights(source, gpt_model: torch.nn.Module) -> None:
     num_groups = source.config.num_key_value_heads
-    parameters = list(gpt_model.named_parameters())
-    taken = {hf_name for name, _ in parameters for hf_name in hf_names(name)}
-    # tied, it is the embeddings once more; a reward model has no use for it
-    left = source.tensors_beside(taken | {"lm_head.weight"})
+    parameters = [(name, hf_names(name), parameter) for name, parameter in gpt_model.named_parameters()]
+    # a head: tied, it is the embeddings once more; a reward model has no use for it
+    left = source.tensors_beside({hf_name for _, taken, _ in parameters for hf_name in taken} | {"lm_head.weight"})
     if left:
         raise ValueError(f"{source.path}: a Llama model has no tensor {left[0]!r} ({len(left)} such); it would be lost")
-    for name, parameter in tqdm(parameters, desc="converting", unit="tensor"):
-        tensors = [source.tensor(hf_name) for hf_name in hf_names(name)]
-        for hf_name, tensor in zip(hf_names(name), tensors, strict=True):
+    for name, taken, parameter in tqdm(parameters, desc="converting", unit="tensor"):
+        tensors = [source.tensor(hf_name) for hf_name in taken]
+        for hf_name, tensor in zip(taken, tensors, strict=True):
             if not tensor.isfinite().all():
                 raise ValueError(f"{source.path}: the tensor {hf_name!r} has values that are NaN or infinite")
         packed = pack(tensors, num_groups) if tensors else torch.zeros_like(parameter)

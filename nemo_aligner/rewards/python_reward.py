@@ -233,10 +233,9 @@ def score(
     if not prompts:
         return torch.empty(0)
     columns = {"response_tokens": response_tokens, "records": records, "finished": finished}
+    columns = {name: columns[name] for name in getattr(function, "columns", columns)}
     try:
-        with torch.no_grad():
-            # copies, as the batch is looked at again: in a message, a log, by the next reward
-            values = function(*copy.deepcopy((prompts, responses)), **copy.deepcopy(columns))
+        values = _call(function, prompts, responses, columns)
     except (Exception, SystemExit) as error:
         problem = one_line(f"the reward function raised {type(error).__name__}: {error}")
         row = _first_failing_row(function, prompts, responses, columns)
@@ -262,6 +261,12 @@ def score(
     return rewards
 
 
+def _call(function: Callable, prompts: list, responses: list, columns: dict[str, list]):
+    """With copies, as the batch is looked at again: in a message, a log, by the next reward."""
+    with torch.no_grad():
+        return function(*copy.deepcopy((prompts, responses)), **copy.deepcopy(columns))
+
+
 def _as_float(value) -> float:
     """One returned reward as a number that float32 can hold, NaN for None; else a ValueError that says what it is."""
     if value is None:
@@ -279,9 +284,7 @@ def _first_failing_row(function: Callable, prompts: list, responses: list, colum
     for row in range(len(prompts)):
         one = slice(row, row + 1)
         try:
-            with torch.no_grad():
-                of_row = {name: column[one] for name, column in columns.items()}
-                function(prompts[one], responses[one], **copy.deepcopy(of_row))
+            _call(function, prompts[one], responses[one], {name: column[one] for name, column in columns.items()})
         except (Exception, SystemExit):
             return row
     return None

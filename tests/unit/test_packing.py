@@ -86,9 +86,8 @@ def test_as_few_packs_as_hold_the_rows():
     assert packing.deal_to_fewest(lengths, 7, 23) == [[0, 1, 3, 4, 5]]
     assert packing.deal_to_fewest(lengths, 7, 12) == packing.deal_to_packs(lengths, 2)
     assert packing.deal_to_fewest(lengths, 7, 11) == packing.deal_to_packs(lengths, 3)  # two would hold 11 and 12
-    assert packing.deal_to_fewest(lengths, 7, 12, multiple=5) == packing.deal_to_packs(
-        lengths, 3
-    )  # two would be 15 wide
+    # two would be 15 wide
+    assert packing.deal_to_fewest(lengths, 7, 12, multiple=5) == packing.deal_to_packs(lengths, 3)
     assert packing.deal_to_fewest(lengths, 7, 1) == packing.deal_to_packs(lengths, 5)  # none is left empty
     assert packing.deal_to_fewest(lengths, 2, 1) == packing.deal_to_packs(lengths, 2)
     assert packing.deal_to_fewest([0, 0], 2, 10) == [[]]

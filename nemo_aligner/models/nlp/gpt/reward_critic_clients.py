@@ -91,15 +91,14 @@ class RemoteGPTRMClient:
             request_timeout_s=self.cfg.get("request_timeout_s", REQUEST_TIMEOUT_S),
             retry_deadline_s=self.cfg.get("retry_deadline_s", RETRY_DEADLINE_S),
         )
-        self._is_connected = False
         deadline = time.monotonic() + self.communicator.init_timeout_s
         while not _is_true_on_all_ranks(fail_on_all_ranks(lambda: share_from_source(lambda: self._connect(deadline)))):
             pass
 
     def _connect(self, deadline: float) -> bool:
-        if self._is_connected:
-            return True
         server = self.cfg.reward_model
+        if server.name in self.communicator.connections:
+            return True
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError(not_there(server.name, server.ip, server.port, self.communicator.init_timeout_s))
@@ -107,7 +106,6 @@ class RemoteGPTRMClient:
             return False
         self.communicator.add_server_by_name(server.name, ip=server.ip, port=server.port)
         self.communicator.print_server_dict()
-        self._is_connected = True
         return True
 
     def infer_rm(self, rollout_batch: dict[str, torch.Tensor]) -> RMFutureResult:
