@@ -123,7 +123,7 @@ def _config(tokenizer_dir: Path, optimizer: str, precision: str) -> DictConfig:
     }  # fmt: skip
     optim = {
         "name": optimizer, "lr": 1e-6, "weight_decay": 0.1, "betas": [0.9, 0.98], "bucket_cap_mb": 200,
-        "overlap_grad_sync": False, "contiguous_grad_buffer": True,
+        "overlap_grad_sync": False, "contiguous_grad_buffer": True, "contiguous_param_buffer": True,
         "sched": {"name": "CosineAnnealing", "warmup_steps": 0, "constant_steps": 0, "min_lr": 1e-7},
     }  # fmt: skip
     model = {

@@ -4,6 +4,8 @@ What packs may change is how sums are rounded. So the gradients of both ways, on
 with more exact ones, and packs may not be farther from these than padded rows are, but for chance.
 """
 
+import threading
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -53,6 +55,17 @@ def training_step(actor, packing: bool):
     for name, parameter in gpt_model.named_parameters():
         gradients[name] = (parameter.main_grad if parameter.grad is None else parameter.grad).double()
     return loss, gradients
+
+
+@pytest.mark.usefixtures("own_layers")
+def test_the_backward_pass_stays_in_the_thread_of_its_caller(float32):
+    threads = set()
+    (gpt_model,) = float32.get_model_module_list()
+    weight = gpt_model.decoder.final_layernorm.weight
+    hook = weight.register_hook(lambda gradient: threads.add(threading.get_ident()))
+    training_step(float32, packing=True)
+    hook.remove()
+    assert threads == {threading.get_ident()}
 
 
 def check_errors(packed, padded, exact, record_property) -> None:

@@ -200,15 +200,18 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             microbatches = [{"response_tokens": tokens, "mask": mask} for tokens, mask in parts]
             step = self.get_actor_forward_output_and_loss_func(num_loss_tokens, num_microbatches)
             rows = self.cfg.micro_batch_size
-        losses = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=self._iterator_per_chunk(microbatches),
-            model=self.model,
-            num_microbatches=num_microbatches,
-            forward_only=forward_only,
-            seq_length=width,
-            micro_batch_size=rows,
-        )
+        # Backward in this thread. Handing over to autograd's thread for the GPU and back, again and again, the host of
+        # an H100 took 0.15 to 0.23 s to launch what it launches in 0.14 s by itself (torch 2.11).
+        with torch.autograd.set_multithreading_enabled(False):
+            losses = get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=self._iterator_per_chunk(microbatches),
+                model=self.model,
+                num_microbatches=num_microbatches,
+                forward_only=forward_only,
+                seq_length=width,
+                micro_batch_size=rows,
+            )
         loss = torch.zeros((), dtype=torch.float32, device=current_device())
         if losses:
             loss = torch.stack([part["loss"].reshape(()) for part in losses]).mean()
