@@ -3,11 +3,12 @@
 `torch.nn.attention.varlen.varlen_attn` is the public way to it, from torch 2.10 on. It is an operator in Python with a
 gradient in Python, which took the host of an H100 about 350 us a call, hundreds of times a training step (torch 2.11).
 The operator below it has its gradient in C++, takes grouped queries in all versions and has had the same first ten
-arguments since torch 2.3 (read up to 2.13). The gradient is deterministic where `torch.use_deterministic_algorithms`
-asks for it. Removal: when the public way costs the host as little.
+arguments, and the same five results, since torch 2.3 (read up to 2.13). The gradient is deterministic where
+`torch.use_deterministic_algorithms` asks for it. Removal: when the public way costs the host as little.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -38,7 +39,29 @@ def causal(
         bounds: int32 [sequences + 1] on the device; sequence i is at bounds[i] .. bounds[i + 1].
         max_length: of a sequence.
     """
-    is_causal, return_debug_mask = True, False
+    return _kernel(query_TND, key_TGD, value_TGD, bounds, max_length)[0]
+
+
+def causal_and_gradient(
+    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, bounds: torch.Tensor, max_length: int
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+    """`causal` without autograd, and the function from its gradient to those of query, key and value."""
+    with torch.no_grad():
+        context_TND, *state, _ = _kernel(query_TND, key_TGD, value_TGD, bounds, max_length)
+    logsumexp, *random_state = state
+    dropout, is_causal = 0.0, True
+
+    def gradient(grad_TND: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.ops.aten._flash_attention_backward(
+            grad_TND, query_TND, key_TGD, value_TGD, context_TND, logsumexp, bounds, bounds, max_length, max_length,
+            dropout, is_causal, *random_state,
+        )  # fmt: skip
+
+    return context_TND, gradient
+
+
+def _kernel(query_TND, key_TGD, value_TGD, bounds, max_length) -> tuple[torch.Tensor, ...]:
+    dropout, is_causal, return_debug_mask = 0.0, True, False
     return torch.ops.aten._flash_attention_forward(
-        query_TND, key_TGD, value_TGD, bounds, bounds, max_length, max_length, 0.0, is_causal, return_debug_mask
-    )[0]
+        query_TND, key_TGD, value_TGD, bounds, bounds, max_length, max_length, dropout, is_causal, return_debug_mask
+    )

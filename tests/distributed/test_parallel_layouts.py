@@ -14,13 +14,13 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.distributed.launch import run_ranks
-from tests.tiny import load_actor, prompt_batch, save_gpt2_like
+from tests.tiny import load_actor, prompt_batch, save_gpt2_like, with_small_packs
 
 PROMPTS = ["the quick brown", "one two three four five six", "a good", "kind and it ends"]
 # prompt and response lengths of the training rows; the longest row, of 23 tokens, has a width that 2 does not divide
 ROW_LENGTHS = [(3, 14), (6, 9), (1, 20), (4, 17), (2, 21), (5, 5), (8, 3), (7, 12)]
 # the tokens that a pack has room for, as micro-batches are of one row
-FULL_WIDTH = 24
+ROW_WIDTH = 24
 CLIP_VALUE, LEARNING_RATE = 0.2, 1e-3
 ERROR = 1e-5
 
@@ -42,10 +42,11 @@ class Layout:
         virtual = self.overrides.get("virtual_pipeline_model_parallel_size")
         parallel_state.initialize_model_parallel(self.tp, self.pp, virtual)
         AppState().data_parallel_rank = parallel_state.get_data_parallel_rank()  # as NeMo, when it makes the groups
-        return load_actor(
+        actor = load_actor(
             archives[self.model], world_size, tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
-            micro_batch_size=1, global_batch_size=len(ROW_LENGTHS), data={"seq_length": FULL_WIDTH}, **self.overrides,
+            micro_batch_size=1, global_batch_size=len(ROW_LENGTHS), **self.overrides,
         )  # fmt: skip
+        return with_small_packs(actor, ROW_WIDTH)
 
 
 VPP = {"virtual_pipeline_model_parallel_size": 2}

@@ -17,19 +17,19 @@ from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils import logprobs
-from tests.tiny import load_actor
+from tests.tiny import load_actor, with_small_packs
 from tests.unit.test_layer_spec import layer_norm_formula, norm, rms_formula
 from tests.unit.test_loss import hf_logprobs, hf_training_step, make_batch, token_loss
-from tests.unit.test_packing import FULL_WIDTH, ROWS
+from tests.unit.test_packing import ROW_WIDTH, ROWS
 
 # The batch of 8 rows in micro-batches of two becomes two packs.
-SETTINGS = {"micro_batch_size": 2, "global_batch_size": 8, "data": {"seq_length": FULL_WIDTH}}
+SETTINGS = {"micro_batch_size": 2, "global_batch_size": 8}
 NUM_PACKS = 2
 
 
 @pytest.fixture(scope="module")
 def float32(tiny_nemo):
-    return load_actor(tiny_nemo, **SETTINGS)
+    return with_small_packs(load_actor(tiny_nemo, **SETTINGS), ROW_WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +100,14 @@ def load_in_bfloat16(tiny_nemo, kind: str):
     from nemo_aligner.utils.train_script_utils import init_using_ptl
 
     if kind == "autocast":
-        return load_actor(tiny_nemo, precision="bf16", **SETTINGS)
+        return with_small_packs(load_actor(tiny_nemo, precision="bf16", **SETTINGS), ROW_WIDTH)
     optim = {"name": "mcore_distributed_optim", "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]}
     actor = load_actor(
         tiny_nemo, precision="bf16", megatron_amp_O2=True, gradient_as_bucket_view=True,
         gradient_accumulation_fusion=kind == "O2 fused", optim=OmegaConf.create(optim), **SETTINGS,
     )  # fmt: skip
     init_using_ptl(actor.trainer, actor, None, [])
-    return actor
+    return with_small_packs(actor, ROW_WIDTH)
 
 
 @pytest.mark.usefixtures("own_layers")
@@ -116,11 +116,11 @@ def test_packs_in_bfloat16(tiny_nemo, of_rounded_weights, monkeypatch, record_pr
     actor = load_in_bfloat16(tiny_nemo, kind)
     of_kernel = []
 
-    def causal(*args, causal=varlen_attention.causal):
+    def kernel(*args, kernel=varlen_attention._kernel):
         of_kernel.append(args[0].dtype)
-        return causal(*args)
+        return kernel(*args)
 
-    monkeypatch.setattr(varlen_attention, "causal", causal)
+    monkeypatch.setattr(varlen_attention, "_kernel", kernel)
     padded = training_step(actor, packing=False)
     assert of_kernel == []
     packed = training_step(actor, packing=True)
@@ -138,13 +138,16 @@ def test_the_kernel_for_all_sequences_equals_one_after_the_other(record_property
     shapes = [(sum(lengths), heads, 64) for heads in (8, num_groups, num_groups)]
     exact = [torch.randn(shape, device="cuda", generator=generator).bfloat16().double() for shape in shapes]
     grad = torch.randn(sum(lengths), 8, 64, device="cuda", generator=generator).bfloat16()
-    results = []
-    for dtype in (torch.float64, torch.bfloat16):
+    results, rounding = [], {torch.float64: 1e-12, torch.bfloat16: 2**-7}
+    for dtype in rounding:
         qkv = [x.detach().to(dtype).requires_grad_() for x in exact]
         assert varlen_attention.can_compute(qkv[0]) == (dtype == torch.bfloat16)
         context = packed_attention.packed_attention(*qkv, sequences, 0.0)
         context.backward(grad.to(dtype))
         results.append([context, *(x.grad for x in qkv)])
+        context, gradient = packed_attention.packed_attention_and_gradient(*qkv, sequences)
+        for of_function, of_autograd in zip([context, *gradient(grad.to(dtype))], results[-1], strict=True):
+            torch.testing.assert_close(of_function, of_autograd, rtol=rounding[dtype], atol=rounding[dtype])
     for name, ours, expected in zip(("context", "query", "key", "value"), *reversed(results), strict=True):
         error, size = (ours.double() - expected).norm().item(), expected.norm().item()
         record_property(name, error / size if size > 0 else error)

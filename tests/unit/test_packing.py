@@ -20,13 +20,13 @@ from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils import logprobs
 from nemo_aligner.utils.target_logprobs import TargetLogprobs, add_piece_
-from tests.tiny import load_actor, save_gpt2_like
+from tests.tiny import load_actor, save_gpt2_like, with_small_packs
 from tests.unit.test_loss import END_ID, assert_same, make_batch, training_step
 
 # Relative error of float32 gradients between two orders of summation.
 OTHER_ORDER = 1e-5
-# what a row may have; a micro-batch of n rows has room for n times as much
-FULL_WIDTH = 24
+# of the longest row; where packs are small, a micro-batch of n rows has room for n times as much
+ROW_WIDTH = 24
 # lengths from 2 to 23 tokens, rows without a response among them
 ROWS = [
     ([5, 6, 7], [8, 9, 10, 11, 12, END_ID]),
@@ -131,12 +131,12 @@ def archives(tiny_hf, tiny_nemo, tmp_path_factory):
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def actor(request, archives):
     """Grouped queries, RMSNorm, RoPE and tied embeddings, or learned positions, LayerNorm, biases and none of these."""
-    return load_actor(archives[request.param], data={"seq_length": FULL_WIDTH})
+    return with_small_packs(load_actor(archives[request.param]), ROW_WIDTH)
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_nemo):
-    return load_actor(tiny_nemo, data={"seq_length": FULL_WIDTH})
+    return with_small_packs(load_actor(tiny_nemo), ROW_WIDTH)
 
 
 @pytest.mark.parametrize("micro_batch_size, num_packs", [(1, 3), (2, 2), (8, 1)])
@@ -152,7 +152,7 @@ def test_packed_equals_padded(actor, monkeypatch, micro_batch_size, num_packs):
     monkeypatch.setattr(megatron_gpt_rs_actor, "pack_batch", pack_batch)
     assert_same(training_step(actor, batch, micro_batch_size), padded, rel=OTHER_ORDER)
     assert len(packs) == num_packs
-    assert max(pack.tokens_1T.size(1) for pack in packs) <= micro_batch_size * FULL_WIDTH
+    assert max(pack.tokens_1T.size(1) for pack in packs) <= micro_batch_size * ROW_WIDTH
 
 
 def test_gradients_are_sent_with_the_last_pack_alone(llama, monkeypatch):
@@ -207,8 +207,7 @@ def test_micro_batch_normalization(archives):
 def test_recomputation(llama, archives, recompute, rel):
     batch = make_batch(ROWS)
     overrides = {f"activations_checkpoint_{key}": value for key, value in recompute.items()}
-    overrides["data.seq_length"] = FULL_WIDTH
-    actor = load_actor(archives["llama"], **overrides)
+    actor = with_small_packs(load_actor(archives["llama"], **overrides), ROW_WIDTH)
     assert_same(training_step(actor, batch, 2), training_step(llama, batch, 2), rel)
 
 
@@ -219,19 +218,14 @@ def test_forward_pass_in_a_small_piece_of_the_vocabulary_at_a_time(actor, monkey
     assert_same(training_step(actor, batch, 2), whole, rel=OTHER_ORDER)
 
 
-@pytest.mark.parametrize(
-    ("seq_length", "dropout", "expected"),
-    [(40, 0, 2 * 40), (4096, 0, 2 * 2 * 30), (20, 0.1, 2 * 20), (40, 0.1, 2 * 30)],
-)
-def test_a_pack_holds_no_more_than_its_longest_rows_could_and_twice_a_padded_micro_batch(
-    llama, monkeypatch, seq_length, dropout, expected
-):
-    """With dropout layers are not fused, and keep as much of a token as they did padded."""
+@pytest.mark.parametrize(("dropout", "factor"), [(0, 2), (0.1, 1)])
+def test_a_pack_holds_twice_a_padded_micro_batch_if_layers_are_fused(llama, monkeypatch, dropout, factor):
+    """With dropout they are not, and keep as much of a token as they did padded."""
     llama.model.train()
     monkeypatch.setattr(llama.model.config, "hidden_dropout", dropout)
-    cfg = OmegaConf.create({"micro_batch_size": 2, "data": {"seq_length": seq_length}})
+    cfg = OmegaConf.create({"micro_batch_size": 2})
     actor = SimpleNamespace(cfg=cfg, get_model_module_list=llama.get_model_module_list)
-    assert MegatronGPTRSModel._max_tokens_of_a_pack(actor, width=30) == expected
+    assert MegatronGPTRSModel._max_tokens_of_a_pack(actor, width=30) == factor * 2 * 30
 
 
 def test_the_model_is_left_as_it_was(llama, monkeypatch):
@@ -371,13 +365,49 @@ def test_the_kernel_has_the_arguments_and_the_gradient_that_we_rely_on():
         "int max_q", "int max_k", "float dropout_p", "bool is_causal", "bool return_debug_mask",
     ]  # fmt: skip
     assert all(argument.has_default_value() for argument in schema.arguments if argument.kwarg_only)
-    assert schema.returns[0].name == "output"
+    results = [result.name for result in schema.returns]
+    assert results == ["output", "softmax_logsumexp", "rng_state", "unused", "debug_attn_mask"]
+    schema = torch.ops.aten._flash_attention_backward.default._schema
+    assert [f"{argument.type} {argument.name}" for argument in schema.arguments if not argument.kwarg_only] == [
+        "Tensor grad_out", "Tensor query", "Tensor key", "Tensor value", "Tensor out", "Tensor logsumexp",
+        "Tensor cum_seq_q", "Tensor cum_seq_k", "int max_q", "int max_k", "float dropout_p", "bool is_causal",
+        "Tensor rng_state", "Tensor unused",
+    ]  # fmt: skip
+    assert all(argument.has_default_value() for argument in schema.arguments if argument.kwarg_only)
     options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
     query, key, value = (torch.empty(7, heads, 8, **options) for heads in (4, 2, 2))
-    context = varlen_attention.causal(query, key, value, torch.empty(3, dtype=torch.int32, device="meta"), 4)
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    context = varlen_attention.causal(query, key, value, bounds, 4)
     assert type(context.grad_fn).__name__ == "FlashAttentionBackward0"  # from C++
     context.sum().backward()
     assert [context.shape, key.grad.shape] == [query.shape, key.shape]
+    context, gradient = varlen_attention.causal_and_gradient(query, key, value, bounds, 4)
+    assert not context.requires_grad
+    assert [x.shape for x in gradient(context)] == [query.shape, key.shape, value.shape]
+
+
+class GradientCalls(TorchDispatchMode):
+    """What the kernel's gradient was called with, of tensors their shape and type."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._flash_attention_backward.default:
+            self.seen.append([(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in args])
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_gradient_is_asked_for_as_autograd_does():
+    options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    qkv = [torch.empty(7, heads, 8, **options) for heads in (4, 2, 2)]
+    rest = torch.empty(3, dtype=torch.int32, device="meta"), 5
+    with GradientCalls() as calls:
+        varlen_attention.causal(*qkv, *rest).sum().backward()
+        context, gradient = varlen_attention.causal_and_gradient(*qkv, *rest)
+        gradient(context)
+    assert len(calls.seen) == 2 and calls.seen[0] == calls.seen[1]
 
 
 def test_the_public_way_to_the_kernel_is_still_in_python():

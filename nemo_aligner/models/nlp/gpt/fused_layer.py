@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo_aligner.compat.cpu_linear import linear, matmul
 from nemo_aligner.models.nlp.gpt.activation import activate, activation_of
 from nemo_aligner.models.nlp.gpt.layer_ops import ColumnSums, activation_gradient, norm_and_residual, norm_gradient
-from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
+from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention_and_gradient
 from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from nemo_aligner.utils.weight_gradients import weight_gradient
 
@@ -55,27 +55,25 @@ class _FusedLayer(torch.autograd.Function):
         qkv_TGXD = _by_heads(layer, qkv_TP)
         if angles_TA is not None:
             apply_rotary_(qkv_TGXD, angles_TA)
-        with torch.enable_grad():
-            qkv = [part.detach().requires_grad_() for part in _query_key_value(qkv_TGXD)]
-            context_TND = packed_attention(*qkv, sequences, dropout=0.0)
-        middle_TH = _add_product(middle_TH, context_TND.detach().flatten(1), proj_w)
+        context_TND, ctx.attention_gradient = packed_attention_and_gradient(*_query_key_value(qkv_TGXD), sequences)
+        middle_TH = _add_product(middle_TH, context_TND.flatten(1), proj_w)
 
         normed_TH, output_TH = norm_and_residual(layer.pre_mlp_layernorm, middle_TH, fc2_b)
         inner_TF = linear(normed_TH, fc1_w, fc1_b)
         del normed_TH
         output_TH = _add_product(output_TH, activate(inner_TF, activation_of(layer.config)), fc2_w)
 
-        ctx.save_for_backward(hidden_TH, middle_TH, inner_TF, angles_TA, *parameters)
-        ctx.layer, ctx.attention = layer, (qkv, context_TND)
+        ctx.save_for_backward(hidden_TH, middle_TH, inner_TF, context_TND, angles_TA, *parameters)
+        ctx.layer = layer
         return output_TH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TH):
-        hidden_TH, middle_TH, inner_TF, angles_TA, *parameters = ctx.saved_tensors
+        hidden_TH, middle_TH, inner_TF, context_TND, angles_TA, *parameters = ctx.saved_tensors
         (qkv_w, proj_w, fc1_w, fc2_w), vectors = parameters[:4], parameters[4:]
-        layer, (qkv, context_TND) = ctx.layer, ctx.attention
-        del ctx.attention  # the layer's graph lives on with its tensors' last reference
+        layer, attention_gradient = ctx.layer, ctx.attention_gradient
+        del ctx.attention_gradient  # it holds queries, keys and values, and the layer's graph lives on
 
         fuse = layer.config.gradient_accumulation_fusion
 
@@ -99,9 +97,8 @@ class _FusedLayer(torch.autograd.Function):
         of_fc1_w = of_weight(fc1_w, grad_inner_TF, normed_TH)
         del grad_inner_TF, normed_TH
 
-        of_proj_w = of_weight(proj_w, grad_middle_TH, context_TND.detach().flatten(1))
-        grad_context_TND = matmul(grad_middle_TH, proj_w).view_as(context_TND)
-        of_attention = torch.autograd.grad(context_TND, qkv, grad_context_TND)
+        of_proj_w = of_weight(proj_w, grad_middle_TH, context_TND.flatten(1))
+        of_attention = attention_gradient(matmul(grad_middle_TH, proj_w).view_as(context_TND))
         grad_TP = qkv_gradient(*of_attention, angles_TA, of_qkv_b).flatten(1)
         normed_TH, grad_hidden_TH = norm_gradient(
             layer.input_layernorm, hidden_TH, matmul(grad_TP, qkv_w), grad_middle_TH, *of_input_norm

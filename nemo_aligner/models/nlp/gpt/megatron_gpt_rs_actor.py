@@ -258,15 +258,14 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         )
 
     def _max_tokens_of_a_pack(self, width: int) -> int:
-        """What the longest rows that may come would be in a micro-batch, but not more than its padded size now.
+        """As many as a micro-batch has padded, or twice that where layers are fused.
 
-        Or twice that, where layers are fused: a token of a pack then takes less than half of the memory that it took
-        padded, with all logits and unfused attention (benchmarks/train_step.py), so a configuration that fitted fits.
-        The layers' own modules keep as much of a token as ever.
+        A token of a pack then takes less than half of the memory that it took padded, with all logits and unfused
+        attention (benchmarks/train_step.py), so a configuration that fitted fits. The layers' own modules keep as much
+        of a token as ever.
         """
         gpt_model = get_attr_wrapped_model(self.get_model_module_list()[0], "decoder", return_model_obj=True)
-        widest = 2 * width if fuses_all_layers(gpt_model) else width
-        return self.cfg.micro_batch_size * min(self.cfg.data.seq_length, widest)
+        return self.cfg.micro_batch_size * (2 * width if fuses_all_layers(gpt_model) else width)
 
     def _packed_forward_output_and_loss_func(self, num_loss_tokens: torch.Tensor, num_microbatches: int) -> Callable:
         """As `get_actor_forward_output_and_loss_func`, over packs; the last stage's output are log-probabilities [R].

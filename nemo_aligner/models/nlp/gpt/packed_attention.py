@@ -3,6 +3,7 @@
 Legend: T tokens of the pack, Q sequences, L tokens of one sequence, N heads, G key/value groups, D channels per head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,23 @@ def packed_attention(
     options = {"dropout_p": dropout, "is_causal": True, "enable_gqa": query_TND.size(1) != key_TGD.size(1)}
     contexts = [scaled_dot_product_attention(*qkv, **options).transpose(1, 2) for qkv in of_each]
     return torch.cat(contexts, dim=1).squeeze(0)
+
+
+def packed_attention_and_gradient(
+    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, sequences: PackedSequences
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+    """Attention without dropout for a function with a backward pass of its own.
+
+    Returns:
+        The context [T, N, D], detached, and the function from its gradient to those of query, key and value.
+    """
+    if varlen_attention.can_compute(query_TND):  # a call of autograd within a backward pass takes the host three times
+        bounds, longest = sequences.bounds, max(sequences.lengths)
+        return varlen_attention.causal_and_gradient(query_TND, key_TGD, value_TGD, bounds, longest)
+    with torch.enable_grad():
+        qkv = [x.detach().requires_grad_() for x in (query_TND, key_TGD, value_TGD)]
+        context_TND = packed_attention(*qkv, sequences, dropout=0.0)
+    return context_TND.detach(), lambda grad_TND: torch.autograd.grad(context_TND, qkv, grad_TND)
 
 
 def _sequences(x_TND: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, ...]:
