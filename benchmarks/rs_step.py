@@ -152,7 +152,8 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, new_tokens="at most: 256, on a CPU 16")
     parser.add_argument("--prompts", type=int, help="of a step: 16, on a CPU 4")
-    parser.add_argument("--steps", type=int, default=5, help="of ours, after one of warm-up")
+    # more of them teach the random weights not to end any response
+    parser.add_argument("--steps", type=int, choices=range(1, 9), default=5, help="of ours, after one of warm-up")
     parser.add_argument("--nemo-steps", type=int, default=1, help="of NeMo's way, after one of warm-up")
     args = parse_and_fill_in(parser, prompts=(16, 4))
     args.rows = args.prompts  # what a step trains on
