@@ -33,25 +33,25 @@ def read_prompts(
     return fail_on_all_ranks(read, PromptError)
 
 
-def take_up_or_generate(
+def stored_or_generated(
     model,
     batches: list[dict],
     stored: list[dict | None],
     num_rollouts: int,
-    meet: Callable[[bool], bool],
+    sync: Callable[[bool], bool],
     on_last_rows: Callable[[], object] | None,
     step: int,
 ) -> Iterator[dict]:
     """The rollouts of each micro-batch, as soon as they exist: the stored ones, or else new ones.
 
-    The ranks meet before each, and also while it is generated, some replicas more often than others.
+    The ranks synchronize before each, and also while it is generated, some replicas more often than others.
 
     Args:
         model: the policy; see `infer_each`.
         batches: collated prompts, as the dataloader gives them.
         stored: for each batch what `UnscoredRollouts` had of it, or None.
         num_rollouts: N.
-        meet: called with False, as this rank is not done; collective over the job, and what it raises ends all of this.
+        sync: called with False, as this rank is not done; collective over the job, and what it raises ends all of this.
         on_last_rows: see `infer_each`.
         step: that an error names.
 
@@ -64,10 +64,10 @@ def take_up_or_generate(
         FloatingPointError: if the model's weights give no finite logits.
     """
     unanswered = [batch for batch, rollouts in zip(batches, stored, strict=True) if rollouts is None]
-    new = _generate(model, unanswered, num_rollouts, check=lambda: meet(False), on_last_rows=on_last_rows)
+    new = _generate(model, unanswered, num_rollouts, check=lambda: sync(False), on_last_rows=on_last_rows)
     try:
         for rollouts in stored:
-            meet(False)
+            sync(False)
             yield next(new) if rollouts is None else rollouts
     except FloatingPointError as error:
         raise FloatingPointError(f"RS step {step}: {error}") from error

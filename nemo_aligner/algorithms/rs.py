@@ -17,7 +17,7 @@ from nemo.utils import AppState, logging
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_aligner.algorithms.rollout_batches import read_prompts, take_up_or_generate, without_stand_ins
+from nemo_aligner.algorithms.rollout_batches import read_prompts, stored_or_generated, without_stand_ins
 from nemo_aligner.algorithms.rollout_metrics import example, global_rollout_metrics, selection_metrics
 from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, wait_on_all_ranks
 from nemo_aligner.algorithms.training_batches import count_trained_rows, optimizer_batches, stack_rollouts
@@ -320,7 +320,7 @@ class RSTrainer:
         made, futures, kept = [], [], []
         try:
             bring_states = None if is_validation else partial(self._bring_optimizer_states, beside_rollouts=True)
-            done = take_up_or_generate(self.model, batches, stored, num_rollouts, self._meet, bring_states, self.step)
+            done = stored_or_generated(self.model, batches, stored, num_rollouts, self._sync, bring_states, self.step)
             done = _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False)
             with self.phases("rollout"):
                 for rollouts, its_records in zip(done, records, strict=True):
@@ -330,10 +330,10 @@ class RSTrainer:
             if not is_validation:
                 self._bring_optimizer_states()  # while the last rollouts are scored
             with self.phases("rollout"):
-                wait_on_all_ranks(self._meet)  # those of the replicas that still generate meet meanwhile
+                wait_on_all_ranks(self._sync)  # replicas that still generate do so, too
             for rollouts, its_records, future in zip(made, records, futures, strict=True):
                 with self.phases("score"):
-                    add_rewards_(rollouts, future, self._meet)
+                    add_rewards_(rollouts, future, self._sync)
                 with self.phases("select"):
                     kept.append(rollouts if is_validation else self._select(rollouts))
                 kept_rows = () if is_validation else kept[-1].pop("row").tolist()
@@ -475,10 +475,10 @@ class RSTrainer:
 
     # What the parts of a step share
 
-    def _meet(self, is_done: bool = True) -> bool:
+    def _sync(self, is_done: bool = True) -> bool:
         """Whether all ranks are done; also where they answer SIGTERM and follow a save. Collective over the job."""
         self._advance_save()
-        return self.termination.meet(is_done)
+        return self.termination.sync(is_done)
 
     def _advance_save(self) -> None:
         with self.phases("checkpoint"):

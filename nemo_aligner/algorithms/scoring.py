@@ -5,9 +5,9 @@ from collections.abc import Callable
 from nemo_aligner.algorithms.rollout_metrics import PART_PREFIX
 from nemo_aligner.utils.server_utils import fail_on_all_ranks
 
-# While one replica waits for rewards, all ranks meet this often: their process groups give up on a rank that stays away
-# from a collective for some minutes, and schedulers on a job that does not end soon when asked to.
-MEETING_INTERVAL_S = 5.0
+# While one replica waits for rewards, all ranks synchronize this often: their process groups give up on a rank that
+# stays away from a collective for some minutes, and schedulers on a job that does not end soon when asked to.
+SYNC_INTERVAL_S = 5.0
 
 
 def ask_for_rewards(rm, rollouts: dict, records: list[dict]):
@@ -21,19 +21,19 @@ def ask_for_rewards(rm, rollouts: dict, records: list[dict]):
     return rm.infer_rm({**rollouts, "records": records})
 
 
-def add_rewards_(rollouts: dict, future, meet: Callable[[bool], bool]) -> None:
+def add_rewards_(rollouts: dict, future, sync: Callable[[bool], bool]) -> None:
     """Wait for a micro-batch's `rewards` [rows], and its parts if it is a sum; without a future it has them.
 
-    Rows without a reward are no longer fit for training. Collective over the job, so that a replica may have taken up
-    scored rollouts where another has not.
+    Rows without a reward are no longer fit for training. Collective over the job, so that a replica may have scored
+    rollouts of an earlier start where another has none.
 
     Args:
-        meet: see `wait_on_all_ranks`.
+        sync: see `wait_on_all_ranks`.
 
     Raises:
         RewardError: on every rank of the job.
     """
-    wait_on_all_ranks(meet, future)
+    wait_on_all_ranks(sync, future)
     rewards = fail_on_all_ranks(lambda: None if future is None else future.result())
     if future is None:
         return
@@ -43,16 +43,16 @@ def add_rewards_(rollouts: dict, future, meet: Callable[[bool], bool]) -> None:
     rollouts["is_fit"] &= ~rollouts["rewards"].isnan()
 
 
-def wait_on_all_ranks(meet: Callable[[bool], bool], future=None) -> None:
+def wait_on_all_ranks(sync: Callable[[bool], bool], future=None) -> None:
     """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`.
 
-    Without a future: when every replica has come here, however often it has met on the way.
+    Without a future: when every replica has come here, however often it has synchronized on the way.
 
     Args:
-        meet: takes whether this rank is done, and returns whether all are. Collective over the job.
+        sync: takes whether this rank is done, and returns whether all are. Collective over the job.
     """
     wait = getattr(future, "wait", lambda timeout_s: True)
-    while not meet(wait(MEETING_INTERVAL_S)):
+    while not sync(wait(SYNC_INTERVAL_S)):
         pass
 
 

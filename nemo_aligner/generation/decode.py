@@ -60,16 +60,16 @@ def generate(
     pipeline = Pipeline(model.model if isinstance(model.model, list) else [model.model])
     num_rows = prompt_lengths_B.numel()
     # like cards, so that the groups come to their ends at about the same time
-    hands = [slice(first, None, pipeline.num_stages) for first in range(min(num_rows, pipeline.num_stages))]
+    shares = [slice(first, None, pipeline.num_stages) for first in range(min(num_rows, pipeline.num_stages))]
     groups = [
-        _Group(model, strategy.of_rows(hand), prompts_BP[hand], uniform_BL[hand], decoding, end_strings, pipeline)
-        for hand in hands
+        _Group(model, strategy.of_rows(share), prompts_BP[share], uniform_BL[share], decoding, end_strings, pipeline)
+        for share in shares
     ]
     _decode(dict(enumerate(groups)), pipeline, check)
-    _raise_first_error(groups, hands, num_rows)
+    _raise_first_error(groups, shares, num_rows)
     tokens_BW = prompts_BP.new_full((num_rows, max(group.width for group in groups)), eod_id)
-    for group, hand in zip(groups, hands, strict=True):
-        tokens_BW[hand, : group.width] = group.tokens_RW
+    for group, share in zip(groups, shares, strict=True):
+        tokens_BW[share, : group.width] = group.tokens_RW
     return tokens_BW
 
 
@@ -113,11 +113,11 @@ def _shape_of_next(at_work: dict[int, "_Group"], pipeline: Pipeline, tick: int) 
     return None if group is None else group.shape_of_input(turn.chunk)
 
 
-def _raise_first_error(groups: list["_Group"], hands: list[slice], num_rows: int) -> None:
+def _raise_first_error(groups: list["_Group"], shares: list[slice], num_rows: int) -> None:
     """Raise the error that would come first if all rows were decoded side by side."""
     errors = [
-        (group.t, range(num_rows)[hand][group.broken_row], group.error)
-        for group, hand in zip(groups, hands, strict=True)
+        (group.t, range(num_rows)[share][group.broken_row], group.error)
+        for group, share in zip(groups, shares, strict=True)
         if group.error is not None
     ]
     if errors:

@@ -1,8 +1,8 @@
 """Generate responses with the weights of a live GPT model: rows join, are decoded side by side, and leave.
 
 What happens, in order: the next prompts are prefilled in one pass into a store, each once, however many rollouts it is
-to have; rows join by copying their prompt's keys and values from there into a place of the cache; all rows in flight
-are decoded, one token each per step; rows that have ended leave, and waiting ones take their places, or the last rows
+to have; rows join by copying their prompt's keys and values from there into a slot of the cache; all rows in flight
+are decoded, one token each per step; rows that have ended leave, and waiting ones take their slots, or the last rows
 in flight close the gaps, so that a step costs what its rows cost. That is what a lane does in its turns.
 
 With pipeline stages rows are in as many lanes as there are stages, which take turns; in each tick a stage has one, a
@@ -13,10 +13,10 @@ tick behind the stage before:
     stage 1       0   1   2   0   1
     stage 2           0   1   2   0
 
-All stages plan the same turns in the same order. At the beginning of a tick they hand on what they have put out in the
+All stages plan the same turns in the same order. At the beginning of a tick they send on what they have put out in the
 one before, in one batch of sends and receives; at its end the last one spreads the tokens that it has drawn: one order
 for all ranks, as in `stages`. Behind that they let out the rows that left in the turn in which the last stage is: the
-same ones in the same tick, when nobody waits for anybody, as whoever gets them may meet the other ranks.
+same ones in the same tick, when nobody waits for anybody, as whoever gets them may hold a collective over all ranks.
 """
 
 from collections import deque
@@ -66,7 +66,7 @@ class Engine:
         Args:
             check: called every LOOKS_BETWEEN_CHECKS looks, between the same steps on all of them: it may hold a
                 collective. What it raises ends the generation.
-            on_last_rows: called at most once, when no row waits any more and at most half of the places are taken.
+            on_last_rows: called at most once, when no row waits any more and at most half of the slots are taken.
 
         Raises:
             NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
@@ -78,7 +78,7 @@ class Engine:
             share = 1 / (num_stages - USABLE_SHARE * number)  # of what the lanes before have left: the same for all
             lane.begin(-(-len(rows) // num_stages), waiting, decoding, share)
         turns: deque[tuple[Lane, Turn]] = deque(maxlen=num_stages)  # of which the last stage may be at the first
-        handed_on, num_idle, error = [], 0, None
+        messages, num_idle, error = [], 0, None
         for tick in count():
             turn = None
             if tick >= stage:
@@ -99,9 +99,9 @@ class Engine:
             if check is not None and tick > 0 and tick % (LOOKS_BETWEEN_CHECKS * num_stages) == 0:
                 check()
             if num_stages > 1:
-                handed_on = self._hand_on(handed_on, turn)
+                messages = self._exchange(messages, turn)
             if turn is not None:
-                handed_on = lane.run(turn, handed_on)
+                messages = lane.run(turn, messages)
             if tick >= num_stages - 1:
                 yield from self._end_tick(*turns[-(num_stages - stage)])
             if num_idle >= num_stages + (num_stages - 1 - stage):
@@ -114,10 +114,10 @@ class Engine:
         for lane in self.lanes:
             lane.release()
 
-    def _hand_on(self, handed_on: list[torch.Tensor], turn: Turn | None) -> list[torch.Tensor]:
+    def _exchange(self, outputs: list[torch.Tensor], turn: Turn | None) -> list[torch.Tensor]:
         """Send what the last tick has put out, and receive what this one's turn works on."""
         sizes = [] if turn is None or self._pipeline.stage == 0 else turn.sizes_of_messages()
-        return self._pipeline.exchange(handed_on, [(size, self._hidden_size) for size in sizes], self._dtype)
+        return self._pipeline.exchange(outputs, [(size, self._hidden_size) for size in sizes], self._dtype)
 
     def _end_tick(self, lane: Lane, turn: Turn) -> list[Row]:
         """Let what the last stage has drawn in its turn come to all stages; returns the rows that left in it."""

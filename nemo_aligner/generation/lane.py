@@ -1,4 +1,4 @@
-"""Rows that are decoded side by side, in places of one cache, by this pipeline stage's part of the model.
+"""Rows that are decoded side by side, in slots of one cache, by this pipeline stage's part of the model.
 
 A lane is told when its turn comes. It first plans it, on the host: rows that have ended leave, waiting ones join, whose
 prompts may have to be prefilled before. Then it runs it, on the device. With several stages, each has as many lanes as
@@ -59,7 +59,7 @@ class Prompt:
 
 @dataclass
 class Prefill:
-    """Prompts without their last tokens, which their rows decode first; they go to the store's places 0, 1, ..."""
+    """Prompts without their last tokens, which their rows decode first; they go to the store's slots 0, 1, ..."""
 
     prompts: list[list[int]]
     num_padding: int
@@ -73,7 +73,7 @@ class Prefill:
 class Join:
     """A row gets the first `length` positions of a stored prompt."""
 
-    place: int
+    slot: int
     stored: int
     length: int
 
@@ -95,7 +95,7 @@ class Turn:
         return not (self.admission or self.num_rows)
 
     def sizes_of_messages(self) -> list[int]:
-        """Tokens in each tensor of hidden states that a stage hands to the next one."""
+        """Tokens in each tensor of hidden states that a stage sends to the next one."""
         prefills = [action.num_tokens for action in self.admission if isinstance(action, Prefill)]
         return prefills + [self.num_rows] * (self.num_rows > 0)
 
@@ -154,7 +154,7 @@ class Lane:
         self._weights, self._decoding = find_weights(self._model), decoding
         self.in_flight, self._stored, self._looks = [], deque(), deque()
         self._make_caches(num_rows, prompts, decoding, share)
-        self._num_places = min(num_rows, self._cache.num_rows)  # the cache may be an earlier, larger batch's
+        self._num_slots = min(num_rows, self._cache.num_rows)  # the cache may be an earlier, larger batch's
         size = (self._cache.num_rows, self._cache.capacity)
         if self._rotary is None or self._rotary.capacity != self._cache.capacity:
             self._rotary = RotaryTable(self._weights, self._cache.capacity)
@@ -165,8 +165,8 @@ class Lane:
             hidden_size = self._model.config.hidden_size
             self._hidden_RH = torch.empty(size[0], hidden_size, dtype=self._weights.dtype, device=self._device)
             self._drawn_R = torch.empty(size[0], dtype=torch.int64, device=self._device)
-        handed_on = None if self._hidden_RH is None else self._hidden_RH.data_ptr()
-        where = (self._weights.pointers(), self._cache.pointer, size, handed_on)
+        between_stages = None if self._hidden_RH is None else self._hidden_RH.data_ptr()
+        where = (self._weights.pointers(), self._cache.pointer, size, between_stages)
         reads = (*where, self._device_rows, self._rotary)
         if self._graphs is None or not self._graphs.are_valid_for(reads):
             warm = self._warm_sizes.setdefault((self._cache.capacity, decoding), set())  # what kernels are compiled for
@@ -238,7 +238,7 @@ class Lane:
 
     @property
     def is_at_most_half_full(self) -> bool:
-        return not self._stored and 2 * len(self.in_flight) <= self._num_places
+        return not self._stored and 2 * len(self.in_flight) <= self._num_slots
 
     def plan(self, waiting: deque[Prompt], end_strings: EndStrings) -> Turn:
         """Take in what is known of the last turns, let rows leave and join, and say what is to be done.
@@ -266,30 +266,30 @@ class Lane:
         return any(len(row.generated) + ahead < self._decoding.max_length for row in self.in_flight)
 
     def _admit(self, waiting: deque[Prompt], turn: Turn) -> None:
-        """Let waiting rows join while there are places for them."""
-        places, joining = [], []
-        while len(self.in_flight) < self._num_places and (self._stored or waiting):
+        """Let waiting rows join while there are slots for them."""
+        slots, joining = [], []
+        while len(self.in_flight) < self._num_slots and (self._stored or waiting):
             if not self._stored:
                 self._store_next(waiting, turn)
             number, prompt = self._stored[0]
-            place, row = len(self.in_flight), prompt.rows.popleft()
-            turn.admission.append(Join(place, number, len(row.prompt) - 1))
-            places.append(place)
+            slot, row = len(self.in_flight), prompt.rows.popleft()
+            turn.admission.append(Join(slot, number, len(row.prompt) - 1))
+            slots.append(slot)
             joining.append(row)
             self.in_flight.append(row)
             if not prompt.rows:
                 self._stored.popleft()
         if joining:
-            self._device_rows.put_(places, joining)
+            self._device_rows.put_(slots, joining)
 
     def _store_next(self, waiting: deque[Prompt], turn: Turn) -> None:
         """Fill the store, which nobody needs any more, with the next prompts.
 
         Several, as prompts are prefilled at little more than the cost of one, but only this lane's share of all that
-        wait, unless there are places for more.
+        wait, unless there are slots for more.
         """
         num_waiting = sum(len(prompt.rows) for prompt in waiting)
-        num_left = max(self._num_places - len(self.in_flight), num_waiting // self._num_lanes)
+        num_left = max(self._num_slots - len(self.in_flight), num_waiting // self._num_lanes)
         num_tokens = 0
         while waiting and num_left > 0 and len(self._stored) < self._prompts.num_rows:
             num_tokens += len(waiting[0].tokens)
@@ -316,40 +316,40 @@ class Lane:
         return finished
 
     def _close_gaps(self) -> None:
-        """Move the last rows in flight to the places of those that have finished."""
+        """Move the last rows in flight to the slots of those that have finished."""
         rows, num_before = self.in_flight, len(self.in_flight)
-        place = 0
-        while place < len(rows):
-            if not rows[place].is_finished:
-                place += 1
+        slot = 0
+        while slot < len(rows):
+            if not rows[slot].is_finished:
+                slot += 1
                 continue
             last = rows.pop()
             if last.is_finished:
                 continue
-            rows[place] = last
+            rows[slot] = last
             # the device may be ahead of what the host knows
             length = len(last.prompt) + len(last.generated) + self._steps_a_turn * self._looks_behind
-            self._cache.copy_row_(place, self._cache, len(rows), min(length, self._cache.capacity))
-            self._device_rows.move_(place, len(rows))
+            self._cache.copy_row_(slot, self._cache, len(rows), min(length, self._cache.capacity))
+            self._device_rows.move_(slot, len(rows))
         self._device_rows.clear_(slice(len(rows), num_before))
 
     # It is run, on the device
 
     def run(self, turn: Turn, received: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Queue a turn; takes and returns the hidden states that stages hand to each other, as the turn says."""
-        received, handed_on = deque(received), []
+        """Queue a turn; takes and returns the hidden states that stages send each other, as the turn says."""
+        received, outputs = deque(received), []
 
         def next_received():
             return received.popleft() if received else None
 
         for action in turn.admission:
             if isinstance(action, Join):
-                self._cache.copy_row_(action.place, self._prompts, action.stored, action.length)
+                self._cache.copy_row_(action.slot, self._prompts, action.stored, action.length)
             else:
-                handed_on.append(self._prefill(action, next_received()))
+                outputs.append(self._prefill(action, next_received()))
         if turn.num_rows:
-            handed_on.append(self._decode(turn.num_rows, next_received()))
-        return [] if self._weights.output is not None else handed_on
+            outputs.append(self._decode(turn.num_rows, next_received()))
+        return [] if self._weights.output is not None else outputs
 
     def drawn(self, turn: Turn) -> torch.Tensor:
         """Where the last stage has put the tokens of a turn, int64 [rows], and others get them."""

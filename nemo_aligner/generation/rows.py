@@ -1,6 +1,6 @@
 """Rows in flight: what the host knows of each, and what the device keeps to decode them without asking the host.
 
-Legend: R rows with a place in the cache, B of them decoded in a step, T positions that a row has room for, L tokens
+Legend: R rows with a slot in the cache, B of them decoded in a step, T positions that a row has room for, L tokens
 that a row may generate, K decoding steps between two looks at what has been generated.
 """
 
@@ -80,14 +80,14 @@ class DeviceRows:
     def are_for(self, num_rows: int, capacity: int, decoding: Decoding) -> bool:
         return self.decoding == decoding and self.tokens_RT.shape == (num_rows, capacity)
 
-    def put_(self, places: list[int], rows: list[Row]) -> None:
-        """Let `rows` begin in `places`: the last token of their prompts goes through the model next."""
+    def put_(self, slots: list[int], rows: list[Row]) -> None:
+        """Let `rows` begin in `slots`: the last token of their prompts goes through the model next."""
         device = self.position_R.device
         lengths = [len(row.prompt) for row in rows]
         tokens_BP = np.zeros((len(rows), max(lengths)), np.int64)  # which takes lists far faster than torch
         for tokens, row in zip(tokens_BP, rows, strict=True):
             tokens[: len(row.prompt)] = row.prompt
-        index_B, lengths_B = sent(torch.tensor(places), device), sent(torch.tensor(lengths), device)
+        index_B, lengths_B = sent(torch.tensor(slots), device), sent(torch.tensor(lengths), device)
         self.tokens_RT[index_B, : max(lengths)] = sent(torch.from_numpy(tokens_BP), device)
         self.uniform_RL[index_B] = sent(torch.stack([row.uniform_L for row in rows]), device)
         self.position_R[index_B] = lengths_B - 1
@@ -95,17 +95,17 @@ class DeviceRows:
         self.is_done_R[index_B] = False
         self.is_broken_R[index_B] = False
 
-    def move_(self, place: int, source: int) -> None:
+    def move_(self, slot: int, source: int) -> None:
         for state in (
             self.tokens_RT, self.position_R, self.prompt_length_R, self.is_done_R, self.is_broken_R, self.uniform_RL
         ):  # fmt: skip
-            state[place] = state[source]
+            state[slot] = state[source]
 
-    def clear_(self, places: slice) -> None:
-        """Let the rows in `places` stand still at position 0, whatever they were."""
-        self.position_R[places] = 0
-        self.prompt_length_R[places] = 1
-        self.is_done_R[places] = True
+    def clear_(self, slots: slice) -> None:
+        """Let the rows in `slots` stand still at position 0, whatever they were."""
+        self.position_R[slots] = 0
+        self.prompt_length_R[slots] = 1
+        self.is_done_R[slots] = True
 
     def newest_tokens(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and positions of the first `num_rows` rows, int64 [B] each: the model's next input."""
@@ -177,7 +177,7 @@ class DeviceRows:
 
 
 class Snapshot:
-    """What the rows in the first places had generated at one moment, on its way to the host.
+    """What the rows in the first slots had generated at one moment, on its way to the host.
 
     On a GPU the copy is queued behind the steps so far and read later, when the next steps are queued already: neither
     side waits for the other. It has a stream of its own: a piece of the optimizer's state may be in its way, which need

@@ -1,6 +1,6 @@
 """What follows a step's logits as Triton kernels: rows draw their next tokens, advance, and are looked at.
 
-Legend: B rows, R rows with a place, T positions that a row has room for, L tokens that it may generate, V vocabulary, K
+Legend: B rows, R rows with a slot, T positions that a row has room for, L tokens that it may generate, V vocabulary, K
 blocks of it.
 """
 

@@ -14,7 +14,7 @@ class StopRequested(Exception):
 
 
 class TerminationWatch:
-    """Remembers SIGTERM, within `watching`, until the ranks next meet."""
+    """Remembers SIGTERM, within `watching`, until the next `sync` of all ranks."""
 
     def __init__(self):
         self._is_requested = False
@@ -37,7 +37,7 @@ class TerminationWatch:
             signal.raise_signal(signal.SIGTERM)
         self._is_requested = True
 
-    def meet(self, is_done: bool = True) -> bool:
+    def sync(self, is_done: bool = True) -> bool:
         """Whether all ranks are done. Collective over the job.
 
         Raises:

@@ -26,7 +26,7 @@ class UnscoredRollouts:
         Args:
             folder: None keeps nothing.
             made_with: the settings that rollouts, and under "reward" their rewards, depend on, plain values; those made
-                with others are not taken up. The weights are told apart by the step alone, see `drop_later`.
+                with others are not used. The weights are told apart by the step alone, see `drop_later`.
         """
         self.folder = None if folder is None else Path(folder)
         self.rank = rank

@@ -149,7 +149,7 @@ def rollouts_of(actor) -> dict[str, dict[str, list]]:
     with mock.patch.dict(actor._sampling_params, sampling):
         batches = [batch_of(actor, prompts_of(num_rows, actor.tokenizer.eos_id)) for num_rows in (2, 7, 4, 1, 6)]
         for number, rollouts in enumerate(actor.infer_each(batches)):
-            torch.distributed.barrier()  # the trainer meets the other ranks between batches, too
+            torch.distributed.barrier()  # the trainer synchronizes with the other ranks between batches, too
             found[f"batch {number}"] = {key: value.tolist() for key, value in rollouts.items()}
     return found
 
@@ -228,7 +228,7 @@ def checks_of(actor, is_asked: bool) -> tuple[int, int, int]:
 
     def check():
         num_checks.append(None)
-        watch.meet(is_done=False)
+        watch.sync(is_done=False)
 
     def check_when_asked():
         if is_asked and len(num_checks) == NUM_CHECKS_BEFORE_SIGNAL:

@@ -52,8 +52,8 @@ def with_engine(actor, max_rows: int = 256):
     return actor
 
 
-def rollouts_with_places_for(actor, max_rows: int) -> dict:
-    """Rows wait for places, few prompts are prefilled at once, and the host is behind."""
+def rollouts_with_slots_for(actor, max_rows: int) -> dict:
+    """Rows wait for slots, few prompts are prefilled at once, and the host is behind."""
     with mock.patch.object(lane, "MAX_PROMPTS_PER_PREFILL", 2), mock.patch.object(engine, "Lane", LaneAhead):
         return rollouts_of(with_engine(actor, max_rows))
 
@@ -70,8 +70,8 @@ def rows_in_lanes(actor, num_prompts: int, num_rollouts: int) -> list[int]:
     return [each.most_in_flight for each in lanes]
 
 
-def places_in_lanes(actor) -> tuple[list[int], float]:
-    """Places in each lane where memory limits them, and the share of the memory that they take."""
+def slots_in_lanes(actor) -> tuple[list[int], float]:
+    """Slots in each lane where memory limits them, and the share of the memory that they take."""
     memory, lanes = 2**20, []
 
     def usable_memory(device) -> float:
@@ -112,11 +112,11 @@ def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Lay
         actor = load(archive, layout, world_size)
         with recorded_exchanges() as exchanges:
             rollouts = rollouts_of(with_engine(actor))
-            few = rollouts_with_places_for(actor, 4)
+            few = rollouts_with_slots_for(actor, 4)
         outcomes[name] = {
             "rollouts": rollouts, "few": few, "exchanges": exchanges, "error": error_of(actor),
             "rows in lanes": [rows_in_lanes(actor, *shape) for shape in ((8, 1), (2, 4), (1, 8))],
-            "places in lanes": places_in_lanes(actor),
+            "slots in lanes": slots_in_lanes(actor),
             "is engine": actor._rollout_generator._engine is not None,
         }  # fmt: skip
         parallel_state.destroy_model_parallel()
@@ -157,6 +157,6 @@ def check(layout: Layout, outcomes: list[dict], of_one: tuple[dict, str]) -> Non
         assert outcome["is engine"]
         assert outcome["rollouts"] == rollouts == outcome["few"]
         assert outcome["error"] == error
-        places, share = outcome["places in lanes"]
-        assert 1 < max(places) <= min(places) + 1 < 200 // layout.pp and 0.75 < share <= 0.85
+        slots, share = outcome["slots in lanes"]
+        assert 1 < max(slots) <= min(slots) + 1 < 200 // layout.pp and 0.75 < share <= 0.85
         assert outcome["rows in lanes"] == [[8 // layout.pp] * layout.pp] * 3

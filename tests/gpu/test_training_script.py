@@ -189,12 +189,12 @@ def test_bf16_on_two_gpus(workplace, check_losses, first_loss_in_bf16, optimizer
 
 
 @needs_two_gpus
-def test_stages_with_few_places_generate_what_one_gpu_does(workplace, check_losses):
-    """With three places in each stage a prompt's four rows are dealt to both, and leave while others wait."""
+def test_stages_with_few_slots_generate_what_one_gpu_does(workplace, check_losses):
+    """With three slots in each stage a prompt's four rows are dealt to both, and leave while others wait."""
     runs = {}
     for layout in ("one", "pp2"):
         runs[layout] = run_script(
-            workplace, f"few_places_{layout}", "trainer.rs.max_steps=2", "model.optim.name=adamw",
+            workplace, f"few_slots_{layout}", "trainer.rs.max_steps=2", "model.optim.name=adamw",
             "model.rs.num_rollout_samples=8", "model.global_batch_size=8", "model.rs.generation.max_rows_in_flight=6",
             *PRECISIONS["fp32"], *LAYOUTS[layout],
         )  # fmt: skip

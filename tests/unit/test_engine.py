@@ -210,7 +210,7 @@ def test_draws_before_the_minimum_length_leave_out_what_ends_a_row():
 
 def test_draws_with_a_repetition_penalty_count_the_rows_own_tokens_and_no_others():
     rows, _ = many_device_rows(Decoding(SamplingParams(repetition_penalty=2.0), 3, 0, (5,), num_tokens=6))
-    rows.tokens_RT[:, 2:] = 3  # left over from a row that had this place before
+    rows.tokens_RT[:, 2:] = 3  # left over from a row that had this slot before
     logits = torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0, 0.0]).repeat(len(rows.position_R), 1)
     penalized = torch.tensor([1.0, 1.0, 0.5, 1.5, -2.0, 0.0])  # of the prompt's tokens 4 and 1
     assert_drawn_from(rows.draw(logits, 4), penalized.softmax(0))
@@ -434,17 +434,17 @@ def test_what_was_broken_off_leaves_nothing_behind(generating):
         list(actor.infer_each([batch_of(actor, ragged_prompts(9))], check=stop))
     rows = actor._rollout_generator._engine.lanes[0]._device_rows
     assert (rows.position_R > 0).all() and not rows.is_done_R.any()
-    places = []
+    slots = []
     put_ = DeviceRows.put_
 
     def noting(self, *args):
-        places.append((self.position_R.tolist(), self.is_done_R.all().item()))
+        slots.append((self.position_R.tolist(), self.is_done_R.all().item()))
         put_(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceRows, "put_", noting)
         actor.infer(batch_of(actor, ragged_prompts(9)))
-    assert actor._rollout_generator._engine.lanes[0]._device_rows is rows and places[0] == ([0] * 9, True)
+    assert actor._rollout_generator._engine.lanes[0]._device_rows is rows and slots[0] == ([0] * 9, True)
 
 
 def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):

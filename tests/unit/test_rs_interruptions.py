@@ -54,7 +54,7 @@ def test_a_save_under_way_is_looked_at_often_and_awaited_at_the_end():
     events = trainer.model.events
     trainer.ckpt_callback.background_save = SlowSave(events)
     trainer.fit()
-    # two micro-batches are generated, as on all replicas, then rewards are met for; one row is trained on at a time
+    # two micro-batches are generated, as on all replicas, then rewards are waited for; one row is trained on at a time
     kinds = ("infer", "reward awaited", "loss", "save looked at", "save awaited")
     rollouts = ["save looked at", "infer"] * 2 + ["save looked at"] + ["save looked at", "reward awaited"] * 2
     training = ["loss", "save looked at"] * 2
@@ -167,7 +167,7 @@ def test_stored_rollouts_that_were_not_reached_before_sigterm_are_kept(tmp_path,
         raise StopRequested
 
     with monkeypatch.context() as patch:
-        patch.setattr(second.termination, "meet", asked_to_stop)
+        patch.setattr(second.termination, "sync", asked_to_stop)
         with pytest.raises(StopRequested):
             second.fit()
     kept = kept_for_later(tmp_path, "train", 0)
