@@ -11,6 +11,7 @@ from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
 from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
 from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 from nemo.utils import logging
+from nemo.utils.dtype import str_to_dtype
 from nemo.utils.exp_manager import ExpManagerConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -103,6 +104,7 @@ def check_rs_config(cfg: DictConfig) -> None:
     check_profile(cfg.trainer.rs.get("profile"))
     check_parallel(cfg)
     _check_lengths(cfg.model)
+    _check_pack_size(cfg.model)
     _check_streamed_states(cfg)
     _check_data(cfg.model)
     if cfg.model.rs.offload_adam_states and "distributed" not in cfg.model.optim.name:
@@ -261,8 +263,20 @@ def _check_optimizer(cfg: DictConfig) -> None:
     if optim.name not in OPTIMIZERS_OF_MEGATRON and "args" not in optim:  # NeMo takes some of theirs out itself
         passed_over = {"name", "sched", *DISTRIBUTED_OPTIMIZER_KEYS}
         _check_taken("model.optim", optim, optim.name, AVAILABLE_OPTIMIZERS[optim.name], passed_over)
+    if optim.name == "distributed_fused_adam" and optim.get("contiguous_param_buffer", False):
+        _check_buffer_of_parameters(cfg)
     if "sched" in optim:
         _check_schedule(optim.sched, optim.lr)
+
+
+def _check_buffer_of_parameters(cfg: DictConfig) -> None:
+    sent_as = cfg.model.optim.get("param_sync_dtype")
+    own = torch_dtype_from_precision(cfg.trainer.precision) if cfg.model.megatron_amp_O2 else torch.float32
+    if sent_as is not None and str_to_dtype(sent_as) != own:
+        raise ConfigError(
+            f"model.optim.param_sync_dtype={sent_as}: parameters of {own} are sent from a buffer of their own type; "
+            "remove it, or set model.optim.contiguous_param_buffer=False"
+        )
 
 
 def _check_schedule(sched: DictConfig, lr: float) -> None:
@@ -355,6 +369,23 @@ def _check_lengths(model: DictConfig) -> None:
             f"model.rs.length_params.max_length={max_length} leaves no room for a prompt within model.data.seq_length="
             f"{seq_length}; lower max_length"
         )
+
+
+def _check_pack_size(model: DictConfig) -> None:
+    training = model.rs.get("training") or {}
+    if training.get("max_tokens_per_pack") is None:
+        return
+    reasons = {
+        "model.rs.training.packing=False": not training.get("packing", True),
+        "model.pipeline_model_parallel_size > 1": model.pipeline_model_parallel_size > 1,
+        "model.rs.loss_normalization=micro_batch": model.rs.get("loss_normalization") == "micro_batch",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"model.rs.training.max_tokens_per_pack={training.max_tokens_per_pack}: with {reason} a pack has the "
+                "tokens of a micro-batch; set it to null, and model.micro_batch_size instead"
+            )
 
 
 def _check_streamed_states(cfg: DictConfig) -> None:

@@ -14,6 +14,13 @@ DECIDING = (
     "rs.sampling_params", "rs.length_params", "rs.reward", "rs.rewards", "rs.loss_normalization",
     "data.data_prefix", "data.splits_string", "data.seq_length", "optim", "peft.peft_scheme",
 )  # fmt: skip
+# These change how gradients and parameters are sent, not what is computed.
+NOT_DECIDING = {
+    f"model.optim.{key}" for key in (
+        "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
+        "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
+    )
+}  # fmt: skip
 PROMPTS_PER_STEP = "model.rs.num_rollout_samples"
 NUM_PROMPTS = "the number of training prompts"
 PRETRAINED = "pretrained_checkpoint.restore_from_path"
@@ -64,7 +71,7 @@ def check_resumed(state: dict, own: dict, ckpt_path: str | Path) -> None:
     stored = state.get("settings")
     if stored is None:
         return
-    changed = [key for key in {**stored, **own} if stored.get(key) != own.get(key)]
+    changed = [key for key in {**stored, **own} if key not in NOT_DECIDING and stored.get(key) != own.get(key)]
     for key in changed:
         if key in FIXED:
             raise ConfigError(

@@ -145,6 +145,7 @@ _RULES_OF_OPTIONAL_KEYS = {
     ),
     "model.rs.generation.max_rows_in_flight": COUNT,
     "model.rs.training.packing": Rule(SWITCH.holds, "true, or false for padded rows"),
+    "model.rs.training.max_tokens_per_pack": COUNT_OR_NULL,
     "model.rs.training.stream_adam_states": SWITCH,
 }
 ALL_RULES = {**_RULES, **_RULES_OF_OPTIONAL_KEYS}

@@ -74,6 +74,18 @@ def test_a_working_configuration_passes(files, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # Apex, as it were
     streamed = ("model.optim.name=distributed_fused_adam", "trainer.precision=bf16", "model.megatron_amp_O2=True")
     check_rs_config(config(*streamed, "model.rs.training.stream_adam_states=True"))
+    check_rs_config(config(*streamed, "model.rs.training.max_tokens_per_pack=8192"))
+
+
+def test_a_buffer_of_parameters_sends_them_in_their_own_type(files, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # Apex, as it were
+    apex = ("model.optim.name=distributed_fused_adam", "+model.optim.param_sync_dtype=bf16")
+    check_rs_config(config(*apex, "trainer.precision=bf16", "model.megatron_amp_O2=True"))
+    in_float32 = ("trainer.precision=32", "model.megatron_amp_O2=False")
+    check_rs_config(config(*apex, *in_float32, "model.optim.contiguous_param_buffer=False"))
+    message = refusal(*apex, *in_float32)
+    assert message.startswith("model.optim.param_sync_dtype=bf16: parameters of torch.float32 are sent")
+    assert "contiguous_param_buffer=False" in message
 
 
 @pytest.mark.parametrize(
@@ -300,6 +312,15 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
         (["trainer.rs.profile=yes please"], ["trainer.rs.profile='yes please'", "true"]),
         (["model.rs.generation.max_rows_in_flight=0"], ["model.rs.generation.max_rows_in_flight=0", "positive"]),
         (["model.rs.training.packing=1"], ["model.rs.training.packing=1", "true, or false"]),
+        (["model.rs.training.max_tokens_per_pack=0"], ["max_tokens_per_pack=0", "a positive whole number or null"]),
+        (
+            ["model.rs.training.max_tokens_per_pack=8192", "model.rs.training.packing=False"],
+            ["max_tokens_per_pack=8192: with model.rs.training.packing=False", "model.micro_batch_size"],
+        ),
+        (
+            ["model.rs.training.max_tokens_per_pack=8192", "model.rs.loss_normalization=micro_batch"],
+            ["max_tokens_per_pack=8192: with model.rs.loss_normalization=micro_batch", "null"],
+        ),
         (["model.rs.training.stream_adam_states=1"], ["model.rs.training.stream_adam_states=1", "true or false"]),
         (
             [f"model.rs.{key}" for key in ("training.stream_adam_states=True", "offload_adam_states=False")],

@@ -1,11 +1,13 @@
 """A layer over a pack as one function, against the modules of the same layer, and when it gives way to them."""
 
+import weakref
+
 import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from nemo_aligner.models.nlp.gpt import layer_spec
+from nemo_aligner.models.nlp.gpt import fused_layer, layer_spec
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from tests.tiny import load_actor, save_gpt2_like
@@ -108,6 +110,23 @@ def test_hooks_see_each_gradient_once(layer):
     outcome(layer)
     handle.remove()
     assert len(seen) == 1 and torch.equal(seen[0], weight.grad)
+
+
+def test_queries_keys_and_values_are_let_go_with_the_backward_pass(layer, monkeypatch):
+    """Although the output, and with it the layer's part of the graph, lives on."""
+    of_attention, attend = [], fused_layer.packed_attention_and_gradient
+
+    def spy(*args):
+        context, gradient = attend(*args)
+        of_attention.append(weakref.ref(gradient))
+        return context, gradient
+
+    monkeypatch.setattr(fused_layer, "packed_attention_and_gradient", spy)
+    hidden_TH = torch.randn(sum(LENGTHS), 64, requires_grad=True)
+    output_TH = fused_layer.fused_layer(layer, hidden_TH, None, PackedSequences.of(LENGTHS))
+    assert of_attention[0]() is not None
+    output_TH.sum().backward()
+    assert output_TH.grad_fn is not None and of_attention[0]() is None
 
 
 PARTS = [

@@ -4,12 +4,10 @@ Legend: as in nemo_aligner/models/nlp/gpt/packing.py.
 """
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
-from omegaconf import OmegaConf
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +25,7 @@ from tests.unit.test_loss import END_ID, assert_same, make_batch, training_step
 OTHER_ORDER = 1e-5
 # of the longest row; where packs are small, a micro-batch of n rows has room for n times as much
 ROW_WIDTH = 24
+LONGEST = 23
 # lengths from 2 to 23 tokens, rows without a response among them
 ROWS = [
     ([5, 6, 7], [8, 9, 10, 11, 12, END_ID]),
@@ -218,14 +217,40 @@ def test_forward_pass_in_a_small_piece_of_the_vocabulary_at_a_time(actor, monkey
     assert_same(training_step(actor, batch, 2), whole, rel=OTHER_ORDER)
 
 
-@pytest.mark.parametrize(("dropout", "factor"), [(0, 2), (0.1, 1)])
-def test_a_pack_holds_twice_a_padded_micro_batch_if_layers_are_fused(llama, monkeypatch, dropout, factor):
-    """With dropout they are not, and keep as much of a token as they did padded."""
-    llama.model.train()
-    monkeypatch.setattr(llama.model.config, "hidden_dropout", dropout)
-    cfg = OmegaConf.create({"micro_batch_size": 2})
-    actor = SimpleNamespace(cfg=cfg, get_model_module_list=llama.get_model_module_list)
-    assert MegatronGPTRSModel._max_tokens_of_a_pack(actor, width=30) == factor * 2 * 30
+FULL_RECOMPUTATION = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize(("settings", "factor"), [({}, 2), ({"hidden_dropout": 0.1}, 1), (FULL_RECOMPUTATION, 1)])
+def test_a_pack_holds_twice_a_padded_micro_batch_where_a_token_takes_half(llama, monkeypatch, settings, factor):
+    """With dropout layers are not fused, and keep as much of a token as they did padded; so do those recomputed."""
+    for name, value in settings.items():
+        monkeypatch.setattr(llama.model.config, name, value)
+    given = []
+
+    def pack_batch(*args, max_tokens, **kwargs):
+        given.append(max_tokens)
+        return packing.pack_batch(*args, max_tokens=max_tokens, **kwargs)
+
+    monkeypatch.setattr(megatron_gpt_rs_actor, "pack_batch", pack_batch)
+    monkeypatch.delattr(llama, "_max_tokens_of_a_pack")
+    for batch in (make_batch(ROWS), make_batch(ROWS, width=30)):
+        training_step(llama, batch, 2)
+    monkeypatch.setattr(llama, "_training", TrainingSettings(max_tokens_per_pack=25))
+    training_step(llama, make_batch(ROWS), 2)
+    assert given == [factor * 2 * LONGEST, factor * 2 * 30, 25]
+
+
+def test_backward_runs_in_its_caller(llama, monkeypatch):
+    """On a GPU it is another thread's by default, which costs the host more."""
+    seen, decode = [], llama.model.decoder.forward
+
+    def spy(**kwargs):
+        seen.append(torch.autograd.is_multithreading_enabled())
+        return decode(**kwargs)
+
+    monkeypatch.setattr(llama.model.decoder, "forward", spy)
+    training_step(llama, make_batch(ROWS), 2)
+    assert seen == [False, False] and torch.autograd.is_multithreading_enabled()
 
 
 def test_the_model_is_left_as_it_was(llama, monkeypatch):
@@ -386,28 +411,39 @@ def test_the_kernel_has_the_arguments_and_the_gradient_that_we_rely_on():
     assert [x.shape for x in gradient(context)] == [query.shape, key.shape, value.shape]
 
 
-class GradientCalls(TorchDispatchMode):
-    """What the kernel's gradient was called with, of tensors their shape and type."""
+class KernelCalls(TorchDispatchMode):
+    """What the kernel's gradient was called with: tensors by their names among the kernel's inputs and results."""
 
-    def __init__(self):
+    def __init__(self, inputs: dict[str, torch.Tensor]):
         super().__init__()
-        self.seen = []
+        self.names = {x.untyped_storage()._cdata: name for name, x in inputs.items()}
+        self.alive, self.seen = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._flash_attention_backward.default:
-            self.seen.append([(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in args])
-        return function(*args, **(kwargs or {}))
+            assert not kwargs
+            self.seen.append([self._name(x) if isinstance(x, torch.Tensor) else x for x in args[1:]])
+        results = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._flash_attention_forward.default:
+            self.alive.append(results)
+            named = zip(("output", "logsumexp", "random state", "unused"), results, strict=False)
+            self.names.update({x.untyped_storage()._cdata: name for name, x in named})
+        return results
+
+    def _name(self, x: torch.Tensor) -> str:
+        return self.names[x.untyped_storage()._cdata]
 
 
 def test_the_gradient_is_asked_for_as_autograd_does():
     options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
-    qkv = [torch.empty(7, heads, 8, **options) for heads in (4, 2, 2)]
-    rest = torch.empty(3, dtype=torch.int32, device="meta"), 5
-    with GradientCalls() as calls:
-        varlen_attention.causal(*qkv, *rest).sum().backward()
-        context, gradient = varlen_attention.causal_and_gradient(*qkv, *rest)
-        gradient(context)
+    inputs = {name: torch.empty(7, 4, 8, **options) for name in ("query", "key", "value")}
+    inputs["bounds"] = torch.empty(3, dtype=torch.int32, device="meta")
+    with KernelCalls(inputs) as calls:
+        varlen_attention.causal(*inputs.values(), 5).sum().backward()
+        context, gradient = varlen_attention.causal_and_gradient(*inputs.values(), 5)
+        gradient(torch.empty_like(context))
     assert len(calls.seen) == 2 and calls.seen[0] == calls.seen[1]
+    assert calls.seen[0][:7] == ["query", "key", "value", "output", "logsumexp", "bounds", "bounds"]
 
 
 def test_the_public_way_to_the_kernel_is_still_in_python():

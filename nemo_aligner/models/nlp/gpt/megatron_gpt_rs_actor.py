@@ -201,7 +201,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             step = self.get_actor_forward_output_and_loss_func(num_loss_tokens, num_microbatches)
             rows = self.cfg.micro_batch_size
         # Backward in this thread. Handing over to autograd's thread for the GPU and back, again and again, the host of
-        # an H100 took 0.15 to 0.23 s to launch what it launches in 0.14 s by itself (torch 2.11).
+        # an H100 took 0.17 to 0.20 s (medians) to launch what it launches in 0.14 s by itself (torch 2.11).
         with torch.autograd.set_multithreading_enabled(False):
             losses = get_forward_backward_func()(
                 forward_step_func=step,
@@ -258,14 +258,17 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         )
 
     def _max_tokens_of_a_pack(self, width: int) -> int:
-        """As many as a micro-batch has padded, or twice that where layers are fused.
+        """As configured, else as many as a micro-batch of that width has padded, or twice that where layers are fused.
 
-        A token of a pack then takes less than half of the memory that it took padded, with all logits and unfused
-        attention (benchmarks/train_step.py), so a configuration that fitted fits. The layers' own modules keep as much
-        of a token as ever.
+        A token of a pack then takes about half of the memory that it took padded, and less with unfused attention or
+        all logits (benchmarks/train_step.py). The layers' own modules keep as much of a token as ever, and so does full
+        recomputation, which keeps the input of each layer.
         """
+        if self._training.max_tokens_per_pack is not None:
+            return self._training.max_tokens_per_pack
         gpt_model = get_attr_wrapped_model(self.get_model_module_list()[0], "decoder", return_model_obj=True)
-        return self.cfg.micro_batch_size * (2 * width if fuses_all_layers(gpt_model) else width)
+        takes_half = fuses_all_layers(gpt_model) and gpt_model.config.recompute_granularity != "full"
+        return self.cfg.micro_batch_size * (2 * width if takes_half else width)
 
     def _packed_forward_output_and_loss_func(self, num_loss_tokens: torch.Tensor, num_microbatches: int) -> Callable:
         """As `get_actor_forward_output_and_loss_func`, over packs; the last stage's output are log-probabilities [R].

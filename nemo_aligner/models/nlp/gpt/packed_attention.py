@@ -62,7 +62,7 @@ def packed_attention_and_gradient(
         The context [T, N, D], detached, and the function from its gradient to those of query, key and value.
     """
     if varlen_attention.can_compute(query_TND):
-        # the host of an H100 spent 7 % of a layer's time on calling autograd within the backward pass
+        # without a second call of autograd, within the backward pass: for the host 7 % of a layer, by cProfile
         bounds, longest = sequences.bounds, max(sequences.lengths)
         return varlen_attention.causal_and_gradient(query_TND, key_TGD, value_TGD, bounds, longest)
     with torch.enable_grad():
