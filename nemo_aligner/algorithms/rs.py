@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nemo_aligner.algorithms.rollout_batches import read_prompts, stored_or_generated, without_stand_ins
 from nemo_aligner.algorithms.rollout_metrics import example, global_rollout_metrics, selection_metrics
-from nemo_aligner.algorithms.scoring import add_rewards_, ask_for_rewards, wait_on_all_ranks
+from nemo_aligner.algorithms.scoring import add_rewards_, request_rewards, wait_on_all_ranks
 from nemo_aligner.algorithms.training_batches import count_trained_rows, optimizer_batches, stack_rollouts
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
@@ -32,7 +32,7 @@ from nemo_aligner.utils.rollout_log import RolloutLog
 from nemo_aligner.utils.run_settings import data_position, has_other_step_size
 from nemo_aligner.utils.server_utils import RewardError
 from nemo_aligner.utils.step_profile import StepProfile
-from nemo_aligner.utils.tensors import garbage_of_this_context
+from nemo_aligner.utils.tensors import gc_frozen
 from nemo_aligner.utils.termination import StopRequested, TerminationWatch
 from nemo_aligner.utils.timers import max_over_ranks
 from nemo_aligner.utils.train_utils import clip_gradients
@@ -171,7 +171,7 @@ class RSTrainer:
         with (
             self.termination.watching(),
             saving_in_background(self.ckpt_callback, ENDS_OF_A_RUN),
-            garbage_of_this_context(),
+            gc_frozen(),
         ):
             self._fit()
 
@@ -319,16 +319,16 @@ class RSTrainer:
         stored = self.unscored.load(split, self.step, batches, num_rollouts)
         made, futures, kept = [], [], []
         try:
-            bring_states = None if is_validation else partial(self._bring_optimizer_states, beside_rollouts=True)
-            done = stored_or_generated(self.model, batches, stored, num_rollouts, self._sync, bring_states, self.step)
+            prefetch = None if is_validation else partial(self._prefetch_optimizer_states, beside_rollouts=True)
+            done = stored_or_generated(self.model, batches, stored, num_rollouts, self._sync, prefetch, self.step)
             done = _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False)
             with self.phases("rollout"):
                 for rollouts, its_records in zip(done, records, strict=True):
                     with self.phases("score"):
-                        futures.append(ask_for_rewards(self.rm, rollouts, its_records))
+                        futures.append(request_rewards(self.rm, rollouts, its_records))
                     made.append(rollouts)
             if not is_validation:
-                self._bring_optimizer_states()  # while the last rollouts are scored
+                self._prefetch_optimizer_states()  # while the last rollouts are scored
             with self.phases("rollout"):
                 wait_on_all_ranks(self._sync)  # replicas that still generate do so, too
             for rollouts, its_records, future in zip(made, records, futures, strict=True):
@@ -356,7 +356,7 @@ class RSTrainer:
         self.unscored.remove(split, self.step)
         return kept, metrics
 
-    def _bring_optimizer_states(self, beside_rollouts: bool = False) -> None:
+    def _prefetch_optimizer_states(self, beside_rollouts: bool = False) -> None:
         with self.phases("load_state"):
             self.model.prefetch_adam_states(beside_rollouts)
 
@@ -429,7 +429,7 @@ class RSTrainer:
             lr = self.optimizer.param_groups[0]["lr"]
             with self.phases("forward_backward"):
                 trained_rows.append(count_trained_rows(batch))
-            loss_mean, metrics, grad_norm = self._optimize(batch) if trained_rows[-1] > 0 else self._pass_over()
+            loss_mean, metrics, grad_norm = self._optimize(batch) if trained_rows[-1] > 0 else self._skip_empty_batch()
             metrics = {**metrics, "lr": lr, "optim_step": self.rs_optimization_step}
             if grad_norm is not None:
                 metrics["grad_norm"] = grad_norm
@@ -458,7 +458,7 @@ class RSTrainer:
             self.scheduler.step()
         return loss, metrics, grad_norm
 
-    def _pass_over(self) -> tuple[float, dict, float | None]:
+    def _skip_empty_batch(self) -> tuple[float, dict, float | None]:
         """What `_optimize` would return of a batch without a token, had weight decay and momentum not moved weights."""
         clips = self.cfg.gradient_clip_val is not None and self.cfg.gradient_clip_val > 0
         return 0.0, {"loss": 0.0}, 0.0 if clips else None

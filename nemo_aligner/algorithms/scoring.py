@@ -10,7 +10,7 @@ from nemo_aligner.utils.server_utils import fail_on_all_ranks
 SYNC_INTERVAL_S = 5.0
 
 
-def ask_for_rewards(rm, rollouts: dict, records: list[dict]):
+def request_rewards(rm, rollouts: dict, records: list[dict]):
     """The future of a micro-batch's rewards, or None if it has them from an earlier start.
 
     Args:

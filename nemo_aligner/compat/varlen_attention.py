@@ -31,37 +31,46 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 def causal(
-    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, bounds: torch.Tensor, max_length: int
+    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int
 ) -> torch.Tensor:
     """Causal attention within sequences, [T, N, D].
 
     Args:
-        bounds: int32 [sequences + 1] on the device; sequence i is at bounds[i] .. bounds[i + 1].
+        cu_seqlens: int32 [sequences + 1] on the device; sequence i is at cu_seqlens[i] .. cu_seqlens[i + 1].
         max_length: of a sequence.
     """
-    return _kernel(query_TND, key_TGD, value_TGD, bounds, max_length)[0]
+    return _kernel(query_TND, key_TGD, value_TGD, cu_seqlens, max_length)[0]
 
 
 def causal_and_gradient(
-    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, bounds: torch.Tensor, max_length: int
+    query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
     """`causal` without autograd, and the function from its gradient to those of query, key and value."""
     with torch.no_grad():
-        context_TND, *state, _ = _kernel(query_TND, key_TGD, value_TGD, bounds, max_length)
+        context_TND, *state, _ = _kernel(query_TND, key_TGD, value_TGD, cu_seqlens, max_length)
     logsumexp, *random_state = state
     dropout, is_causal = 0.0, True
 
     def gradient(grad_TND: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.ops.aten._flash_attention_backward(
-            grad_TND, query_TND, key_TGD, value_TGD, context_TND, logsumexp, bounds, bounds, max_length, max_length,
-            dropout, is_causal, *random_state,
+            grad_TND, query_TND, key_TGD, value_TGD, context_TND, logsumexp, cu_seqlens, cu_seqlens, max_length,
+            max_length, dropout, is_causal, *random_state,
         )  # fmt: skip
 
     return context_TND, gradient
 
 
-def _kernel(query_TND, key_TGD, value_TGD, bounds, max_length) -> tuple[torch.Tensor, ...]:
+def _kernel(query_TND, key_TGD, value_TGD, cu_seqlens, max_length) -> tuple[torch.Tensor, ...]:
     dropout, is_causal, return_debug_mask = 0.0, True, False
     return torch.ops.aten._flash_attention_forward(
-        query_TND, key_TGD, value_TGD, bounds, bounds, max_length, max_length, dropout, is_causal, return_debug_mask
+        query_TND,
+        key_TGD,
+        value_TGD,
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
+        dropout,
+        is_causal,
+        return_debug_mask,
     )

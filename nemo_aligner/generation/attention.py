@@ -15,7 +15,7 @@ from nemo_aligner.generation import torch_ops
 from nemo_aligner.generation.kv_cache import KVCache
 from nemo_aligner.generation.weights import Weights
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed_attention
-from nemo_aligner.utils.tensors import sent
+from nemo_aligner.utils.tensors import to_device_async
 
 
 class RotaryTable:
@@ -42,7 +42,7 @@ class RotaryTable:
         return None if self.cos_TD is None else (self.cos_TD[positions_M], self.sin_TD[positions_M])
 
 
-class PromptAttention:
+class PrefillAttention:
     """Causal attention of packed prompts, each to itself; its keys and values go to rows 0, 1, ... of `cache`.
 
     Args:
@@ -58,17 +58,17 @@ class PromptAttention:
         device = weights.device
         row_U = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         position_M = torch.cat([*map(torch.arange, lengths), torch.zeros(num_padding, dtype=torch.int64)])
-        self.row_U, self.position_M = sent(row_U, device), sent(position_M, device)
+        self.row_U, self.position_M = to_device_async(row_U, device), to_device_async(position_M, device)
         self.position_U = self.position_M[: len(row_U)]
         self.angles = rotary.at(self.position_M)
         sequences = PackedSequences.of([length for length in (*lengths, num_padding) if length > 0])
-        self.sequences = replace(sequences, bounds=sent(sequences.bounds, device))
+        self.sequences = replace(sequences, cu_seqlens=to_device_async(sequences.cu_seqlens, device))
 
     def __call__(self, number: int, qkv_MX: torch.Tensor) -> torch.Tensor:
-        qkv = self._turned_and_placed(qkv_MX, self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number])
+        qkv = self._rope_and_cache(qkv_MX, self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number])
         return packed_attention(*qkv, self.sequences, dropout=0.0).flatten(1)
 
-    def _turned_and_placed(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _rope_and_cache(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [M, N, D], keys and values [M, G, D], of which the last two are in the cache then."""
         query_MND, key_MGD, value_MGD = _split(qkv_MX, self.weights, self.angles)
         num_placed = len(self.row_U)
@@ -77,8 +77,8 @@ class PromptAttention:
         return query_MND, key_MGD, value_MGD
 
 
-class FusedPromptAttention(PromptAttention):
-    """`PromptAttention` with one kernel between the projection and the attention itself."""
+class FusedPrefillAttention(PrefillAttention):
+    """`PrefillAttention` with one kernel between the projection and the attention itself."""
 
     def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int], num_padding: int):
         super().__init__(weights, rotary, cache, lengths, num_padding)
@@ -90,30 +90,30 @@ class FusedPromptAttention(PromptAttention):
             for heads in (num_heads, weights.num_groups)
         )
 
-    def _turned_and_placed(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _rope_and_cache(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from nemo_aligner.generation import triton_attention
 
-        triton_attention.turn_and_place_(
+        triton_attention.rope_and_cache_(
             qkv_MX, self.row_U, self.position_U, self.tables, self.query_MND, self.key_MGD, keys_RGTD, values_RGTD
         )
         return self.query_MND, self.key_MGD, _heads(qkv_MX, self.weights)[:, :, -1]
 
 
-class RowAttention:
+class DecodeAttention:
     """Attention of one new token of each of the first B rows of `cache`, at a position of its own.
 
     Args:
         positions_B: int64 [B], the newest token's; what is in front of it is filled.
-        num_looked_at: no row's position is at or beyond it.
+        max_context: no row's position is at or beyond it.
     """
 
     def __init__(
-        self, weights: Weights, rotary: RotaryTable, cache: KVCache, positions_B: torch.Tensor, num_looked_at: int
+        self, weights: Weights, rotary: RotaryTable, cache: KVCache, positions_B: torch.Tensor, max_context: int
     ):
         self.weights, self.cache, self.positions_B = weights, cache, positions_B
         self.row_B = torch.arange(positions_B.numel(), device=positions_B.device)
-        self.num_looked_at = num_looked_at
-        self.is_filled_Bt = torch.arange(num_looked_at, device=positions_B.device) <= positions_B[:, None]
+        self.max_context = max_context
+        self.is_filled_Bt = torch.arange(max_context, device=positions_B.device) <= positions_B[:, None]
         self.angles = rotary.at(positions_B)
 
     def __call__(self, number: int, qkv_BX: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ class RowAttention:
         keys_RGTD, values_RGTD = self.cache.keys_LRGTD[number], self.cache.values_LRGTD[number]
         keys_RGTD.transpose(1, 2)[self.row_B, self.positions_B] = key_BGD
         values_RGTD.transpose(1, 2)[self.row_B, self.positions_B] = value_BGD
-        num_rows, t = self.positions_B.numel(), self.num_looked_at
+        num_rows, t = self.positions_B.numel(), self.max_context
         return torch_ops.decode_attention(
             query_BND.unflatten(1, (self.weights.num_groups, -1)),
             keys_RGTD[:num_rows, :, :t],
@@ -130,8 +130,8 @@ class RowAttention:
         )
 
 
-class FusedRowAttention:
-    """`RowAttention` in one kernel, which reads what is filled and no more: it needs no bound from the host."""
+class FusedDecodeAttention:
+    """`DecodeAttention` in one kernel, which reads what is filled and no more: it needs no bound from the host."""
 
     def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, positions_B: torch.Tensor):
         self.weights, self.rotary, self.cache, self.positions_B = weights, rotary, cache, positions_B

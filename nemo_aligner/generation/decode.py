@@ -13,11 +13,11 @@ import torch
 from megatron.core import InferenceParams
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from nemo_aligner.generation.engine import LOOKS_BETWEEN_CHECKS
-from nemo_aligner.generation.no_token import NO_TOKEN, NoTokenError
+from nemo_aligner.generation.engine import TURNS_BETWEEN_CHECKS
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN, InvalidLogitsError
 from nemo_aligner.generation.rows import Decoding
 from nemo_aligner.generation.sampling import SamplingParams, sample
-from nemo_aligner.generation.stages import Pipeline, Turn
+from nemo_aligner.generation.stages import Pipeline, ScheduleSlot
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 
 
@@ -47,12 +47,12 @@ def generate(
         strategy: a `TrackLengthGPTModelTextGenerationStrategy` of these rows.
         min_length: tokens that a row generates before it may end; the strategy has to know it too.
         uniform_BL: float64 [B, max_length] on the device, from which each row's tokens are drawn; `random_streams`.
-        check: called every LOOKS_BETWEEN_CHECKS positions, between the same ticks on all ranks of the replica: it may
+        check: called every TURNS_BETWEEN_CHECKS positions, between the same ticks on all ranks of the replica: it may
             hold a collective. What it raises ends the generation.
 
     Raises:
-        NoTokenError: on all ranks of the replica, when the logits of a row are NaN or infinite; of several such rows it
-            names the first. The other groups are decoded to their end before.
+        InvalidLogitsError: on all ranks of the replica, when the logits of a row are NaN or infinite; of several such
+            rows it names the first. The other groups are decoded to their end before.
     """
     eod_id = model.tokenizer.eos_id
     end_ids = tuple(strategy.end_token_ids(eod_id, end_strings))
@@ -75,30 +75,30 @@ def generate(
 
 def _decode(at_work: dict[int, "_Group"], pipeline: Pipeline, check: Callable[[], object] | None) -> None:
     """Decode the groups to their ends; those that are there leave `at_work`."""
-    tick, last_drawing, hidden_SRH = 0, 0, None
+    tick, last_sampling, hidden_SRH = 0, 0, None
     # One stage after the other hears of the last group's end, but all stop at the same tick: they check equally often.
-    while at_work or tick < last_drawing + pipeline.num_stages:
-        drawing = pipeline.drawing_group(tick)
+    while at_work or tick < last_sampling + pipeline.num_stages:
+        drawing = pipeline.sampling_group(tick)
         turn, output = pipeline.turn(tick), None
         group = _unless_done(at_work, turn)
         if group is not None:
             output = group.forward(turn.chunk, hidden_SRH)
             if pipeline.is_last_stage and turn.group == drawing:
-                group.draw(output)
+                group.sample(output)
                 output = None
-        hidden_SRH = pipeline.pass_on(output, _shape_of_next(at_work, pipeline, tick + 1))
+        hidden_SRH = pipeline.send_recv(output, _shape_of_next(at_work, pipeline, tick + 1))
         if drawing in at_work:
-            at_work[drawing].spread_news()
-            last_drawing = tick
+            at_work[drawing].broadcast_tokens()
+            last_sampling = tick
         tick += 1
-        if check is not None and tick % (LOOKS_BETWEEN_CHECKS * pipeline.ticks_per_position) == 0:
+        if check is not None and tick % (TURNS_BETWEEN_CHECKS * pipeline.ticks_per_position) == 0:
             check()
 
 
-def _unless_done(at_work: dict[int, "_Group"], turn: Turn | None) -> "_Group | None":
+def _unless_done(at_work: dict[int, "_Group"], turn: ScheduleSlot | None) -> "_Group | None":
     """The group whose turn it is, with its newest tokens; None, and it leaves, if these have been its last."""
     group = None if turn is None else at_work.get(turn.group)
-    if group is None or not group.take_in_news():
+    if group is None or not group.receive_tokens():
         return group
     del at_work[turn.group]
     return None
@@ -116,7 +116,7 @@ def _shape_of_next(at_work: dict[int, "_Group"], pipeline: Pipeline, tick: int) 
 def _raise_first_error(groups: list["_Group"], shares: list[slice], num_rows: int) -> None:
     """Raise the error that would come first if all rows were decoded side by side."""
     errors = [
-        (group.t, range(num_rows)[share][group.broken_row], group.error)
+        (group.t, range(num_rows)[share][group.invalid_row], group.error)
         for group, share in zip(groups, shares, strict=True)
         if group.error is not None
     ]
@@ -158,9 +158,9 @@ class _Group:
             InferenceParams(max_batch_size=num_rows, max_sequence_length=self.width) for _ in range(pipeline.num_chunks)
         ]
         # the newest tokens, and whether all rows are done with them, int64 [R + 1]; None once they are taken in
-        self._news = None
-        self._news_under_way = None
-        self.broken_row, self.error = None, None
+        self._sampled = None
+        self._pending_broadcast = None
+        self.invalid_row, self.error = None, None
 
     def shape_of_input(self, chunk: int) -> tuple[int, int]:
         """S and R of the chunk's next pass."""
@@ -178,7 +178,7 @@ class _Group:
         cache.sequence_len_offset = t
         return output
 
-    def draw(self, logits_RSV: torch.Tensor) -> None:
+    def sample(self, logits_RSV: torch.Tensor) -> None:
         """Draw the tokens at position t from the last chunk's output; on the last stage."""
         t, decoding = self.t, self._decoding
         generated_R = t - self._prompt_lengths_R
@@ -191,40 +191,40 @@ class _Group:
         drawn_R = torch.where(self._is_done_R, self._eod_id, drawn_R)
         newest_R = torch.where(generated_R >= 0, drawn_R, self.tokens_RW[:, t])
         self.tokens_RW[:, t] = newest_R
-        if not (newest_R == NO_TOKEN).any():  # which has no text
+        if not (newest_R == INVALID_TOKEN).any():  # which has no text
             is_end_R = self._strategy.end_of_generation_condition(
                 self.tokens_RW[:, : t + 1], newest_R, self._eod_id, self._end_strings
             )
             self._is_done_R |= (generated_R >= 0) & (is_end_R | (generated_R + 1 >= decoding.max_length))
-        self._news = torch.cat((newest_R, self._is_done_R.all()[None]))
+        self._sampled = torch.cat((newest_R, self._is_done_R.all()[None]))
 
     def _next_logits(self, logits_RSV: torch.Tensor) -> torch.Tensor:
         """float32 [R, V] on every tensor-parallel rank."""
         return gather_from_tensor_model_parallel_region(logits_RSV[:, -1]).float()
 
-    def spread_news(self) -> None:
-        """Let the last stage's news come to the others, on all of them."""
-        if self._news is None:
-            self._news = self.tokens_RW.new_empty(self.tokens_RW.size(0) + 1)
-        self._news_under_way = self._pipeline.spread(self._news)
+    def broadcast_tokens(self) -> None:
+        """Broadcast the last stage's tokens to the others; called on all of them."""
+        if self._sampled is None:
+            self._sampled = self.tokens_RW.new_empty(self.tokens_RW.size(0) + 1)
+        self._pending_broadcast = self._pipeline.broadcast(self._sampled)
 
-    def take_in_news(self) -> bool:
+    def receive_tokens(self) -> bool:
         """Wait for the newest tokens, if some have been drawn, and go on to the next position.
 
         Returns:
             whether there is none, as all rows are done or one is broken.
         """
-        if self._news is None:
+        if self._sampled is None:
             return False
-        if self._news_under_way is not None:
-            self._news_under_way.wait()
-        self.tokens_RW[:, self.t] = self._news[:-1]
-        *newest, is_done = self._news.tolist()
-        self._news = self._news_under_way = None
-        if NO_TOKEN in newest:
-            self.broken_row = newest.index(NO_TOKEN)
-            length = int(self._prompt_lengths_R[self.broken_row])
-            self.error = NoTokenError(self.tokens_RW[self.broken_row, :length].tolist(), self.t - length)
+        if self._pending_broadcast is not None:
+            self._pending_broadcast.wait()
+        self.tokens_RW[:, self.t] = self._sampled[:-1]
+        *newest, is_done = self._sampled.tolist()
+        self._sampled = self._pending_broadcast = None
+        if INVALID_TOKEN in newest:
+            self.invalid_row = newest.index(INVALID_TOKEN)
+            length = int(self._prompt_lengths_R[self.invalid_row])
+            self.error = InvalidLogitsError(self.tokens_RW[self.invalid_row, :length].tolist(), self.t - length)
             return True
         self.t += 1
         return bool(is_done)

@@ -26,14 +26,14 @@ from itertools import count, groupby
 import torch
 
 from nemo_aligner.generation.ends import EndStrings
+from nemo_aligner.generation.invalid_logits import InvalidLogitsError
 from nemo_aligner.generation.kv_cache import USABLE_SHARE
 from nemo_aligner.generation.lane import Lane, Prompt, Turn
-from nemo_aligner.generation.no_token import NoTokenError
 from nemo_aligner.generation.rows import Decoding, Row
 from nemo_aligner.generation.stages import Pipeline
 
 # 64 tokens of each row on one GPU, otherwise 32: well below the half minute that schedulers wait behind SIGTERM.
-LOOKS_BETWEEN_CHECKS = 32
+TURNS_BETWEEN_CHECKS = 32
 
 
 class Engine:
@@ -64,12 +64,12 @@ class Engine:
         All ranks of a replica call it together with the same rows, and take the same steps.
 
         Args:
-            check: called every LOOKS_BETWEEN_CHECKS looks, between the same steps on all of them: it may hold a
+            check: called every TURNS_BETWEEN_CHECKS turns, between the same steps on all of them: it may hold a
                 collective. What it raises ends the generation.
             on_last_rows: called at most once, when no row waits any more and at most half of the slots are taken.
 
         Raises:
-            NoTokenError: on all of them, when the logits of a row in flight are NaN or infinite.
+            InvalidLogitsError: on all of them, when the logits of a row in flight are NaN or infinite.
             torch.OutOfMemoryError: on all of them, when there is no memory for the keys and values of a single row.
         """
         waiting = deque(Prompt(deque(same)) for _, same in groupby(rows, key=lambda row: row.prompt))
@@ -85,7 +85,7 @@ class Engine:
                 lane = lanes[(tick - stage) % num_stages]
                 try:
                     turn = lane.plan(waiting, end_strings)
-                except NoTokenError as first:  # the others have to come to the same turn
+                except InvalidLogitsError as first:  # the others have to come to the same turn
                     error, turn = error or first, Turn()
                     waiting.clear()
                     for each in lanes:
@@ -96,7 +96,7 @@ class Engine:
                     on_last_rows()
                     on_last_rows = None
                 num_idle = num_idle + 1 if turn.is_idle and not lane.in_flight else 0
-            if check is not None and tick > 0 and tick % (LOOKS_BETWEEN_CHECKS * num_stages) == 0:
+            if check is not None and tick > 0 and tick % (TURNS_BETWEEN_CHECKS * num_stages) == 0:
                 check()
             if num_stages > 1:
                 messages = self._exchange(messages, turn)
@@ -122,7 +122,7 @@ class Engine:
     def _end_tick(self, lane: Lane, turn: Turn) -> list[Row]:
         """Let what the last stage has drawn in its turn come to all stages; returns the rows that left in it."""
         if len(self.lanes) > 1 and turn.num_rows:
-            under_way = self._pipeline.spread(lane.drawn(turn))
+            under_way = self._pipeline.broadcast(lane.sampled(turn))
             under_way.wait()
             lane.advance(turn)
         return turn.finished

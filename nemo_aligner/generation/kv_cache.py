@@ -78,7 +78,7 @@ def cached_memory(segments: list[dict], device_index: int, pools_of_graphs: Coll
     )
 
 
-def least_of_all_ranks(number: int) -> int:
+def min_over_ranks(number: int) -> int:
     """The smallest `number` among the ranks of a replica, which must generate the same rows. Collective over them.
 
     A process that has not set up any ranks is the only one.

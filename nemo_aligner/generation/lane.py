@@ -20,20 +20,20 @@ from nemo.utils import logging
 
 from nemo_aligner.generation import torch_ops
 from nemo_aligner.generation.attention import (
-    FusedPromptAttention,
-    FusedRowAttention,
-    PromptAttention,
+    DecodeAttention,
+    FusedDecodeAttention,
+    FusedPrefillAttention,
+    PrefillAttention,
     RotaryTable,
-    RowAttention,
 )
 from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.forward import forward, vocabulary_logits
-from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, least_of_all_ranks, usable_memory
-from nemo_aligner.generation.no_token import NoTokenError
+from nemo_aligner.generation.invalid_logits import InvalidLogitsError
+from nemo_aligner.generation.kv_cache import KVCache, bytes_per_position, min_over_ranks, usable_memory
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
 from nemo_aligner.generation.weights import find_weights
-from nemo_aligner.utils.tensors import sent
+from nemo_aligner.utils.tensors import to_device_async
 
 # Prompts that are prefilled together: few enough for their activations, many enough to fill the device.
 MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
@@ -116,14 +116,14 @@ class Lane:
         self._on_gpu = self._device.type == "cuda"
         self._ops = _kernels() if self._on_gpu else torch_ops
         # How far the host runs ahead, in steps. On a CPU it is the device itself.
-        self._steps_a_turn, self._looks_behind = (2 if is_alone else 1, 1) if self._on_gpu else (1, 0)
+        self._steps_a_turn, self._snapshots_behind = (2 if is_alone else 1, 1) if self._on_gpu else (1, 0)
         self._prefill_step = PREFILL_STEP if self._on_gpu else 1
         self.in_flight: list[Row] = []
         self._rotary: RotaryTable | None = None
         self._device_rows: DeviceRows | None = None
         # between stages: hidden states in and out, and the tokens that the last one draws
         self._hidden_RH: torch.Tensor | None = None
-        self._drawn_R: torch.Tensor | None = None
+        self._sampled_R: torch.Tensor | None = None
         self._graphs: StepGraphs | None = None
         self._warm_sizes: dict[tuple[int, Decoding], set[int]] = {}
         self._last_made: tuple[tuple | None, int] = (None, 0)  # what was asked for, and rows that memory held
@@ -152,7 +152,7 @@ class Lane:
             share: of the memory that is free, that this lane may take.
         """
         self._weights, self._decoding = find_weights(self._model), decoding
-        self.in_flight, self._stored, self._looks = [], deque(), deque()
+        self.in_flight, self._stored, self._snapshots = [], deque(), deque()
         self._make_caches(num_rows, prompts, decoding, share)
         self._num_slots = min(num_rows, self._cache.num_rows)  # the cache may be an earlier, larger batch's
         size = (self._cache.num_rows, self._cache.capacity)
@@ -164,7 +164,7 @@ class Lane:
         if not self._is_alone and (self._hidden_RH is None or len(self._hidden_RH) != size[0]):
             hidden_size = self._model.config.hidden_size
             self._hidden_RH = torch.empty(size[0], hidden_size, dtype=self._weights.dtype, device=self._device)
-            self._drawn_R = torch.empty(size[0], dtype=torch.int64, device=self._device)
+            self._sampled_R = torch.empty(size[0], dtype=torch.int64, device=self._device)
         between_stages = None if self._hidden_RH is None else self._hidden_RH.data_ptr()
         where = (self._weights.pointers(), self._cache.pointer, size, between_stages)
         reads = (*where, self._device_rows, self._rotary)
@@ -191,7 +191,7 @@ class Lane:
         bytes_per_token = bytes_per_position(**sizes, dtype=weights.dtype)
         num_prompts = max(1, min(len(prompts), MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL // prompt_capacity))
         memory = int(usable_memory(self._device) * share) - num_prompts * prompt_capacity * bytes_per_token
-        fitting = least_of_all_ranks(memory // (capacity * bytes_per_token))
+        fitting = min_over_ranks(memory // (capacity * bytes_per_token))
         num_rows = max(1, min(wanted, fitting))
         if is_again and num_rows < wanted:
             num_rows = _steady(num_rows, last_num_rows)
@@ -244,11 +244,11 @@ class Lane:
         """Take in what is known of the last turns, let rows leave and join, and say what is to be done.
 
         Raises:
-            NoTokenError: when the logits of a row in flight are NaN or infinite.
+            InvalidLogitsError: when the logits of a row in flight are NaN or infinite.
         """
         turn = Turn()
-        while self._looks and (len(self._looks) > self._looks_behind or not self._are_needed()):
-            turn.finished += self._take_in(self._looks.popleft(), end_strings)
+        while self._snapshots and (len(self._snapshots) > self._snapshots_behind or not self._are_needed()):
+            turn.finished += self._process_snapshot(self._snapshots.popleft(), end_strings)
         self._admit(waiting, turn)
         if self._are_needed():
             num_rows = len(self.in_flight)
@@ -258,11 +258,11 @@ class Lane:
     def give_up(self) -> None:
         """Let all rows go, finished or not."""
         self._device_rows.clear_(slice(None))
-        self.in_flight.clear(), self._stored.clear(), self._looks.clear()
+        self.in_flight.clear(), self._stored.clear(), self._snapshots.clear()
 
     def _are_needed(self) -> bool:
         """Whether another step is, for any row."""
-        ahead = self._steps_a_turn * len(self._looks)
+        ahead = self._steps_a_turn * len(self._snapshots)
         return any(len(row.generated) + ahead < self._decoding.max_length for row in self.in_flight)
 
     def _admit(self, waiting: deque[Prompt], turn: Turn) -> None:
@@ -302,13 +302,13 @@ class Lane:
         if any(prompts):
             turn.admission.append(Prefill(prompts, -sum(map(len, prompts)) % self._prefill_step))
 
-    def _take_in(self, look: Snapshot, end_strings: EndStrings) -> list[Row]:
+    def _process_snapshot(self, snapshot: Snapshot, end_strings: EndStrings) -> list[Row]:
         """Tell the rows what they have generated; those that have ended leave."""
         finished = []
-        for row, tokens, is_broken in look.news():
+        for row, tokens, is_invalid in snapshot.new_tokens():
             row.extend(tokens, self._decoding, end_strings.are_completed_by)
-            if is_broken and not row.is_finished:
-                raise NoTokenError(row.prompt, len(row.generated))
+            if is_invalid and not row.is_finished:
+                raise InvalidLogitsError(row.prompt, len(row.generated))
             if row.is_finished:
                 finished.append(row)
         if finished:
@@ -328,7 +328,7 @@ class Lane:
                 continue
             rows[slot] = last
             # the device may be ahead of what the host knows
-            length = len(last.prompt) + len(last.generated) + self._steps_a_turn * self._looks_behind
+            length = len(last.prompt) + len(last.generated) + self._steps_a_turn * self._snapshots_behind
             self._cache.copy_row_(slot, self._cache, len(rows), min(length, self._cache.capacity))
             self._device_rows.move_(slot, len(rows))
         self._device_rows.clear_(slice(len(rows), num_before))
@@ -351,22 +351,22 @@ class Lane:
             outputs.append(self._decode(turn.num_rows, next_received()))
         return [] if self._weights.output is not None else outputs
 
-    def drawn(self, turn: Turn) -> torch.Tensor:
+    def sampled(self, turn: Turn) -> torch.Tensor:
         """Where the last stage has put the tokens of a turn, int64 [rows], and others get them."""
-        return self._drawn_R[: turn.num_rows]
+        return self._sampled_R[: turn.num_rows]
 
     def advance(self, turn: Turn) -> None:
         """Go on with the tokens that were drawn in a turn."""
-        self._device_rows.advance_(self.drawn(turn))
-        self._looks.append(Snapshot(self._device_rows, self.in_flight, self._steps_a_turn))
+        self._device_rows.advance_(self.sampled(turn))
+        self._snapshots.append(Snapshot(self._device_rows, self.in_flight, self._steps_a_turn))
 
     def _prefill(self, prefill: Prefill, hidden_MH: torch.Tensor | None) -> torch.Tensor:
-        make_attention = FusedPromptAttention if self._on_gpu else PromptAttention
+        make_attention = FusedPrefillAttention if self._on_gpu else PrefillAttention
         lengths = list(map(len, prefill.prompts))
         attention = make_attention(self._weights, self._rotary, self._prompts, lengths, prefill.num_padding)
         # numpy takes a list far faster than torch
         tokens = [token for prompt in prefill.prompts for token in prompt] + [0] * prefill.num_padding
-        tokens_M = sent(torch.from_numpy(np.array(tokens)), self._device)
+        tokens_M = to_device_async(torch.from_numpy(np.array(tokens)), self._device)
         return forward(self._weights, tokens_M, attention.position_M, attention, self._ops, hidden_MH)
 
     def _decode(self, num_rows: int, hidden_BH: torch.Tensor | None) -> torch.Tensor | None:
@@ -378,36 +378,36 @@ class Lane:
             else:
                 self._step(num_rows)
         if self._is_alone:
-            self._looks.append(Snapshot(self._device_rows, self.in_flight, self._steps_a_turn))
+            self._snapshots.append(Snapshot(self._device_rows, self.in_flight, self._steps_a_turn))
             return None
         return self._hidden_RH[:num_rows]
 
     def _step(self, num_rows: int) -> None:
         """One token for each of the first rows; all that it needs is on the device."""
-        num_looked_at = self._num_looked_at()
+        max_context = self._max_context()
         if self._weights.output is None:
-            self._hidden_RH[:num_rows] = self._next_hidden(num_rows, num_looked_at)
+            self._hidden_RH[:num_rows] = self._next_hidden(num_rows, max_context)
             return
-        drawn_B = self._device_rows.draw(self._next_logits(num_rows, num_looked_at), num_looked_at)
+        sampled_B = self._device_rows.sample(self._next_logits(num_rows, max_context), max_context)
         if self._is_alone:
-            self._device_rows.advance_(drawn_B)
+            self._device_rows.advance_(sampled_B)
         else:
-            self._drawn_R[:num_rows] = drawn_B
+            self._sampled_R[:num_rows] = sampled_B
 
-    def _next_logits(self, num_rows: int, num_looked_at: int) -> torch.Tensor:
+    def _next_logits(self, num_rows: int, max_context: int) -> torch.Tensor:
         """Logits of the next token of the first rows, [B, V]."""
-        return vocabulary_logits(self._weights, self._next_hidden(num_rows, num_looked_at))
+        return vocabulary_logits(self._weights, self._next_hidden(num_rows, max_context))
 
-    def _next_hidden(self, num_rows: int, num_looked_at: int) -> torch.Tensor:
+    def _next_hidden(self, num_rows: int, max_context: int) -> torch.Tensor:
         tokens_B, positions_B = self._device_rows.newest_tokens(num_rows)
         if self._on_gpu:
-            attention = FusedRowAttention(self._weights, self._rotary, self._cache, positions_B)
+            attention = FusedDecodeAttention(self._weights, self._rotary, self._cache, positions_B)
         else:
-            attention = RowAttention(self._weights, self._rotary, self._cache, positions_B, num_looked_at)
+            attention = DecodeAttention(self._weights, self._rotary, self._cache, positions_B, max_context)
         hidden_BH = None if self._is_alone else self._hidden_RH[:num_rows]
         return forward(self._weights, tokens_B, positions_B, attention, self._ops, hidden_BH)
 
-    def _num_looked_at(self) -> int:
+    def _max_context(self) -> int:
         """Positions in front of which all rows stand. A GPU does not wait until the host knows better."""
         if self._on_gpu:
             return self._cache.capacity
@@ -442,4 +442,4 @@ def _unless_out_of_memory(make: Callable):
     made = None
     with contextlib.suppress(torch.OutOfMemoryError):
         made = make()
-    return made if least_of_all_ranks(int(made is not None)) else None
+    return made if min_over_ranks(int(made is not None)) else None

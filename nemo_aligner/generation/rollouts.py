@@ -16,8 +16,8 @@ from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.decode import generate
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
-from nemo_aligner.generation.kv_cache import bytes_per_position, least_of_all_ranks, usable_memory
-from nemo_aligner.generation.no_token import NoTokenError
+from nemo_aligner.generation.invalid_logits import InvalidLogitsError
+from nemo_aligner.generation.kv_cache import bytes_per_position, min_over_ranks, usable_memory
 from nemo_aligner.generation.rows import Decoding, Row
 from nemo_aligner.generation.sampling import SamplingParams
 from nemo_aligner.generation.weights import unsupported_by_engine
@@ -80,7 +80,7 @@ class RolloutGenerator:
                 yield from self._from_engine(list(batches), check, on_last_rows)
             else:
                 yield from self._in_nemos_way(list(batches), check)
-        except NoTokenError as error:
+        except InvalidLogitsError as error:
             self.release()  # keys and values may be NaN as well
             raise FloatingPointError(self._explained(error)) from None
 
@@ -89,7 +89,7 @@ class RolloutGenerator:
         if self._engine is not None:
             self._engine.release()
 
-    def _explained(self, error: NoTokenError) -> str:
+    def _explained(self, error: InvalidLogitsError) -> str:
         text = self._model.tokenizer.ids_to_text(error.prompt)
         shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
         return (
@@ -115,7 +115,7 @@ class RolloutGenerator:
             return "model.data.reset_attention_mask or reset_position_ids"
         reason = unsupported_by_engine(chunks[0])
         has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
-        if has_stages and not least_of_all_ranks(int(reason is None)):
+        if has_stages and not min_over_ranks(int(reason is None)):
             return reason or "what another pipeline stage has"
         return reason
 
@@ -221,7 +221,7 @@ class RolloutGenerator:
         # megatron-core gives logits for all positions that go through the model, with the first step a whole prompt
         num_logits = max(batch.lengths_B.numel() * int(batch.lengths_B.min()) for batch in batches) * vocabulary
         memory = usable_memory(current_device()) - num_logits * dtype.itemsize
-        num_together = max(1, min(wanted, least_of_all_ranks(memory // (num_tokens * bytes_per_token))))
+        num_together = max(1, min(wanted, min_over_ranks(memory // (num_tokens * bytes_per_token))))
         if num_together < wanted:
             logging.warning(
                 f"rollouts: memory for keys and values of {num_together} micro-batches at a time instead of {wanted}; "

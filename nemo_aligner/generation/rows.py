@@ -1,7 +1,7 @@
 """Rows in flight: what the host knows of each, and what the device keeps to decode them without asking the host.
 
 Legend: R rows with a slot in the cache, B of them decoded in a step, T positions that a row has room for, L tokens
-that a row may generate, K decoding steps between two looks at what has been generated.
+that a row may generate, K decoding steps between two snapshots of what has been generated.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nemo_aligner.generation.no_token import NO_TOKEN
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 from nemo_aligner.generation.sampling import SamplingParams, sample
-from nemo_aligner.utils.tensors import sent
+from nemo_aligner.utils.tensors import to_device_async
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DeviceRows:
         self.position_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.prompt_length_R = torch.ones_like(self.position_R)
         self.is_done_R = torch.ones_like(self.position_R, dtype=torch.bool)
-        self.is_broken_R = torch.zeros_like(self.is_done_R)
+        self.is_invalid_R = torch.zeros_like(self.is_done_R)
         self.uniform_RL = torch.zeros(num_rows, decoding.max_length, dtype=torch.float64, device=device)
         self.end_ids = torch.tensor(decoding.end_ids, device=device)
         self.is_end_V = torch.zeros(max(decoding.num_tokens, *decoding.end_ids) + 1, dtype=torch.bool, device=device)
@@ -87,17 +87,17 @@ class DeviceRows:
         tokens_BP = np.zeros((len(rows), max(lengths)), np.int64)  # which takes lists far faster than torch
         for tokens, row in zip(tokens_BP, rows, strict=True):
             tokens[: len(row.prompt)] = row.prompt
-        index_B, lengths_B = sent(torch.tensor(slots), device), sent(torch.tensor(lengths), device)
-        self.tokens_RT[index_B, : max(lengths)] = sent(torch.from_numpy(tokens_BP), device)
-        self.uniform_RL[index_B] = sent(torch.stack([row.uniform_L for row in rows]), device)
+        index_B, lengths_B = (to_device_async(torch.tensor(x), device) for x in (slots, lengths))
+        self.tokens_RT[index_B, : max(lengths)] = to_device_async(torch.from_numpy(tokens_BP), device)
+        self.uniform_RL[index_B] = to_device_async(torch.stack([row.uniform_L for row in rows]), device)
         self.position_R[index_B] = lengths_B - 1
         self.prompt_length_R[index_B] = lengths_B
         self.is_done_R[index_B] = False
-        self.is_broken_R[index_B] = False
+        self.is_invalid_R[index_B] = False
 
     def move_(self, slot: int, source: int) -> None:
         for state in (
-            self.tokens_RT, self.position_R, self.prompt_length_R, self.is_done_R, self.is_broken_R, self.uniform_RL
+            self.tokens_RT, self.position_R, self.prompt_length_R, self.is_done_R, self.is_invalid_R, self.uniform_RL
         ):  # fmt: skip
             state[slot] = state[source]
 
@@ -112,11 +112,11 @@ class DeviceRows:
         position_B = self.position_R[:num_rows]
         return self.tokens_RT[:num_rows].gather(1, position_B[:, None]).squeeze(1), position_B
 
-    def draw(self, logits_BV: torch.Tensor, num_looked_at: int) -> torch.Tensor:
-        """The next token of each row, int64 [B], or NO_TOKEN. `logits_BV` may be modified.
+    def sample(self, logits_BV: torch.Tensor, max_context: int) -> torch.Tensor:
+        """The next token of each row, int64 [B], or INVALID_TOKEN. `logits_BV` may be modified.
 
         Args:
-            num_looked_at: no row's position is at or beyond it.
+            max_context: no row's position is at or beyond it.
         """
         decoding, num_rows = self.decoding, logits_BV.size(0)
         position_B = self.position_R[:num_rows]
@@ -136,44 +136,44 @@ class DeviceRows:
             logits_BV[:, self.end_ids] = ends_BE.masked_fill(is_short_B[:, None], -torch.inf)
         previous_BT = None
         if decoding.sampling.repetition_penalty != 1.0:
-            tokens_BT = self.tokens_RT[:num_rows, :num_looked_at]
-            is_known_BT = torch.arange(num_looked_at, device=tokens_BT.device) <= position_B[:, None]
+            tokens_BT = self.tokens_RT[:num_rows, :max_context]
+            is_known_BT = torch.arange(max_context, device=tokens_BT.device) <= position_B[:, None]
             previous_BT = torch.where(is_known_BT, tokens_BT, tokens_BT[:, :1])
         index_B1 = num_generated_B.clamp(max=decoding.max_length - 1)[:, None]
         uniform_B = self.uniform_RL[:num_rows].gather(1, index_B1).squeeze(1)
         return sample(logits_BV, previous_BT, decoding.sampling, uniform_B)
 
-    def advance_(self, drawn_B: torch.Tensor) -> None:
+    def advance_(self, sampled_B: torch.Tensor) -> None:
         """Write each row's next token, unless it is done, and note which rows that ends, and which have none."""
-        num_rows = drawn_B.numel()
+        num_rows = sampled_B.numel()
         position_B, is_done_B = self.position_R[:num_rows], self.is_done_R[:num_rows]
-        if drawn_B.is_cuda:
+        if sampled_B.is_cuda:
             from nemo_aligner.generation import triton_sampling
 
             return triton_sampling.advance_(
-                self.tokens_RT, position_B, self.prompt_length_R, is_done_B, self.is_broken_R, drawn_B, self.is_end_V,
-                self.decoding.max_length,
+                self.tokens_RT, position_B, self.prompt_length_R, is_done_B, self.is_invalid_R, sampled_B,
+                self.is_end_V, self.decoding.max_length,
             )  # fmt: skip
-        has_token_B = drawn_B != NO_TOKEN
-        self.is_broken_R[:num_rows] |= ~is_done_B & ~has_token_B
+        has_token_B = sampled_B != INVALID_TOKEN
+        self.is_invalid_R[:num_rows] |= ~is_done_B & ~has_token_B
         is_done_B |= ~has_token_B
         next_B = (position_B + ~is_done_B)[:, None]
         tokens_BT = self.tokens_RT[:num_rows]
-        tokens_BT.scatter_(1, next_B, torch.where(is_done_B[:, None], tokens_BT.gather(1, next_B), drawn_B[:, None]))
+        tokens_BT.scatter_(1, next_B, torch.where(is_done_B[:, None], tokens_BT.gather(1, next_B), sampled_B[:, None]))
         position_B.copy_(next_B.squeeze(1))
         num_generated_B = position_B + 1 - self.prompt_length_R[:num_rows]
-        is_done_B |= self.is_end_V[drawn_B.clamp(min=0)] | (num_generated_B >= self.decoding.max_length)
+        is_done_B |= self.is_end_V[sampled_B.clamp(min=0)] | (num_generated_B >= self.decoding.max_length)
 
     def seen(self, num_rows: int, num_steps: int) -> torch.Tensor:
         """Of the first rows the position, whether it is broken, and the last `num_steps` tokens, int64 [B, 2 + K]."""
         if self.position_R.is_cuda:
             from nemo_aligner.generation import triton_sampling
 
-            return triton_sampling.seen(self.tokens_RT, self.position_R, self.is_broken_R, num_rows, num_steps)
+            return triton_sampling.seen(self.tokens_RT, self.position_R, self.is_invalid_R, num_rows, num_steps)
         position_B1 = self.position_R[:num_rows, None]
         back_K = torch.arange(num_steps - 1, -1, -1)
         recent_BK = self.tokens_RT[:num_rows].gather(1, (position_B1 - back_K).clamp(min=0))
-        return torch.cat((position_B1, self.is_broken_R[:num_rows, None], recent_BK), dim=1)
+        return torch.cat((position_B1, self.is_invalid_R[:num_rows, None], recent_BK), dim=1)
 
 
 class Snapshot:
@@ -200,13 +200,13 @@ class Snapshot:
         else:
             self._on_host = seen
 
-    def news(self) -> list[tuple[Row, list[int], bool]]:
+    def new_tokens(self) -> list[tuple[Row, list[int], bool]]:
         """Rows with tokens that they did not know of yet, and those that are broken behind them."""
         if self._event is not None:
             self._event.synchronize()
-        news = []
-        for row, (position, is_broken, *recent) in zip(self.rows, self._on_host.tolist(), strict=True):
+        found = []
+        for row, (position, is_invalid, *recent) in zip(self.rows, self._on_host.tolist(), strict=True):
             num_new = position + 1 - len(row.prompt) - len(row.generated)
-            if (num_new > 0 or is_broken) and not row.is_finished:
-                news.append((row, recent[len(recent) - num_new :], bool(is_broken)))
-        return news
+            if (num_new > 0 or is_invalid) and not row.is_finished:
+                found.append((row, recent[len(recent) - num_new :], bool(is_invalid)))
+        return found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from nemo_aligner.generation.no_token import NO_TOKEN
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 
 _BLOCK = 128  # tokens whose probabilities are summed at once
 # So many probabilities stay in a processor's cache, also in float64: a CPU draws for as many rows at a time.
@@ -60,7 +60,7 @@ def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], len
 def sample(
     logits_BV: torch.Tensor, previous_BT: torch.Tensor | None, params: SamplingParams, uniform_B: torch.Tensor
 ) -> torch.Tensor:
-    """The next token of each row, int64 [B], or NO_TOKEN.
+    """The next token of each row, int64 [B], or INVALID_TOKEN.
 
     The steps are temperature, repetition penalty over `previous_BT` (the tokens so far, any number of times each; None
     if there is no penalty), top-k, top-p, draw. What is drawn depends on the logits and `uniform_B`, float64 in [0, 1),
@@ -72,12 +72,12 @@ def sample(
         logits_BV = penalize_repetition(logits_BV, previous_BT, params.repetition_penalty)
     if params.use_greedy:
         highest_B, token_B = logits_BV.max(dim=-1)
-        return token_B.masked_fill(~highest_B.isfinite(), NO_TOKEN)
+        return token_B.masked_fill(~highest_B.isfinite(), INVALID_TOKEN)
     if params.top_k > 0:
         logits_BV = keep_top_k(logits_BV, params.top_k)
     if 0.0 < params.top_p < 1.0:
         logits_BV = keep_top_p(logits_BV, params.top_p)
-    return draw(logits_BV, uniform_B)
+    return sample_token(logits_BV, uniform_B)
 
 
 def penalize_repetition(logits_BV: torch.Tensor, previous_BT: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -99,16 +99,16 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
     return logits_BV.masked_fill(reached_before.scatter(1, order, reached_before), -torch.inf)
 
 
-def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+def sample_token(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """One draw per row from softmax(logits), int64 [B]: where the cumulated probability first exceeds `uniform_B`.
 
-    NO_TOKEN where the probabilities are NaN. The sums are in float64, as float32 sums over a vocabulary are off by more
-    than rare tokens are probable.
+    INVALID_TOKEN where the probabilities are NaN. The sums are in float64, as float32 sums over a vocabulary are off by
+    more than rare tokens are probable.
     """
     if logits_BV.is_cuda:
         from nemo_aligner.generation import triton_sampling
 
-        return triton_sampling.draw(logits_BV, uniform_B)
+        return triton_sampling.sample_token(logits_BV, uniform_B)
     num_rows = max(1, _NUMBERS_AT_ONCE // logits_BV.size(1))
     return torch.cat(list(map(_draw, logits_BV.split(num_rows), uniform_B.split(num_rows))))
 
@@ -128,4 +128,4 @@ def _draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     cumulated_BW = before_B1 + within_BW.cumsum(dim=-1, dtype=torch.float64)
     threshold_B1 = torch.minimum(threshold_B1, cumulated_BW[:, -1:] * (1 - 2**-40))
     place_B1 = torch.searchsorted(cumulated_BW, threshold_B1, right=True)
-    return (block_B1 * _BLOCK + place_B1).masked_fill(~highest_B1.isfinite(), NO_TOKEN).squeeze(1)
+    return (block_B1 * _BLOCK + place_B1).masked_fill(~highest_B1.isfinite(), INVALID_TOKEN).squeeze(1)

@@ -28,7 +28,7 @@ from torch import distributed
 from nemo_aligner.compat.device import current_device
 
 
-class Turn(NamedTuple):
+class ScheduleSlot(NamedTuple):
     """Numbers of the group, and of the chunk among this stage's, without virtual stages 0."""
 
     group: int
@@ -60,16 +60,16 @@ class Pipeline:
     def ticks_per_position(self) -> int:
         return self.num_stages * self.num_chunks
 
-    def turn(self, tick: int) -> Turn | None:
+    def turn(self, tick: int) -> ScheduleSlot | None:
         """This stage's, None as long as nothing can have come to it."""
         return self._turn(tick - self.stage)
 
-    def drawing_group(self, tick: int) -> int | None:
+    def sampling_group(self, tick: int) -> int | None:
         """The group whose tokens the last stage draws in this tick; the same on all stages."""
         turn = self._turn(tick - (self.num_stages - 1))
         return turn.group if turn is not None and turn.chunk == self.num_chunks - 1 else None
 
-    def begins_with_hidden_states(self, turn: Turn) -> bool:
+    def begins_with_hidden_states(self, turn: ScheduleSlot) -> bool:
         """Whether this stage needs for its `turn` what the stage before has put out, and not tokens."""
         return self.stage > 0 or turn.chunk > 0
 
@@ -84,7 +84,7 @@ class Pipeline:
         with autocast:
             return self._chunks[chunk](*inputs, **options)
 
-    def pass_on(self, output: torch.Tensor | None, received_shape: tuple[int, int] | None) -> torch.Tensor | None:
+    def send_recv(self, output: torch.Tensor | None, received_shape: tuple[int, int] | None) -> torch.Tensor | None:
         """Send this tick's output to the next stage, and return what this one works on in the next tick.
 
         Args:
@@ -116,7 +116,7 @@ class Pipeline:
         self._sends = under_way
         return received
 
-    def spread(self, tensor: torch.Tensor) -> distributed.Work | None:
+    def broadcast(self, tensor: torch.Tensor) -> distributed.Work | None:
         """Begin to overwrite a contiguous tensor with the last stage's; nothing is under way in a pipeline of one."""
         if self.num_stages == 1:
             return None
@@ -127,7 +127,7 @@ class Pipeline:
             async_op=True,
         )
 
-    def _turn(self, number: int) -> Turn | None:
+    def _turn(self, number: int) -> ScheduleSlot | None:
         if number < 0:
             return None
-        return Turn(number % self.num_stages, number // self.num_stages % self.num_chunks)
+        return ScheduleSlot(number % self.num_stages, number // self.num_stages % self.num_chunks)

@@ -245,7 +245,7 @@ def _join_splits_kernel(
     tl.store(context + head * D + d, joined.to(context.dtype.element_ty), mask=inside)
 
 
-def turn_and_place_(
+def rope_and_cache_(
     qkv_MX: torch.Tensor,
     row_U: torch.Tensor,
     position_U: torch.Tensor,
@@ -263,7 +263,7 @@ def turn_and_place_(
     """
     num_groups, head_dim = key_MGD.size(1), key_MGD.size(2)
     cos_TD, sin_TD = angles if angles is not None else (qkv_MX, qkv_MX)
-    _turn_and_place_kernel[(row_U.numel(), num_groups)](
+    _rope_and_cache_kernel[(row_U.numel(), num_groups)](
         qkv_MX, row_U, position_U, cos_TD, sin_TD, query_MND, key_MGD, keys_RGTD, values_RGTD, keys_RGTD.size(2),
         Q=query_MND.size(1) // num_groups, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
         TURNED=0 if angles is None else cos_TD.size(1), num_warps=1,
@@ -271,7 +271,7 @@ def turn_and_place_(
 
 
 @triton.jit
-def _turn_and_place_kernel(
+def _rope_and_cache_kernel(
     qkv, rows, positions, cos_table, sin_table, query, key, keys, values, capacity,
     Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip

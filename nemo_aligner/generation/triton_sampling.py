@@ -8,32 +8,32 @@ import torch
 import triton
 import triton.language as tl
 
-from nemo_aligner.generation.no_token import NO_TOKEN
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 
 
 def advance_(
     tokens_RT: torch.Tensor, position_B: torch.Tensor, prompt_length_B: torch.Tensor, is_done_B: torch.Tensor,
-    is_broken_B: torch.Tensor, drawn_B: torch.Tensor, is_end_V: torch.Tensor, max_length: int,
+    is_invalid_B: torch.Tensor, sampled_B: torch.Tensor, is_end_V: torch.Tensor, max_length: int,
 ) -> None:  # fmt: skip
     """What `DeviceRows.advance_` does, in one kernel instead of ten."""
-    num_rows = drawn_B.numel()
+    num_rows = sampled_B.numel()
     _advance_kernel[(1,)](
-        tokens_RT, position_B, prompt_length_B, is_done_B, is_broken_B, drawn_B, is_end_V, num_rows, tokens_RT.size(1),
-        max_length, NO_TOKEN=NO_TOKEN, BLOCK=triton.next_power_of_2(num_rows),
+        tokens_RT, position_B, prompt_length_B, is_done_B, is_invalid_B, sampled_B, is_end_V, num_rows,
+        tokens_RT.size(1), max_length, INVALID_TOKEN=INVALID_TOKEN, BLOCK=triton.next_power_of_2(num_rows),
     )  # fmt: skip
 
 
 @triton.jit
 def _advance_kernel(
-    tokens, position, prompt_length, is_done, is_broken, drawn, is_end, num_rows, capacity, max_length,
-    NO_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, position, prompt_length, is_done, is_invalid, drawn, is_end, num_rows, capacity, max_length,
+    INVALID_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BLOCK)
     inside = row < num_rows
     at = tl.load(position + row, mask=inside, other=0)
     token = tl.load(drawn + row, mask=inside, other=0)
     was_done = tl.load(is_done + row, mask=inside, other=1) != 0
-    has_token = token != NO_TOKEN
+    has_token = token != INVALID_TOKEN
     breaks = (was_done == 0) & (has_token == 0)
     goes_on = (was_done == 0) & has_token
     at = tl.where(goes_on, at + 1, at)
@@ -42,37 +42,37 @@ def _advance_kernel(
     ends = tl.load(is_end + token, mask=inside & has_token, other=0) != 0
     used_up = at + 1 - tl.load(prompt_length + row, mask=inside, other=0) >= max_length
     tl.store(is_done + row, was_done | breaks | ends | used_up, mask=inside)
-    tl.store(is_broken + row, breaks, mask=inside & breaks)
+    tl.store(is_invalid + row, breaks, mask=inside & breaks)
 
 
 def seen(
-    tokens_RT: torch.Tensor, position_R: torch.Tensor, is_broken_R: torch.Tensor, num_rows: int, num_steps: int
+    tokens_RT: torch.Tensor, position_R: torch.Tensor, is_invalid_R: torch.Tensor, num_rows: int, num_steps: int
 ) -> torch.Tensor:
     """What `DeviceRows.seen` returns, in one kernel instead of eight."""
     seen_BX = torch.empty(num_rows, 2 + num_steps, dtype=torch.int64, device=tokens_RT.device)
     _seen_kernel[(num_rows,)](
-        tokens_RT, position_R, is_broken_R, seen_BX, tokens_RT.size(1), K=num_steps, num_warps=1
+        tokens_RT, position_R, is_invalid_R, seen_BX, tokens_RT.size(1), K=num_steps, num_warps=1
     )  # fmt: skip
     return seen_BX
 
 
 @triton.jit
-def _seen_kernel(tokens, position, is_broken, seen, capacity, K: tl.constexpr):
+def _seen_kernel(tokens, position, is_invalid, seen, capacity, K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.load(position + row)
     start = seen + row * (2 + K)
     tl.store(start, at)
-    tl.store(start + 1, tl.load(is_broken + row).to(tl.int64))
+    tl.store(start + 1, tl.load(is_invalid + row).to(tl.int64))
     for k in tl.static_range(K):
         place = tl.maximum(at - (K - 1 - k), 0)
         tl.store(start + 2 + k, tl.load(tokens + row * capacity + place))
 
 
-def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """As `sampling.draw`: the same token for the same number, but for the rounding of exponentials in float32.
+def sample_token(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """As `sampling.sample_token`: the same token for the same number, but for the rounding of exponentials in float32.
 
     Rows may lie apart, as those of the last of several positions do; a row itself is contiguous. A token is one of the
-    vocabulary, or NO_TOKEN: whoever takes it may read where it points.
+    vocabulary, or INVALID_TOKEN: whoever takes it may read where it points.
     """
     return _drawn(logits_BV, uniform_B, 0, logits_BV.size(1), 1.0, None)
 
@@ -81,7 +81,7 @@ def draw_next(
     logits_BV: torch.Tensor, uniform_RL: torch.Tensor, num_tokens: int, temperature: float, min_length: int,
     position_B: torch.Tensor, prompt_length_R: torch.Tensor, is_end_V: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """`draw` from softmax(logits / temperature) of each row's token behind `position_B`, by its number of `uniform_RL`.
+    """`sample_token` from softmax(logits / temperature) of each row's token behind `position_B`, by its `uniform_RL`.
 
     Ids from `num_tokens` on are not drawn, nor those of `is_end_V` as long as fewer than `min_length` are generated.
     """
@@ -96,22 +96,23 @@ def _drawn(logits_BV, uniform, min_length, num_tokens, temperature, rows) -> tor
     num_blocks = triton.cdiv(num_tokens, _DRAWN_BLOCK)
     top_BK = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=device)
     sum_BK = torch.empty(num_rows, num_blocks, dtype=torch.float64, device=device)
-    drawn_B = torch.empty(num_rows, dtype=torch.int64, device=device)
-    position, prompt_length, is_end = rows or (drawn_B, drawn_B, drawn_B)
+    sampled_B = torch.empty(num_rows, dtype=torch.int64, device=device)
+    position, prompt_length, is_end = rows or (sampled_B, sampled_B, sampled_B)
     given = (logits_BV, logits_BV.stride(0), num_tokens, temperature, position, prompt_length, is_end, min_length)
     flags = {"HAS_TEMPERATURE": temperature != 1.0, "HAS_MIN": min_length > 0, "BLOCK": _DRAWN_BLOCK}
     _block_sums_kernel[(num_rows, triton.cdiv(num_blocks, 16))](
         *given, top_BK, sum_BK, num_blocks, NUM_BLOCKS=16, num_warps=4, **flags
     )
-    _draw_kernel[(num_rows,)](
-        *given, top_BK, sum_BK, num_blocks, uniform, uniform.stride(0), uniform.size(-1), drawn_B, NO_TOKEN=NO_TOKEN,
-        ONE_NUMBER=rows is None, NUM_BLOCKS=triton.next_power_of_2(num_blocks), num_warps=4, **flags,
+    _sample_kernel[(num_rows,)](
+        *given, top_BK, sum_BK, num_blocks, uniform, uniform.stride(0), uniform.size(-1), sampled_B,
+        INVALID_TOKEN=INVALID_TOKEN, ONE_NUMBER=rows is None, NUM_BLOCKS=triton.next_power_of_2(num_blocks),
+        num_warps=4, **flags,
     )  # fmt: skip
-    return drawn_B
+    return sampled_B
 
 
 # Tokens whose probabilities are summed at once, so that only those of the one block in which the threshold lies are
-# summed one by one, as in `sampling.draw`.
+# summed one by one, as in `sampling.sample_token`.
 _DRAWN_BLOCK = 128
 
 
@@ -159,9 +160,9 @@ def _block_sums_kernel(
 
 
 @triton.jit
-def _draw_kernel(
+def _sample_kernel(
     logits, row_stride, num_tokens, temperature, position, prompt_length, is_end, min_length, tops, sums, num_blocks,
-    uniform, uniform_stride, uniform_length, drawn, NO_TOKEN: tl.constexpr, ONE_NUMBER: tl.constexpr,
+    uniform, uniform_stride, uniform_length, drawn, INVALID_TOKEN: tl.constexpr, ONE_NUMBER: tl.constexpr,
     NUM_BLOCKS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_MIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, k = tl.program_id(0), tl.arange(0, NUM_BLOCKS)
@@ -172,7 +173,7 @@ def _draw_kernel(
     highest = tl.max(top, axis=0)
     weight = tl.load(sums + row * num_blocks + k, mask=k < num_blocks, other=0.0) * _weight(top, highest)
     total = tl.sum(weight, axis=0)
-    # a little less than 1, as in `sampling.draw`
+    # a little less than 1, as in `sampling.sample_token`
     just_below: tl.constexpr = 1.0 - 9.094947017729282e-13
     threshold = tl.load(number) * total * just_below
     behind = tl.cumsum(weight, axis=0)
@@ -191,4 +192,4 @@ def _draw_kernel(
     found = tl.min(tl.where((behind > threshold) & (weight > 0), index, num_tokens), axis=0)
     # a total that is NaN is not larger either
     has_token = (total > 0) & (found < num_tokens)
-    tl.store(drawn + row, tl.where(has_token, found, NO_TOKEN).to(tl.int64))
+    tl.store(drawn + row, tl.where(has_token, found, INVALID_TOKEN).to(tl.int64))

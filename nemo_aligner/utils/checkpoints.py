@@ -31,7 +31,7 @@ COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
 NOT_DAMAGE = (ConfigError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What Lightning's callback keeps of the checkpoints that it has written.
-BOOKS = (
+CALLBACK_STATE = (
     "best_k_models", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score", "last_model_path",
 )  # fmt: skip
 
@@ -169,7 +169,7 @@ def custom_save_ckpt_func(
         name: int(monitor_candidates[name]) for name in COUNTERS if name in monitor_candidates
     }
     self.has_last_save_failed = False
-    self.books_before_save = {name: copy.copy(getattr(self, name)) for name in BOOKS}
+    self.books_before_save = {name: copy.copy(getattr(self, name)) for name in CALLBACK_STATE}
     with _recording(self) as (folders, obsolete):
         why_not_ranked = _why_not_ranked(self.monitor, monitor_candidates)
         if why_not_ranked is None:

@@ -9,13 +9,13 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.peft_checks import TARGETS
 
 # Keys and sections of `model`.
-DECIDING = (
+TRACKED_KEYS = (
     "seed", "global_batch_size", "rs.num_rollout_samples", "rs.num_rollouts_per_prompt", "rs.top_n_rollouts",
     "rs.sampling_params", "rs.length_params", "rs.reward", "rs.rewards", "rs.loss_normalization",
     "data.data_prefix", "data.splits_string", "data.seq_length", "optim", "peft.peft_scheme",
 )  # fmt: skip
 # These change how gradients and parameters are sent, not what is computed.
-NOT_DECIDING = {
+UNTRACKED_KEYS = {
     f"model.optim.{key}" for key in (
         "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
         "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
@@ -26,13 +26,13 @@ NUM_PROMPTS = "the number of training prompts"
 PRETRAINED = "pretrained_checkpoint.restore_from_path"
 TARGET_MODULES = "model.peft.lora_tuning.target_modules"
 # A checkpoint's optimizer state or adapters are of use only with these as they were.
-FIXED = (
+IMMUTABLE_KEYS = (
     "model.optim.name", "model.peft.peft_scheme", TARGET_MODULES,
     "model.peft.lora_tuning.adapter_dim", "model.peft.lora_tuning.layer_selection",
 )  # fmt: skip
 
 
-def deciding_settings(model_cfg: DictConfig, pretrained: str | None, num_prompts: int) -> dict:
+def tracked_settings(model_cfg: DictConfig, pretrained: str | None, num_prompts: int) -> dict:
     """Dotted key -> plain value, for settings that are set; where a server is counts for nothing.
 
     Args:
@@ -40,7 +40,7 @@ def deciding_settings(model_cfg: DictConfig, pretrained: str | None, num_prompts
         num_prompts: rows of the training set.
     """
     has_adapters = OmegaConf.select(model_cfg, "peft.peft_scheme") not in (None, "none")
-    chosen = [*DECIDING, "peft.lora_tuning"] if has_adapters else DECIDING
+    chosen = [*TRACKED_KEYS, "peft.lora_tuning"] if has_adapters else TRACKED_KEYS
     settings = {PRETRAINED: pretrained, NUM_PROMPTS: num_prompts, "model.peft.peft_scheme": "none"}
     for key in chosen:
         value = OmegaConf.select(model_cfg, key)
@@ -63,7 +63,7 @@ def check_resumed(state: dict, own: dict, ckpt_path: str | Path) -> None:
 
     Args:
         state: of the checkpoint at `ckpt_path`, as `read_run_state` has it.
-        own: this run's settings, as `deciding_settings` has them.
+        own: this run's settings, as `tracked_settings` has them.
 
     Raises:
         ConfigError: if it cannot be continued with one of them.
@@ -71,9 +71,9 @@ def check_resumed(state: dict, own: dict, ckpt_path: str | Path) -> None:
     stored = state.get("settings")
     if stored is None:
         return
-    changed = [key for key in {**stored, **own} if key not in NOT_DECIDING and stored.get(key) != own.get(key)]
+    changed = [key for key in {**stored, **own} if key not in UNTRACKED_KEYS and stored.get(key) != own.get(key)]
     for key in changed:
-        if key in FIXED:
+        if key in IMMUTABLE_KEYS:
             raise ConfigError(
                 f"{key}={own.get(key)}: the checkpoint to resume from was made with {stored.get(key)} and cannot be "
                 f"continued with another; set it back, or start anew in another exp_manager.explicit_log_dir "

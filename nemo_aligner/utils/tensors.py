@@ -98,7 +98,7 @@ def move_to_device_if_tensor(device: torch.device | str, item):
     return item.to(device) if torch.is_tensor(item) else item
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device_async(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on the CPU, on `device`; the host does not wait for the copy."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
@@ -120,7 +120,7 @@ def clear_memory() -> None:
 
 
 @contextlib.contextmanager
-def garbage_of_this_context():
+def gc_frozen():
     """Within the context garbage is looked for only among what was created in it, in milliseconds.
 
     The objects of all the libraries take 0.4 s to look through, and live as long as the process.

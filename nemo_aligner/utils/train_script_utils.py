@@ -36,7 +36,7 @@ from nemo_aligner.utils.config_checks import DISTRIBUTED_OPTIMIZER_KEYS, check_r
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.interpolations import resolve_interpolations
 from nemo_aligner.utils.peft_checks import check_scheme
-from nemo_aligner.utils.run_settings import check_resumed, data_position, deciding_settings
+from nemo_aligner.utils.run_settings import check_resumed, data_position, tracked_settings
 from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
@@ -179,7 +179,7 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
     _set_schedule_horizon(ptl_trainer, ptl_model.cfg, train_ds, resumed_state)
     if not ptl_model.with_distributed_adam:
         _drop_distributed_optimizer_keys(ptl_model.cfg.optim)
-    ptl_model.rs_settings = deciding_settings(ptl_model.cfg, ptl_model.restored_from, len(train_ds))
+    ptl_model.rs_settings = tracked_settings(ptl_model.cfg, ptl_model.restored_from, len(train_ds))
     if resumed_state is not None:
         check_resumed(resumed_state, ptl_model.rs_settings, ptl_trainer.ckpt_path)
     ptl_trainer.state.fn = TrainerFn.FITTING
@@ -258,7 +258,7 @@ def _keeping_optimizer_settings(ptl_trainer: Trainer):
 def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict | None:
     """The RS counters of the checkpoint that the trainer resumes from, or None if it starts fresh.
 
-    Under `settings` are those of the run that wrote it, as `deciding_settings` has them, if they are known.
+    Under `settings` are those of the run that wrote it, as `tracked_settings` has them, if they are known.
 
     Raises:
         ValueError: if the counters are neither in the checkpoint nor in its name.

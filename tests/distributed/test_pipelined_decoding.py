@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from nemo_aligner.generation import decode
 from nemo_aligner.generation import rollouts as rollouts_module
-from nemo_aligner.generation.no_token import NO_TOKEN
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings
 from nemo_aligner.generation.stages import Pipeline
 from nemo_aligner.utils.termination import StopRequested, TerminationWatch
@@ -158,11 +158,11 @@ def error_of(actor) -> str:
     """Of rows that break in several groups: in ticks an even row is the first to break, by position an odd one."""
     prompts = [[5 + row] * (1 if row % 2 else 12) for row in range(8)]
     uniform_BL = actor._random_streams(batch_of(actor, prompts), MAX_LENGTH)
-    is_broken = uniform_BL[[0, 4, 3, 7, 5], [0, 0, 9, 8, 8]]
+    is_invalid = uniform_BL[[0, 4, 3, 7, 5], [0, 0, 9, 8, 8]]
 
     def spoiling(logits_BV, previous_BT, params, uniform_B):
-        drawn_B = sample(logits_BV, previous_BT, params, uniform_B)
-        return drawn_B.masked_fill(torch.isin(uniform_B, is_broken), NO_TOKEN)
+        sampled_B = sample(logits_BV, previous_BT, params, uniform_B)
+        return sampled_B.masked_fill(torch.isin(uniform_B, is_invalid), INVALID_TOKEN)
 
     sample = decode.sample
     with (
@@ -179,7 +179,7 @@ def ticks_and_turns(actor, layout: Layout) -> tuple[int, int]:
 
     Now and then no stage is done with its turn before all of them have begun theirs.
     """
-    ticks, turns, pass_on, forward = [], [], Pipeline.pass_on, decode._Group.forward
+    ticks, turns, pass_on, forward = [], [], Pipeline.send_recv, decode._Group.forward
 
     def counting(self, *args):
         ticks.append(None)
@@ -192,7 +192,7 @@ def ticks_and_turns(actor, layout: Layout) -> tuple[int, int]:
         return forward(self, *args)
 
     with (
-        mock.patch.object(Pipeline, "pass_on", counting),
+        mock.patch.object(Pipeline, "send_recv", counting),
         mock.patch.object(decode._Group, "forward", meeting),
         mock.patch.dict(actor._length_params, min_length=MAX_LENGTH),
     ):
@@ -235,7 +235,7 @@ def checks_of(actor, is_asked: bool) -> tuple[int, int, int]:
             os.kill(os.getpid(), signal.SIGTERM)
         check()
 
-    with mock.patch.object(decode, "LOOKS_BETWEEN_CHECKS", 2), watch.watching():
+    with mock.patch.object(decode, "TURNS_BETWEEN_CHECKS", 2), watch.watching():
         list(actor.infer_each([batch, batch], check))
         num_undisturbed = len(num_checks)
         num_checks.clear()

@@ -6,7 +6,7 @@ import pytest
 from megatron.core import parallel_state
 
 from nemo_aligner.generation import engine, kv_cache, lane
-from nemo_aligner.generation.no_token import NO_TOKEN
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings
 from nemo_aligner.generation.rows import DeviceRows
 from tests.distributed.launch import run_ranks
@@ -39,9 +39,9 @@ class LaneAhead(WatchedLane):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._looks_behind = 1
+        self._snapshots_behind = 1
 
-    def _num_looked_at(self):
+    def _max_context(self):
         return self._cache.capacity
 
 
@@ -88,16 +88,16 @@ def slots_in_lanes(actor) -> tuple[list[int], float]:
 
 
 def error_of(actor) -> str:
-    draw = DeviceRows.draw
+    draw = DeviceRows.sample
 
-    def spoiling(self, logits_BV, num_looked_at):
-        drawn_B = draw(self, logits_BV, num_looked_at)
-        is_broken_B = self.position_R[: len(drawn_B)] == 13  # token 9 of the rows with prompts of five tokens
-        return drawn_B.masked_fill(is_broken_B, NO_TOKEN)
+    def spoiling(self, logits_BV, max_context):
+        sampled_B = draw(self, logits_BV, max_context)
+        is_invalid_B = self.position_R[: len(sampled_B)] == 13  # token 9 of the rows with prompts of five tokens
+        return sampled_B.masked_fill(is_invalid_B, INVALID_TOKEN)
 
     prompts = [[5 + row] * (12 if row % 2 else 5) for row in range(8)]
     with (
-        mock.patch.object(DeviceRows, "draw", spoiling),
+        mock.patch.object(DeviceRows, "sample", spoiling),
         mock.patch.dict(actor._length_params, min_length=MAX_LENGTH),
         pytest.raises(FloatingPointError) as error,
     ):

@@ -76,7 +76,7 @@ def test_prefills_have_few_sizes(actor, monkeypatch):
     sizes, forward = [], lane_module.forward
 
     def recording(weights, tokens_M, positions_M, attend, *rest):
-        if isinstance(attend, lane_module.FusedPromptAttention):
+        if isinstance(attend, lane_module.FusedPrefillAttention):
             sizes.append(len(tokens_M))
         return forward(weights, tokens_M, positions_M, attend, *rest)
 
@@ -201,8 +201,8 @@ def test_log_probabilities_while_decoding_are_those_of_the_training_forward(acto
     actor.model.decoder.final_layernorm.weight.data.mul_(0.25)
     seen, next_logits = {}, Lane._next_logits
 
-    def recording(self, num_rows, num_looked_at):
-        logits_BV = next_logits(self, num_rows, num_looked_at)
+    def recording(self, num_rows, max_context):
+        logits_BV = next_logits(self, num_rows, max_context)
         for row, logits_V in zip(self.in_flight, logits_BV.float().log_softmax(-1), strict=False):
             seen.setdefault(id(row), (row, []))[1].append(logits_V)
         return logits_BV

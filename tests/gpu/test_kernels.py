@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from nemo_aligner.compat import varlen_attention
 from nemo_aligner.generation import sampling, torch_ops
-from nemo_aligner.generation.attention import FusedPromptAttention, PromptAttention, RotaryTable
+from nemo_aligner.generation.attention import FusedPrefillAttention, PrefillAttention, RotaryTable
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 from nemo_aligner.generation.kv_cache import KVCache
-from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
 from nemo_aligner.generation.sampling import SamplingParams
 from nemo_aligner.generation.weights import Norm
@@ -127,13 +127,13 @@ def test_rows_advance_as_on_the_cpu(num_rows):
         state.put_(list(range(num_rows)), rows)
     for _ in range(6):
         drawn = torch.randint(9, (num_rows,), generator=generator)
-        drawn[torch.rand(num_rows, generator=generator) < 0.1] = NO_TOKEN
+        drawn[torch.rand(num_rows, generator=generator) < 0.1] = INVALID_TOKEN
         on_cpu.advance_(drawn)
         triton_sampling.advance_(
             on_gpu.tokens_RT, on_gpu.position_R[:num_rows], on_gpu.prompt_length_R, on_gpu.is_done_R[:num_rows],
-            on_gpu.is_broken_R, drawn.to(DEVICE), on_gpu.is_end_V, decoding.max_length,
+            on_gpu.is_invalid_R, drawn.to(DEVICE), on_gpu.is_end_V, decoding.max_length,
         )  # fmt: skip
-        for name in ("tokens_RT", "position_R", "is_done_R", "is_broken_R"):
+        for name in ("tokens_RT", "position_R", "is_done_R", "is_invalid_R"):
             assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu()), name
     assert on_cpu.is_done_R.all()
 
@@ -144,11 +144,11 @@ def test_what_is_seen_of_rows_is_what_the_cpu_sees(num_steps):
     state = DeviceRows(40, 20, Decoding(SamplingParams(), 4, 0, (2,), 9), torch.device("cpu"))
     state.tokens_RT.random_(9, generator=generator), state.position_R.random_(20, generator=generator)
     state.position_R[:3] = torch.tensor([0, 1, 19])
-    state.is_broken_R.random_(2, generator=generator)
-    on_device = (x.to(DEVICE) for x in (state.tokens_RT, state.position_R, state.is_broken_R))
+    state.is_invalid_R.random_(2, generator=generator)
+    on_device = (x.to(DEVICE) for x in (state.tokens_RT, state.position_R, state.is_invalid_R))
     ours, theirs = triton_sampling.seen(*on_device, 33, num_steps).cpu(), state.seen(33, num_steps)
     assert torch.equal(ours, theirs) and theirs.shape == (33, 2 + num_steps)
-    assert theirs[2].tolist() == [19, int(state.is_broken_R[2]), *state.tokens_RT[2, 20 - num_steps :].tolist()]
+    assert theirs[2].tolist() == [19, int(state.is_invalid_R[2]), *state.tokens_RT[2, 20 - num_steps :].tolist()]
 
 
 @DTYPES
@@ -227,7 +227,10 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
     logits[:, 5] = logits[:, 128:256] = -torch.inf
     numbers = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     numbers[0], numbers[1] = 0.0, 1 - 2**-53
-    ours, theirs = triton_sampling.draw(logits, numbers.to(DEVICE)).cpu(), sampling.draw(logits.cpu(), numbers)
+    ours, theirs = (
+        triton_sampling.sample_token(logits, numbers.to(DEVICE)).cpu(),
+        sampling.sample_token(logits.cpu(), numbers),
+    )
     assert (ours != theirs).sum() <= 1  # where a number falls on the border of two tokens, to float32's last digit
     assert (ours != 5).all() and (ours < V).all()
 
@@ -236,8 +239,8 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
 def test_no_token_is_drawn_from_logits_that_are_nan_or_infinite(normal, V):
     logits = normal(5, V, dtype=torch.float32)
     logits[0], logits[1, V // 2], logits[2, V - 1], logits[3] = torch.nan, torch.nan, torch.inf, -torch.inf
-    drawn = triton_sampling.draw(logits, torch.full((5,), 0.5, dtype=torch.float64, device=DEVICE))
-    assert drawn[:4].tolist() == [NO_TOKEN] * 4 and 0 <= drawn[4] < V
+    drawn = triton_sampling.sample_token(logits, torch.full((5,), 0.5, dtype=torch.float64, device=DEVICE))
+    assert drawn[:4].tolist() == [INVALID_TOKEN] * 4 and 0 <= drawn[4] < V
 
 
 @DTYPES
@@ -255,7 +258,7 @@ def test_the_next_tokens_are_those_of_the_cpu_for_the_same_rows(normal, dtype, t
     logits = normal(40, V, dtype=torch.float32).to(dtype)
     logits[:, 2] += 12  # an end that nearly every row would draw
     logits[:, num_tokens:] += 30
-    theirs = on_cpu.draw(logits.cpu().clone(), 20)
+    theirs = on_cpu.sample(logits.cpu().clone(), 20)
     ours = triton_sampling.draw_next(
         logits, on_gpu.uniform_RL, num_tokens, temperature, min_length, on_gpu.position_R[:40], on_gpu.prompt_length_R,
         on_gpu.is_end_V,
@@ -283,7 +286,7 @@ def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(
         in_float.cos_TD, in_float.sin_TD = rotary.cos_TD.float(), rotary.sin_TD.float()
     qkv = normal(num_tokens + num_padding, G * (Q + 2) * D, dtype=dtype)
     made = []
-    for attention, tables, x in ((PromptAttention, in_float, qkv.float()), (FusedPromptAttention, rotary, qkv)):
+    for attention, tables, x in ((PrefillAttention, in_float, qkv.float()), (FusedPrefillAttention, rotary, qkv)):
         weights = SimpleNamespace(
             num_groups=G, heads_per_group=Q, head_dim=D, dtype=x.dtype, device=torch.device(DEVICE)
         )

@@ -134,7 +134,7 @@ def test_packs_in_bfloat16(tiny_nemo, of_rounded_weights, monkeypatch, record_pr
 def test_the_kernel_for_all_sequences_equals_one_after_the_other(record_property, lengths, num_groups):
     generator = torch.Generator("cuda").manual_seed(1)
     sequences = PackedSequences.of(lengths)
-    sequences = PackedSequences(sequences.lengths, sequences.bounds.cuda())
+    sequences = PackedSequences(sequences.lengths, sequences.cu_seqlens.cuda())
     shapes = [(sum(lengths), heads, 64) for heads in (8, num_groups, num_groups)]
     exact = [torch.randn(shape, device="cuda", generator=generator).bfloat16().double() for shape in shapes]
     grad = torch.randn(sum(lengths), 8, 64, device="cuda", generator=generator).bfloat16()
@@ -157,7 +157,7 @@ def test_the_kernel_for_all_sequences_equals_one_after_the_other(record_property
 
 def test_the_kernel_is_deterministic_where_asked():
     sequences = PackedSequences.of([500, 300])
-    sequences = PackedSequences(sequences.lengths, sequences.bounds.cuda())
+    sequences = PackedSequences(sequences.lengths, sequences.cu_seqlens.cuda())
     torch.use_deterministic_algorithms(True)
     try:
         gradients = []

@@ -23,7 +23,7 @@ from nemo_aligner.compat.checkpoint_writer import raise_on_all_ranks
 from nemo_aligner.utils import background_save, checkpoints
 from nemo_aligner.utils.background_save import PARTIAL, BackgroundSave, HostMemory, is_complete
 from nemo_aligner.utils.checkpoints import (
-    BOOKS,
+    CALLBACK_STATE,
     advance_save,
     newest_complete_checkpoint,
     read_counters,
@@ -41,7 +41,7 @@ OVERRIDES = [
 def tiny_run(tiny_nemo, tmp_path_factory):
     before = dict(vars(AppState()))  # NeMo's experiment manager leaves there where the run's folder is
     run = Checkpoints(*build(tiny_nemo, tmp_path_factory.mktemp("run"), OVERRIDES))
-    run.empty_books = {name: getattr(run.callback, name) for name in BOOKS}
+    run.empty_books = {name: getattr(run.callback, name) for name in CALLBACK_STATE}
     yield run
     vars(AppState()).clear()
     vars(AppState()).update(before)
@@ -229,7 +229,7 @@ def test_a_disk_that_fills_up_under_torch_is_known_for_what_it_is(run):
 @pytest.mark.parametrize("where", ["_write_item", "common.pt", ".metadata", "links", "metadata.json"])
 def test_a_full_disk_leaves_the_checkpoints_and_the_books_as_they_were(run, tmp_path, monkeypatch, complaints, where):
     run.save(val_global_rewards=0.0)
-    books = {name: copy.copy(getattr(run.callback, name)) for name in BOOKS}
+    books = {name: copy.copy(getattr(run.callback, name)) for name in CALLBACK_STATE}
 
     def fail(*args, **kwargs):
         raise FULL
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_the_checkpoints_and_the_books_as_they_were(run, tmp_
         run.save(val_global_rewards=1.0)
         advance_save(run.callback, wait=True)
     assert names(tmp_path) == {"1", "1-last"} and not (tmp_path / PARTIAL).exists()
-    assert {name: getattr(run.callback, name) for name in BOOKS} == books
+    assert {name: getattr(run.callback, name) for name in CALLBACK_STATE} == books
     (line,) = complaints
     assert "rank 0: [Errno 28] No space left on device; the run goes on, its last checkpoint is" in line
     assert "step=1-" in line

@@ -16,8 +16,8 @@ from nemo_aligner.generation import lane as lane_module
 from nemo_aligner.generation.cuda_graph import StepGraphs
 from nemo_aligner.generation.ends import EndStrings
 from nemo_aligner.generation.engine import Engine
+from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 from nemo_aligner.generation.lane import Lane
-from nemo_aligner.generation.no_token import NO_TOKEN
 from nemo_aligner.generation.rollouts import GenerationSettings, RolloutGenerator
 from nemo_aligner.generation.rows import Decoding, DeviceRows, Row
 from nemo_aligner.generation.sampling import SamplingParams
@@ -119,7 +119,7 @@ def test_padding_behind_the_prompts_changes_no_token(actor, hf_responses, monkey
     sizes, forward = [], lane_module.forward
 
     def recording(weights, tokens_M, positions_M, attend, *rest):
-        if isinstance(attend, lane_module.PromptAttention):
+        if isinstance(attend, lane_module.PrefillAttention):
             sizes.append(len(tokens_M))
         return forward(weights, tokens_M, positions_M, attend, *rest)
 
@@ -160,8 +160,8 @@ def test_log_probabilities_while_decoding_are_those_of_the_training_forward(gene
     seen = {}
     next_logits = Lane._next_logits
 
-    def recording(self, num_rows, num_looked_at):
-        logits_BV = next_logits(self, num_rows, num_looked_at)
+    def recording(self, num_rows, max_context):
+        logits_BV = next_logits(self, num_rows, max_context)
         for row, logits_V in zip(self.in_flight, logits_BV.log_softmax(-1), strict=True):
             seen.setdefault(id(row), (row, []))[1].append(logits_V)
         return logits_BV
@@ -199,13 +199,13 @@ def many_device_rows(decoding: Decoding) -> tuple[DeviceRows, torch.Tensor]:
 @pytest.mark.parametrize(("sampling", "expected"), FILTERED)
 def test_draws_follow_the_filtered_distribution_over_the_ids_that_have_a_token(sampling, expected):
     rows, logits = many_device_rows(Decoding(sampling, 3, 0, (5,), num_tokens=6))
-    assert_drawn_from(rows.draw(logits, 2), expected)
+    assert_drawn_from(rows.sample(logits, 2), expected)
 
 
 def test_draws_before_the_minimum_length_leave_out_what_ends_a_row():
     rows, logits = many_device_rows(Decoding(SamplingParams(), 3, 1, (1, 5), num_tokens=6))
     rest = 1 - PROBABILITIES[1] - PROBABILITIES[5]
-    assert_drawn_from(rows.draw(logits, 2), [0 if i in (1, 5) else p / rest for i, p in enumerate(PROBABILITIES)])
+    assert_drawn_from(rows.sample(logits, 2), [0 if i in (1, 5) else p / rest for i, p in enumerate(PROBABILITIES)])
 
 
 def test_draws_with_a_repetition_penalty_count_the_rows_own_tokens_and_no_others():
@@ -213,7 +213,7 @@ def test_draws_with_a_repetition_penalty_count_the_rows_own_tokens_and_no_others
     rows.tokens_RT[:, 2:] = 3  # left over from a row that had this slot before
     logits = torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0, 0.0]).repeat(len(rows.position_R), 1)
     penalized = torch.tensor([1.0, 1.0, 0.5, 1.5, -2.0, 0.0])  # of the prompt's tokens 4 and 1
-    assert_drawn_from(rows.draw(logits, 4), penalized.softmax(0))
+    assert_drawn_from(rows.sample(logits, 4), penalized.softmax(0))
 
 
 # What is shared, and who waits
@@ -222,18 +222,18 @@ def test_draws_with_a_repetition_penalty_count_the_rows_own_tokens_and_no_others
 def test_a_prompt_is_prefilled_once_for_all_its_rollouts_even_if_they_join_late(generating, monkeypatch):
     actor = generating(max_rows=3)
     prefilled = []
-    attention = lane_module.PromptAttention
+    attention = lane_module.PrefillAttention
 
     def recording(weights, rotary, cache, lengths, num_padding):
         prefilled.extend(lengths)
         return attention(weights, rotary, cache, lengths, num_padding)
 
-    monkeypatch.setattr(lane_module, "PromptAttention", recording)
+    monkeypatch.setattr(lane_module, "PrefillAttention", recording)
     monkeypatch.setattr(lane_module, "MAX_PROMPTS_PER_PREFILL", 2)
     prompts = [[5, 6, 7]] * 5 + [[8]] * 4 + [[9, 10]] * 5 + [[5, 6, 7]]
     rollouts = actor.infer(batch_of(actor, prompts))
     assert prefilled == [2, 0, 1, 2]  # all but the last token, which the rows decode
-    monkeypatch.setattr(lane_module, "PromptAttention", attention)
+    monkeypatch.setattr(lane_module, "PrefillAttention", attention)
     alone = [responses_of(actor.infer(batch_of(actor, [prompt])))[0] for prompt in ([5, 6, 7], [8], [9, 10])]
     assert responses_of(rollouts) == [alone[0]] * 5 + [alone[1]] * 4 + [alone[2]] * 5 + [alone[0]]
 
@@ -274,8 +274,8 @@ def test_a_host_that_runs_ahead_queues_no_step_that_no_row_can_need(generating, 
     actor, prompts = generating(max_rows=5), ragged_prompts(13)
     expected = responses_of(actor.infer(batch_of(actor, prompts)))
     engine = actor._rollout_generator._engine
-    engine.lanes[0]._steps_a_turn, engine.lanes[0]._looks_behind = 2, 1
-    monkeypatch.setattr(Lane, "_num_looked_at", lambda self: self._cache.capacity)
+    engine.lanes[0]._steps_a_turn, engine.lanes[0]._snapshots_behind = 2, 1
+    monkeypatch.setattr(Lane, "_max_context", lambda self: self._cache.capacity)
     num_rows, step = [], Lane._step
 
     def counted(self, rows):
@@ -392,7 +392,7 @@ def test_too_little_memory_on_one_rank_lowers_the_rows_of_all(generating, monkey
     actor, memory = generating(), FakeMemory(num_rows=9)
     monkeypatch.setattr(lane_module, "KVCache", memory)
     of_the_other_rank = iter([9, 0, 0, 1])  # rows that it estimates, then whether there was memory for them
-    monkeypatch.setattr(lane_module, "least_of_all_ranks", lambda number: min(number, next(of_the_other_rank)))
+    monkeypatch.setattr(lane_module, "min_over_ranks", lambda number: min(number, next(of_the_other_rank)))
     actor.infer(batch_of(actor, ragged_prompts(9)))
     assert actor._rollout_generator._engine.lanes[0]._cache.num_rows == 2 and next(of_the_other_rank, None) is None
 
@@ -522,8 +522,8 @@ def test_a_row_without_finite_logits_ends_the_run_with_its_prompt_and_token(gene
     prompts = [*ragged_prompts(6), actor.tokenizer.text_to_ids("one two three")]
     next_logits = Lane._next_logits
 
-    def spoiling(self, num_rows, num_looked_at):
-        logits_BV = next_logits(self, num_rows, num_looked_at)
+    def spoiling(self, num_rows, max_context):
+        logits_BV = next_logits(self, num_rows, max_context)
         for row, logits_V in zip(self.in_flight, logits_BV, strict=True):
             if row.prompt == prompts[-1] and len(row.generated) == 4:
                 logits_V[7] = torch.nan
@@ -554,14 +554,14 @@ def test_a_row_that_is_done_or_elsewhere_is_not_broken_by_logits_of_its_place():
     decoding = Decoding(SamplingParams(), max_length=4, min_length=0, end_ids=(2,), num_tokens=9)
     rows = DeviceRows(5, 20, decoding, torch.device("cpu"))
     rows.put_([0, 1, 2], [Row([3] * length, torch.zeros(4, dtype=torch.float64), 0) for length in (1, 2, 3)])
-    rows.advance_(torch.tensor([2, 5, 6, NO_TOKEN]))
-    rows.advance_(torch.tensor([NO_TOKEN, NO_TOKEN, 7, NO_TOKEN]))
-    assert rows.is_broken_R.tolist() == [False, True, False, False, False]
+    rows.advance_(torch.tensor([2, 5, 6, INVALID_TOKEN]))
+    rows.advance_(torch.tensor([INVALID_TOKEN, INVALID_TOKEN, 7, INVALID_TOKEN]))
+    assert rows.is_invalid_R.tolist() == [False, True, False, False, False]
     assert rows.is_done_R.tolist() == [True, True, False, True, True]
     assert rows.position_R.tolist() == [1, 2, 4, 0, 0]  # of a row's newest token
     assert (rows.tokens_RT >= 0).all()
     rows.move_(0, 1), rows.put_([1], [Row([4], torch.zeros(4, dtype=torch.float64), 0)])
-    assert rows.is_broken_R.tolist() == [True, False, False, False, False]
+    assert rows.is_invalid_R.tolist() == [True, False, False, False, False]
 
 
 # The weights

@@ -63,7 +63,7 @@ def scripted(configured, monkeypatch):
         def of_group(self, output):
             return logits_at([(row, self.t - len(prompt)) for row, prompt in enumerate(prompts)])
 
-        def of_engine(self, num_rows, num_looked_at):
+        def of_engine(self, num_rows, max_context):
             return logits_at([(all_rows.index(row), len(row.generated)) for row in self.in_flight])
 
         def generate(self, rows, *options):

@@ -56,8 +56,8 @@ def test_a_pack_holds_what_the_loss_depends_on():
     assert pack.tokens_1T.tolist() == [[1, 2, 3, 5, 0, 0]]  # up to the last token that predicts one
     assert pack.position_ids_1T.tolist() == [[0, 1, 2, 0, 0, 0]]
     assert pack.sequences.lengths == [3, 1, 2]
-    assert pack.sequences.bounds.tolist() == [0, 3, 4, 6] and pack.sequences.bounds.dtype == torch.int32
-    assert pack.places_R.tolist() == [1, 2, 3]
+    assert pack.sequences.cu_seqlens.tolist() == [0, 3, 4, 6] and pack.sequences.cu_seqlens.dtype == torch.int32
+    assert pack.loss_positions_R.tolist() == [1, 2, 3]
     assert pack.targets_R.tolist() == [3, 4, 6]
     assert pack.weights_R.tolist() == [1.0, 0.5, 1.0]
 
@@ -70,7 +70,7 @@ def test_packs_in_order_of_equal_length_and_never_empty():
     assert [pack.tokens_1T.size(1) for pack in packs] == [24] * 4
     nothing = packing.pack_batch(batch["response_tokens"], torch.zeros_like(batch["mask"]), 2)
     assert [pack.tokens_1T.size(1) for pack in nothing] == [1, 1]
-    assert [len(pack.places_R) for pack in nothing] == [0, 0]
+    assert [len(pack.loss_positions_R) for pack in nothing] == [0, 0]
 
 
 def test_a_real_batch_is_dealt_evenly():
@@ -377,7 +377,7 @@ def test_the_kernel_is_asked_for_causal_attention_within_sequences(num_groups):
 
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_flash_attention_forward", kernel, "CPU")
-        ours = varlen_attention.causal(query, key, value, sequences.bounds, 4)
+        ours = varlen_attention.causal(query, key, value, sequences.cu_seqlens, 4)
     torch.testing.assert_close(ours, packed_attention(query, key, value, sequences, 0.0), rtol=0, atol=0)
     assert calls == [([0, 3, 7], [0, 3, 7], 4, 4, 0.0, True, False)]
 
@@ -401,12 +401,12 @@ def test_the_kernel_has_the_arguments_and_the_gradient_that_we_rely_on():
     assert all(argument.has_default_value() for argument in schema.arguments if argument.kwarg_only)
     options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
     query, key, value = (torch.empty(7, heads, 8, **options) for heads in (4, 2, 2))
-    bounds = torch.empty(3, dtype=torch.int32, device="meta")
-    context = varlen_attention.causal(query, key, value, bounds, 4)
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
+    context = varlen_attention.causal(query, key, value, cu_seqlens, 4)
     assert type(context.grad_fn).__name__ == "FlashAttentionBackward0"  # from C++
     context.sum().backward()
     assert [context.shape, key.grad.shape] == [query.shape, key.shape]
-    context, gradient = varlen_attention.causal_and_gradient(query, key, value, bounds, 4)
+    context, gradient = varlen_attention.causal_and_gradient(query, key, value, cu_seqlens, 4)
     assert not context.requires_grad
     assert [x.shape for x in gradient(context)] == [query.shape, key.shape, value.shape]
 
@@ -437,13 +437,13 @@ class KernelCalls(TorchDispatchMode):
 def test_the_gradient_is_asked_for_as_autograd_does():
     options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
     inputs = {name: torch.empty(7, 4, 8, **options) for name in ("query", "key", "value")}
-    inputs["bounds"] = torch.empty(3, dtype=torch.int32, device="meta")
+    inputs["cu_seqlens"] = torch.empty(3, dtype=torch.int32, device="meta")
     with KernelCalls(inputs) as calls:
         varlen_attention.causal(*inputs.values(), 5).sum().backward()
         context, gradient = varlen_attention.causal_and_gradient(*inputs.values(), 5)
         gradient(torch.empty_like(context))
     assert len(calls.seen) == 2 and calls.seen[0] == calls.seen[1]
-    assert calls.seen[0][:7] == ["query", "key", "value", "output", "logsumexp", "bounds", "bounds"]
+    assert calls.seen[0][:7] == ["query", "key", "value", "output", "logsumexp", "cu_seqlens", "cu_seqlens"]
 
 
 def test_the_public_way_to_the_kernel_is_still_in_python():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_aligner.generation.attention import PromptAttention, RotaryTable
+from nemo_aligner.generation.attention import PrefillAttention, RotaryTable
 from nemo_aligner.generation.kv_cache import KVCache
 
 LENGTHS, CAPACITY = [5, 0, 17, 1], 32
@@ -40,7 +40,7 @@ def test_prompts_attend_to_themselves_and_are_cached_and_padding_is_not(num_padd
     cache = KVCache(2, len(LENGTHS) + 1, G, CAPACITY, D, torch.float32, "cpu")
     cache.keys_LRGTD.fill_(torch.nan), cache.values_LRGTD.fill_(torch.nan)
 
-    attend = PromptAttention(weights, RotaryTable(weights, CAPACITY), cache, LENGTHS, num_padding)
+    attend = PrefillAttention(weights, RotaryTable(weights, CAPACITY), cache, LENGTHS, num_padding)
     context_MX = attend(1, qkv_MX)
 
     expected_keys, expected_values = torch.full_like(cache.keys_LRGTD, torch.nan), cache.values_LRGTD.clone()

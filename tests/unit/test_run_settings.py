@@ -6,7 +6,7 @@ from nemo.utils import logging
 from omegaconf import OmegaConf
 
 from nemo_aligner.utils.errors import ConfigError
-from nemo_aligner.utils.run_settings import check_resumed, data_position, deciding_settings
+from nemo_aligner.utils.run_settings import check_resumed, data_position, tracked_settings
 from nemo_aligner.utils.train_script_utils import retrieve_custom_trainer_state_dict
 
 LORA = {"adapter_dim": 32, "alpha": None, "target_modules": ["attention_qkv"]}
@@ -33,7 +33,7 @@ def settings(**changes) -> dict:
     cfg = OmegaConf.create(MODEL)
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
-    return deciding_settings(cfg, "/m.nemo", 6)
+    return tracked_settings(cfg, "/m.nemo", 6)
 
 
 def test_settings_that_decide_are_taken_and_plain():

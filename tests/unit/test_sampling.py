@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from nemo_aligner.generation.sampling import (
-    NO_TOKEN,
+    INVALID_TOKEN,
     SamplingParams,
-    draw,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
     random_streams,
     sample,
+    sample_token,
 )
 
 INF = math.inf
@@ -148,13 +148,13 @@ def test_temperature_comes_before_the_repetition_penalty():
 
 def test_draw_never_takes_a_filtered_id():
     logits = many_rows(torch.tensor([-INF, 0.0, -INF, math.log(3.0)]))
-    assert_drawn_from(draw(logits, uniforms(3)), [0, 0.25, 0, 0.75])
+    assert_drawn_from(sample_token(logits, uniforms(3)), [0, 0.25, 0, 0.75])
 
 
 def test_a_draw_is_where_the_cumulated_probability_exceeds_the_number():
     logits = from_probabilities([0.25, 0.0, 0.5, 0.25, 0.0]).repeat(7, 1)
     numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-24, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, numbers).tolist() == [0, 0, 2, 2, 3, 3, 3]
+    assert sample_token(logits, numbers).tolist() == [0, 0, 2, 2, 3, 3, 3]
 
 
 def test_rare_tokens_of_a_large_vocabulary_are_as_probable_as_they_should_be():
@@ -162,7 +162,7 @@ def test_rare_tokens_of_a_large_vocabulary_are_as_probable_as_they_should_be():
     logits = torch.full((1, 100_001), 0.0)
     logits[0, 0] = math.log(100_000)
     numbers = torch.tensor([0.0, 0.25, 0.499999, 0.750002, 1 - 2**-30], dtype=torch.float64)
-    drawn = torch.cat([draw(logits, number[None]) for number in numbers])
+    drawn = torch.cat([sample_token(logits, number[None]) for number in numbers])
     assert drawn.tolist() == [0, 0, 0, 50_001, 100_000]
 
 
@@ -183,7 +183,7 @@ def test_no_token_is_drawn_from_logits_that_are_nan_or_infinite_and_other_rows_a
     logits = torch.cat((logits, torch.full((6, 300), -INF)), dim=1)  # several blocks
     previous = torch.zeros(6, 1, dtype=torch.int64)
     drawn = sample(logits, previous, params, torch.full((6,), 0.5, dtype=torch.float64))
-    assert drawn.tolist() == [NO_TOKEN, NO_TOKEN, 0, NO_TOKEN, NO_TOKEN, 2]
+    assert drawn.tolist() == [INVALID_TOKEN, INVALID_TOKEN, 0, INVALID_TOKEN, INVALID_TOKEN, 2]
 
 
 # Random streams

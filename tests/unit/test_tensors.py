@@ -14,7 +14,7 @@ from nemo_aligner.utils.tensors import (
     clear_memory,
     cpu_dict,
     deprecated_in_version,
-    garbage_of_this_context,
+    gc_frozen,
     masked_mean,
     masked_std,
     move_to_device_if_tensor,
@@ -153,7 +153,7 @@ def test_what_existed_before_the_context_is_not_looked_through():
     gc.disable()
     try:
         before = cycle()
-        with garbage_of_this_context():
+        with gc_frozen():
             within = cycle()
             clear_memory()
             assert within() is None and before() is not None

@@ -19,13 +19,13 @@ class PackedSequences:
 
     Attributes:
         lengths: tokens of each sequence, in order; on the host, which so never waits for the GPU to know them.
-        bounds: their cumulative sum behind a 0, int32 [Q + 1].
+        cu_seqlens: their cumulative sum behind a 0, int32 [Q + 1].
     """
 
     lengths: list[int]
-    bounds: torch.Tensor
+    cu_seqlens: torch.Tensor
 
-    # megatron-core looks rotary positions up sequence by sequence if it finds bounds here. They are in place already.
+    # megatron-core looks rotary positions up sequence by sequence if it finds lengths here. They are in place already.
     cu_seqlens_q = cu_seqlens_kv = None
 
     @classmethod
@@ -46,7 +46,7 @@ def packed_attention(
     are deterministic where `torch.use_deterministic_algorithms(True)` is set.
     """
     if dropout == 0 and varlen_attention.can_compute(query_TND):
-        return varlen_attention.causal(query_TND, key_TGD, value_TGD, sequences.bounds, max(sequences.lengths))
+        return varlen_attention.causal(query_TND, key_TGD, value_TGD, sequences.cu_seqlens, max(sequences.lengths))
     of_each = zip(*(_sequences(x, sequences.lengths) for x in (query_TND, key_TGD, value_TGD)), strict=True)
     options = {"dropout_p": dropout, "is_causal": True, "enable_gqa": query_TND.size(1) != key_TGD.size(1)}
     contexts = [scaled_dot_product_attention(*qkv, **options).transpose(1, 2) for qkv in of_each]
@@ -63,8 +63,8 @@ def packed_attention_and_gradient(
     """
     if varlen_attention.can_compute(query_TND):
         # without a second call of autograd, within the backward pass: for the host 7 % of a layer, by cProfile
-        bounds, longest = sequences.bounds, max(sequences.lengths)
-        return varlen_attention.causal_and_gradient(query_TND, key_TGD, value_TGD, bounds, longest)
+        cu_seqlens, longest = sequences.cu_seqlens, max(sequences.lengths)
+        return varlen_attention.causal_and_gradient(query_TND, key_TGD, value_TGD, cu_seqlens, longest)
     with torch.enable_grad():
         qkv = [x.detach().requires_grad_() for x in (query_TND, key_TGD, value_TGD)]
         context_TND = packed_attention(*qkv, sequences, dropout=0.0)

@@ -113,7 +113,7 @@ def _target_logprobs(
 ) -> torch.Tensor:
     if layer.sequence_parallel:
         hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)
-    hidden_RH = hidden_T1H.squeeze(1).index_select(0, pack.places_R)
+    hidden_RH = hidden_T1H.squeeze(1).index_select(0, pack.loss_positions_R)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight_VH.dtype
     with torch.autocast("cuda", enabled=False):
         return TargetLogprobs.apply(

@@ -13,7 +13,7 @@ import torch
 
 from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.utils.masks import trained_lengths
-from nemo_aligner.utils.tensors import sent
+from nemo_aligner.utils.tensors import to_device_async
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Pack:
     Attributes:
         tokens_1T, position_ids_1T: int64; positions count from 0 in every row.
         sequences: where the rows lie.
-        places_R: int64, the places in the pack that predict a token of the loss.
+        loss_positions_R: int64, the places in the pack that predict a token of the loss.
         targets_R: int64, those tokens.
         weights_R: float32, the mask's entries for them.
     """
@@ -31,19 +31,19 @@ class Pack:
     tokens_1T: torch.Tensor
     position_ids_1T: torch.Tensor
     sequences: PackedSequences
-    places_R: torch.Tensor
+    loss_positions_R: torch.Tensor
     targets_R: torch.Tensor
     weights_R: torch.Tensor
 
     def to(self, device: torch.device) -> "Pack":
         """The same on `device`; the host does not wait for the copies."""
         return Pack(
-            tokens_1T=sent(self.tokens_1T, device),
-            position_ids_1T=sent(self.position_ids_1T, device),
-            sequences=replace(self.sequences, bounds=sent(self.sequences.bounds, device)),
-            places_R=sent(self.places_R, device),
-            targets_R=sent(self.targets_R, device),
-            weights_R=sent(self.weights_R, device),
+            tokens_1T=to_device_async(self.tokens_1T, device),
+            position_ids_1T=to_device_async(self.position_ids_1T, device),
+            sequences=replace(self.sequences, cu_seqlens=to_device_async(self.sequences.cu_seqlens, device)),
+            loss_positions_R=to_device_async(self.loss_positions_R, device),
+            targets_R=to_device_async(self.targets_R, device),
+            weights_R=to_device_async(self.weights_R, device),
         )
 
 
@@ -132,12 +132,12 @@ def _join(rows: list[tuple[torch.Tensor, torch.Tensor, int]], width: int) -> Pac
     sequence_lengths = lengths + [num_behind] * (num_behind > 0)
     weights_T = torch.cat([mask[:length] for _, mask, length in rows] + [torch.zeros(num_behind)]).float()
     targets_T = torch.cat([tokens[1 : length + 1] for tokens, _, length in rows] + behind)
-    (places_R,) = (weights_T > 0).nonzero(as_tuple=True)
+    (loss_positions_R,) = (weights_T > 0).nonzero(as_tuple=True)
     return Pack(
         tokens_1T=torch.cat([tokens[:length] for tokens, _, length in rows] + behind).unsqueeze(0),
         position_ids_1T=torch.cat([torch.arange(length) for length in lengths] + behind).unsqueeze(0),
         sequences=PackedSequences.of(sequence_lengths),
-        places_R=places_R,
-        targets_R=targets_T[places_R],
-        weights_R=weights_T[places_R],
+        loss_positions_R=loss_positions_R,
+        targets_R=targets_T[loss_positions_R],
+        weights_R=weights_T[loss_positions_R],
     )

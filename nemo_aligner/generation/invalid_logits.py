@@ -1,10 +1,10 @@
 """What is drawn, and said, where there is no next token."""
 
 # In the place of a token where the largest logit is NaN or infinite.
-NO_TOKEN = -1
+INVALID_TOKEN = -1
 
 
-class NoTokenError(ArithmeticError):
+class InvalidLogitsError(ArithmeticError):
     """A row's next token could not be drawn, as its logits are NaN or infinite.
 
     Attributes:
