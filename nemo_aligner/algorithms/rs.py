@@ -6,7 +6,8 @@ replica trains on per RS step, S padded token width, P padded prompt width.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from nemo_aligner.utils.utils import cpu_dict
 MAX_TABLE_ROWS = 100
 # First number of the key from which the random stream of a phase is derived.
 TRAINING_STREAM, VALIDATION_STREAM = 0, 1
-# What ends a run on all ranks at the same place.
+# What ends a run, on all ranks at the same point.
 ENDS_OF_A_RUN = (RewardError, PromptError, StopRequested)
 
 
@@ -57,7 +58,7 @@ class RSTrainer:
 
     Attributes:
         step: RS steps done.
-        rs_optimization_step: optimizer steps done, those left out for want of anything to train on counted in.
+        rs_optimization_step: optimizer steps done, including those skipped because there was nothing to train on.
         consumed_samples: prompts consumed by the whole job.
     """
 
@@ -120,7 +121,7 @@ class RSTrainer:
         self.profile = StepProfile(cfg.get("profile", False), None if log_dir is None else log_dir / "profile")
         self.termination = TerminationWatch()
         self.step = self.rs_optimization_step = self.consumed_samples = self._saved_step = 0
-        self._num_steps_before = 0  # as many more are behind it, had all been of today's number of prompts
+        self._num_steps_before = 0  # prompts consumed, in steps of the present size, minus `step`
         columns = ["step", "prompt", "response", "reward"]
         self.train_df, self.val_df = pd.DataFrame(columns=columns), pd.DataFrame(columns=columns)
         self.num_prompts_per_step = train_dataloader.batch_sampler.global_batch_size
@@ -162,9 +163,9 @@ class RSTrainer:
 
         Raises:
             PromptError, RewardError: if prompts could not be read, or rewards not be had.
-            StopRequested: after SIGTERM, which is answered while rollouts are generated or scored, or behind the step's
-                training. A checkpoint is written before any of them is raised, and the next start begins with the
-                rollouts that were left.
+            StopRequested: after SIGTERM, which is answered while rollouts are generated or scored, or after the step's
+                training. A checkpoint is written before any of these is raised, and the next start resumes with the
+                rollouts at hand.
         """
         self._saved_step = self.step
         self.unscored.drop_later(self.step)
@@ -211,7 +212,7 @@ class RSTrainer:
             self.logger.finalize()
 
     def _catch_up(self) -> None:
-        """Finish what an earlier start left; validate before the first step if asked to."""
+        """Finish what an earlier start left undone; validate before the first step if configured."""
         if self.step > 0 and self.unscored.is_pending("val", self.step):
             self._finish_step({}, is_validation_pending=True)
         elif self.step >= self.max_steps > 0 and hasattr(self.ckpt_callback, "write_missing_archive"):
@@ -220,7 +221,7 @@ class RSTrainer:
             self.log_rollouts(self.run_validation(), "val")
 
     def _run_step(self, dataloader_iter: Iterator) -> tuple[str, bool]:
-        """One RS step: its summary in a line, and whether the run's time is up.
+        """Run one RS step; returns a one-line summary and whether the run's time is up.
 
         Every rank takes the same branches, since each of them holds a collective.
         """
@@ -231,17 +232,17 @@ class RSTrainer:
             rollout_data, train_metrics = self.generate_rollouts(dataloader_iter, num_microbatches)
         self.log_rollouts(train_metrics, "train")
         with self._traced("training"), self.timer("train_time"):
-            self.run_training(self._optimizer_batches(rollout_data))
+            loss, _ = self.run_training(self._optimizer_batches(rollout_data))
         self.step += 1
 
         run_time_exceeded = self.run_timer.is_finished()
         val_metrics = self._finish_step(train_metrics, run_time_exceeded)
-        return _summary(train_metrics, val_metrics), run_time_exceeded
+        return _summary(train_metrics, loss, val_metrics), run_time_exceeded
 
     def _finish_step(
         self, train_metrics: dict, run_time_exceeded: bool = False, is_validation_pending: bool = False
     ) -> dict[str, float]:
-        """Validate and save if that is due, log timings and phases; returns the metrics of the validation, if any."""
+        """Validate and save if due, log timings and phases; returns the validation's metrics, if any."""
         run_val, save_model, is_train_end = check_progress(
             self.step, self.max_steps, self.cfg.val_check_interval, self.cfg.save_interval, 1.0, run_time_exceeded
         )
@@ -305,6 +306,34 @@ class RSTrainer:
         """
         split = "val" if is_validation else "train"
         num_rollouts = 1 if is_validation else self.num_rollouts_per_prompt
+        batches, records = self._read_prompts(dataloader_iter, num_microbatches, split, num_rollouts)
+        stored = self.unscored.load(split, self.step, batches, num_rollouts)
+        microbatches: list[_Microbatch] = []
+        try:
+            self._generate(batches, records, stored, split, num_rollouts, into=microbatches)
+            self._score_and_select(microbatches, split)
+        except ENDS_OF_A_RUN as error:
+            not_reached = [rollouts for rollouts in stored[len(microbatches) :] if rollouts is not None]
+            where = self.unscored.save(split, self.step, [each.rollouts for each in microbatches] + not_reached)
+            raise type(error)(f"{error}{where}") from error
+        except BaseException:
+            for each in microbatches:
+                if each.kept is None:
+                    self._write(each, split)
+            raise
+        kept = [each.kept for each in microbatches]
+        metrics = self.compute_global_rollout_metrics([each.rollouts for each in microbatches])
+        if not is_validation:
+            metrics.update(selection_metrics(kept))
+        metrics["table"] = example({**kept[0], "records": records[0]}, self.model.tokenizer)
+        self.unscored.remove(split, self.step)
+        return kept, metrics
+
+    def _read_prompts(
+        self, dataloader_iter: Iterator, num_microbatches: int, split: str, num_rollouts: int
+    ) -> tuple[list[dict], list[list[dict]]]:
+        """Collated prompts of each micro-batch, and the records of its rollouts."""
+        is_validation = split == "val"
         dataset = (self.val_dataloader if is_validation else self.train_dataloader).dataset
         try:
             batches, records = read_prompts(dataloader_iter, num_microbatches, dataset, num_rollouts)
@@ -316,45 +345,48 @@ class RSTrainer:
             raise ValueError(f"the {'validation' if is_validation else 'training'} prompts make no micro-batch")
         if is_validation:
             batches = [without_stand_ins(batch) for batch in batches]
-        stored = self.unscored.load(split, self.step, batches, num_rollouts)
-        made, futures, kept = [], [], []
-        try:
-            prefetch = None if is_validation else partial(self._prefetch_optimizer_states, beside_rollouts=True)
-            done = stored_or_generated(self.model, batches, stored, num_rollouts, self._sync, prefetch, self.step)
-            done = _progress_bar(done, total=num_microbatches, desc=f"rollouts ({split})", leave=False)
-            with self.phases("rollout"):
-                for rollouts, its_records in zip(done, records, strict=True):
-                    with self.phases("score"):
-                        futures.append(request_rewards(self.rm, rollouts, its_records))
-                    made.append(rollouts)
-            if not is_validation:
-                self._prefetch_optimizer_states()  # while the last rollouts are scored
-            with self.phases("rollout"):
-                wait_on_all_ranks(self._sync)  # replicas that still generate do so, too
-            for rollouts, its_records, future in zip(made, records, futures, strict=True):
+        return batches, records
+
+    def _generate(
+        self,
+        batches: list[dict],
+        records: list[list[dict]],
+        stored: list[dict | None],
+        split: str,
+        num_rollouts: int,
+        into: list["_Microbatch"],
+    ) -> None:
+        """Generate the rollouts that are not `stored`, and request each micro-batch's rewards as soon as it is there.
+
+        What was generated before an error is in `into`.
+        """
+        prefetch = partial(self._prefetch_optimizer_states, beside_rollouts=True) if split == "train" else None
+        done = stored_or_generated(self.model, batches, stored, num_rollouts, self._sync, prefetch, self.step)
+        done = _progress_bar(done, total=len(batches), desc=f"rollouts ({split})", leave=False)
+        with self.phases("rollout"):
+            for rollouts, its_records in zip(done, records, strict=True):
+                into.append(_Microbatch(rollouts, its_records, is_new="rewards" not in rollouts))
                 with self.phases("score"):
-                    add_rewards_(rollouts, future, self._sync)
-                with self.phases("select"):
-                    kept.append(rollouts if is_validation else self._select(rollouts))
-                kept_rows = () if is_validation else kept[-1].pop("row").tolist()
-                if future is not None:  # else an earlier start wrote them
-                    self.rollout_log.write(split, self.step, {**rollouts, "records": its_records}, kept_rows)
-        except ENDS_OF_A_RUN as error:
-            not_reached = [rollouts for rollouts in stored[len(made) :] if rollouts is not None]
-            where = self.unscored.save(split, self.step, made + not_reached)
-            raise type(error)(f"{error}{where}") from error
-        except BaseException:
-            unwritten = zip(made[len(kept) :], records[len(kept) :], futures[len(kept) :], strict=False)
-            for rollouts, its_records, future in unwritten:
-                if future is not None:
-                    self.rollout_log.write(split, self.step, {**rollouts, "records": its_records})
-            raise
-        metrics = self.compute_global_rollout_metrics(made)
-        if not is_validation:
-            metrics.update(selection_metrics(kept))
-        metrics["table"] = example({**kept[0], "records": records[0]}, self.model.tokenizer)
-        self.unscored.remove(split, self.step)
-        return kept, metrics
+                    into[-1].future = request_rewards(self.rm, rollouts, its_records)
+
+    def _score_and_select(self, microbatches: list["_Microbatch"], split: str) -> None:
+        """Wait for the rewards of each micro-batch, and in training select its best rows."""
+        if split == "train":
+            self._prefetch_optimizer_states()  # while the last rollouts are scored
+        with self.phases("rollout"):
+            wait_on_all_ranks(self._sync)  # replicas that still generate do so, too
+        for each in microbatches:
+            with self.phases("score"):
+                add_rewards_(each.rollouts, each.future, self._sync)
+            with self.phases("select"):
+                each.kept = each.rollouts if split == "val" else self._select(each.rollouts)
+            self._write(each, split, () if split == "val" else each.kept.pop("row").tolist())
+
+    def _write(self, microbatch: "_Microbatch", split: str, kept_rows: Sequence[int] = ()) -> None:
+        """To the rollout log, unless an earlier start has."""
+        if microbatch.is_new:
+            rows = {**microbatch.rollouts, "records": microbatch.records}
+            self.rollout_log.write(split, self.step, rows, kept_rows)
 
     def _prefetch_optimizer_states(self, beside_rollouts: bool = False) -> None:
         with self.phases("load_state"):
@@ -394,7 +426,7 @@ class RSTrainer:
         return rollout_data, {}
 
     def _optimizer_batches(self, rollout_data: dict) -> Iterator[dict]:
-        """This replica's rows, in batches of gbs / DP rows, dealt out anew where it makes no difference to the loss.
+        """This replica's rows in batches of gbs / DP rows, balanced over replicas where the loss does not change.
 
         Raises:
             ValueError: if they are not G * K / DP.
@@ -414,8 +446,8 @@ class RSTrainer:
     def run_training(self, dataloader_iter: Iterator[dict]) -> tuple[float, dict]:
         """One optimizer step per batch; returns the last loss and its metrics.
 
-        A batch in which no replica has a token to train on costs nothing, changes neither weights nor learning rate,
-        and is logged with a loss and a gradient of 0.
+        A batch in which no replica has a token to train on is skipped: it changes neither weights nor learning rate and
+        is logged with a loss and a gradient norm of 0.
 
         Raises:
             ValueError: if there is no batch.
@@ -459,7 +491,10 @@ class RSTrainer:
         return loss, metrics, grad_norm
 
     def _skip_empty_batch(self) -> tuple[float, dict, float | None]:
-        """What `_optimize` would return of a batch without a token, had weight decay and momentum not moved weights."""
+        """The result of `_optimize` for a batch without a token to train on; the optimizer is not stepped.
+
+        A step would move the weights by momentum and weight decay.
+        """
         clips = self.cfg.gradient_clip_val is not None and self.cfg.gradient_clip_val > 0
         return 0.0, {"loss": 0.0}, 0.0 if clips else None
 
@@ -476,7 +511,7 @@ class RSTrainer:
     # What the parts of a step share
 
     def _sync(self, is_done: bool = True) -> bool:
-        """Whether all ranks are done; also where they answer SIGTERM and follow a save. Collective over the job."""
+        """Whether all ranks are done. Also answers SIGTERM and advances a background save. Collective over the job."""
         self._advance_save()
         return self.termination.sync(is_done)
 
@@ -486,7 +521,7 @@ class RSTrainer:
 
     @contextlib.contextmanager
     def _traced(self, half: str) -> Iterator[None]:
-        """Trace the body if it is to be; writing the trace counts in no other phase."""
+        """Trace the body if this step is profiled; the time to write the trace counts towards no other phase."""
         with self.phases("trace"), self.profile.trace(half, self.step + 1), self.phases(OTHER):
             yield
 
@@ -527,8 +562,8 @@ class RSTrainer:
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from saved counters, which must be the same on all ranks.
 
-        If `settings` of the run that saved them are among them, the place in the prompts is the one that was counted,
-        and that run may have taken another number of prompts a step.
+        With the `settings` of the run that saved them, the position in the prompts is exact, even if that run took
+        another number of prompts a step.
 
         Raises:
             ValueError: if ranks disagree.
@@ -548,7 +583,7 @@ class RSTrainer:
         self._report_other_step_size(state_dict, num_skipped)
 
     def _report_other_step_size(self, state_dict: dict, num_skipped: int) -> None:
-        """Say what a step size that does not fit the checkpoint's place in the prompts leads to."""
+        """Warn if the step size does not fit the checkpoint's position in the prompts."""
         key = f"model.rs.num_rollout_samples={self.num_prompts_per_step}"
         if self.epoch >= self.cfg.max_epochs and has_other_step_size(state_dict, self.num_prompts_per_step):
             logging.warning(
@@ -559,11 +594,30 @@ class RSTrainer:
             logging.warning(f"the checkpoint lies inside a step of {key}; {num_skipped} of its prompts are skipped")
 
 
+@dataclass
+class _Microbatch:
+    """Rollouts of one micro-batch on their way to rewards and a selection.
+
+    Attributes:
+        records: of each row; see `records_of`.
+        is_new: no earlier start has scored them and written them to the log.
+        future: of the rewards; None if they are there.
+        kept: the selected rows, in validation all; None before.
+    """
+
+    rollouts: dict
+    records: list[dict]
+    is_new: bool
+    future: object | None = None
+    kept: dict | None = None
+
+
 def _progress_bar(iterable=None, **kwargs) -> tqdm:
-    """A bar with the time left, on the first rank and on a terminal only."""
+    """A progress bar on the first rank, on a terminal only."""
     return tqdm(iterable, disable=None if torch.distributed.get_rank() == 0 else True, **kwargs)
 
 
-def _summary(train_metrics: dict, val_metrics: dict) -> str:
-    rewards = f"reward {train_metrics['global_rewards']:.3f}, kept {train_metrics['selected_rewards_mean']:.3f}"
-    return f"{rewards}, held out {val_metrics['global_rewards']:.3f}" if val_metrics else rewards
+def _summary(train_metrics: dict, loss: float, val_metrics: dict) -> str:
+    reward, kept = train_metrics["global_rewards"], train_metrics["selected_rewards_mean"]
+    summary = f"reward {reward:.3f}, kept {kept:.3f}, loss {loss:.4f}"
+    return f"{summary}, held out {val_metrics['global_rewards']:.3f}" if val_metrics else summary
