@@ -1,4 +1,4 @@
-"""Deals the rows of each global batch out to the replicas, so that none waits for another that has more tokens.
+"""Balances the rows of each global batch over the replicas, so that none waits for another that has more tokens.
 
 Legend: R rows of a replica in an RS step, W any width.
 """
@@ -17,16 +17,17 @@ def balance_over_replicas(
 ) -> dict[str, torch.Tensor]:
     """Exchange rows between the replicas; all ranks must call it, the ranks of a replica with the same rows.
 
-    The n-th `rows_per_batch` rows of all replicas are a global batch. It keeps its members, and each replica its number
-    of them; which replica has which changes, and their order. Two collectives: one for lengths, one for rows.
+    The n-th `rows_per_batch` rows of all replicas are a global batch. Its members, and the number of rows of each
+    replica, stay the same; which replica has which row, and their order, change. Two collectives: one for lengths, one
+    for rows.
 
     Args:
         columns: CPU tensors [R, W] or [R], `mask` [R, W] among them, R being the same on all replicas and a multiple of
             `rows_per_batch`.
-        pad_value: where replicas differ in W, rows of whole numbers are padded on the right with it, others with 0.
+        pad_value: where replicas differ in W, integer rows are padded with it on the right, others with 0.
 
     Returns:
-        CPU tensors of the same shapes, but for W, and dtypes.
+        CPU tensors of the same dtypes and, except for W, shapes.
     """
     group = parallel_state.get_data_parallel_group()
     num_replicas, replica = group.size(), group.rank()
@@ -112,7 +113,7 @@ def _best_swap(lengths: list[int], fuller: list[int], emptier: list[int], gap: i
 
 
 def _as_bytes(columns: dict[str, torch.Tensor]) -> torch.Tensor:
-    """uint8 [R, W]: the memory of each row's entries, one column behind the other."""
+    """uint8 [R, W]: the bytes of each row's entries, columns concatenated."""
     return torch.cat([column.contiguous().view(torch.uint8) for column in columns.values()], dim=1)
 
 

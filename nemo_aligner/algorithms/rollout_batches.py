@@ -1,4 +1,4 @@
-"""Rollout micro-batches: prompts, repeated and answered, and what scoring and selection want to know of each row.
+"""Rollout micro-batches: prompts, each repeated for its rollouts, and the columns that scoring and selection need.
 
 Legend: B prompts of a micro-batch, N rollouts per prompt.
 """
@@ -17,7 +17,7 @@ from nemo_aligner.utils.text_generation_utils import has_content
 def read_prompts(
     dataloader_iter: Iterator[dict], num_microbatches: int, dataset, num_rollouts: int
 ) -> tuple[list[dict], list[list[dict]]]:
-    """Collated prompts of so many micro-batches, or of as many as there are, and the `records_of` their rollouts.
+    """Read the collated prompts of `num_microbatches`, or of as many as are left, and the `records_of` their rollouts.
 
     Raises:
         PromptError: on every rank of the job, if one of them could not read its prompts.
@@ -42,18 +42,18 @@ def stored_or_generated(
     on_last_rows: Callable[[], object] | None,
     step: int,
 ) -> Iterator[dict]:
-    """The rollouts of each micro-batch, as soon as they exist: the stored ones, or else new ones.
+    """Yield each micro-batch's rollouts as soon as they are there: stored ones, or else newly generated ones.
 
-    The ranks synchronize before each, and also while it is generated, some replicas more often than others.
+    The ranks synchronize before each micro-batch, and also while it is generated, some replicas more often than others.
 
     Args:
         model: the policy; see `infer_each`.
         batches: collated prompts, as the dataloader gives them.
-        stored: for each batch what `UnscoredRollouts` had of it, or None.
+        stored: for each batch its rollouts from `UnscoredRollouts`, or None.
         num_rollouts: N.
-        sync: called with False, as this rank is not done; collective over the job, and what it raises ends all of this.
+        sync: called with False, as this rank is not done; collective over the job. What it raises ends the generation.
         on_last_rows: see `infer_each`.
-        step: that an error names.
+        step: named in error messages.
 
     Yields:
         Tensors with B * N rows, N neighbouring ones for each prompt, on the model's device: what `infer`
@@ -74,7 +74,7 @@ def stored_or_generated(
 
 
 def without_stand_ins(batch: dict) -> dict:
-    """The batch with those rows as padding whose prompt stands in for another: it has a row of its own.
+    """Mark stand-in rows as padding: the prompt that they repeat has a row of its own.
 
     Args:
         batch: collated prompts; where known `loss_multiplier` bool [B], False for stand-ins, and `is_padding` bool [B].
@@ -86,15 +86,15 @@ def without_stand_ins(batch: dict) -> dict:
 
 
 def _generate(model, batches: list[dict], num_rollouts: int, **hooks: Callable[[], object] | None) -> Iterator[dict]:
-    """The model gets all batches at once, so that rows of one take the place of those of an earlier one that end."""
+    """Generate for all batches in one call, so that rows of one can take the cache slots of an earlier one's."""
     repeated = [_repeated(batch, num_rollouts) for batch in batches]
     for batch, output in zip(repeated, model.infer_each(repeated, **hooks), strict=True):
         yield _with_inputs(output, batch, num_rollouts, model.tokenizer, model._sampling_params["end_strings"])
 
 
 def _repeated(batch: dict, num_rollouts: int) -> dict:
-    """The batch with `num_rollouts` neighbouring rows for each of its own, and an id for each that is the same in any
-    batch.
+    """The batch with `num_rollouts` neighbouring rows for each of its own, and a `rollout_id` that identifies each row
+    whatever batch it is in.
     """
     repeated = {
         key: value.repeat_interleave(num_rollouts, dim=0)
@@ -113,7 +113,7 @@ def _rollout_ids(prompt_index: torch.Tensor, num_rollouts: int) -> torch.Tensor:
 
 
 def _with_inputs(output: dict, repeated: dict, num_rollouts: int, tokenizer, end_strings) -> dict:
-    """What was generated, with what scoring and selection want to know of its prompts."""
+    """The generated rollouts with the columns of their prompts that scoring and selection need."""
     device = output["response_tokens"].device
     num_rows = repeated["length"].size(0)
     rows = {

@@ -1,4 +1,4 @@
-"""Rewards of rollouts: asked for while the next ones are generated, and awaited by all ranks together."""
+"""Rewards of rollouts: requested while the next ones are generated, then awaited by all ranks together."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ SYNC_INTERVAL_S = 5.0
 
 
 def request_rewards(rm, rollouts: dict, records: list[dict]):
-    """The future of a micro-batch's rewards, or None if it has them from an earlier start.
+    """Request a micro-batch's rewards; returns their future, or None if an earlier start left them.
 
     Args:
         records: of each row; see `records_of`.
@@ -22,10 +22,10 @@ def request_rewards(rm, rollouts: dict, records: list[dict]):
 
 
 def add_rewards_(rollouts: dict, future, sync: Callable[[bool], bool]) -> None:
-    """Wait for a micro-batch's `rewards` [rows], and its parts if it is a sum; without a future it has them.
+    """Wait for a micro-batch's `rewards` [rows], with the parts of a weighted sum, and add them to `rollouts`.
 
-    Rows without a reward are no longer fit for training. Collective over the job, so that a replica may have scored
-    rollouts of an earlier start where another has none.
+    Rows without a reward are no longer fit for training. Collective over the job also without a future: one replica may
+    have scored rollouts from an earlier start where another has none.
 
     Args:
         sync: see `wait_on_all_ranks`.
@@ -44,9 +44,9 @@ def add_rewards_(rollouts: dict, future, sync: Callable[[bool], bool]) -> None:
 
 
 def wait_on_all_ranks(sync: Callable[[bool], bool], future=None) -> None:
-    """Return when every replica has its reward, or the failure. Futures of foreign kinds wait in `result()`.
+    """Return when every replica has its reward, or the failure. Futures without a `wait` method block in `result()`.
 
-    Without a future: when every replica has come here, however often it has synchronized on the way.
+    Without a future: return when every replica has come here, however often it has synchronized on the way.
 
     Args:
         sync: takes whether this rank is done, and returns whether all are. Collective over the job.

@@ -56,12 +56,12 @@ def optimizer_batches(
 
     Args:
         num_rows: how many they must be.
-        balance: first let the replicas exchange rows of each global batch, so that all of them have as many tokens to
+        balance: first exchange rows of each global batch between the replicas, so that all have about as many tokens to
             train on. Collective over the job then.
-        pad_id: with what tokens are padded when replicas of different widths exchange rows.
+        pad_id: pads tokens where replicas of different widths exchange rows.
 
     Raises:
-        ValueError: if they are not `num_rows`. Replicas with other numbers of batches would wait for each other.
+        ValueError: if there are not `num_rows`. Replicas with different numbers of batches would deadlock.
     """
     if len(rows["mask"]) != num_rows:
         raise ValueError(
