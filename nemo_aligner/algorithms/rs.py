@@ -111,7 +111,7 @@ class RSTrainer:
             "data_parallel_size": parallel_state.get_data_parallel_world_size(),
             "reward": getattr(rm, "description", None),
             "model.seed": model.cfg.get("seed"),
-            "pretrained_checkpoint.restore_from_path": model.restored_from,
+            "pretrained_checkpoint.restore_from_path": getattr(model, "restored_from", None),
             "model.peft.restore_from_path": OmegaConf.select(model.cfg, "peft.restore_from_path"),
         }
         self.unscored = UnscoredRollouts(rollout_dir, rank, made_with)
@@ -547,7 +547,8 @@ class RSTrainer:
             torch.cuda.synchronize()
             torch.distributed.barrier()
             counters = {key: torch.tensor(value, dtype=torch.int64) for key, value in self.state_dict().items()}
-            self.ckpt_callback.custom_save({**(extra_candidates or {}), **counters}, is_train_end=is_train_end)
+            candidates = {**(extra_candidates or {}), **counters}
+            self.ckpt_callback.custom_save(monitor_candidates=candidates, is_train_end=is_train_end)
             self.model.finish_training()
         self._saved_step = self.step
 

@@ -69,13 +69,14 @@ def serve(
             server = Triton(config=endpoint)
             server._triton_server_config["reuse-http-port"] = "true"  # TritonConfig has no field for it
             with server as triton:
-                triton.bind(
-                    model_name=model_name,
-                    infer_func=lambda requests: [_as_outputs(each) for each in answer([dict(r) for r in requests])],
-                    inputs=inputs,
-                    outputs=outputs,
-                    config=ModelConfig(max_batch_size=MAX_BATCH, batcher=batcher),
-                )
+                with _requests_apart():
+                    triton.bind(
+                        model_name=model_name,
+                        infer_func=lambda requests: [_as_outputs(each) for each in answer([dict(r) for r in requests])],
+                        inputs=inputs,
+                        outputs=outputs,
+                        config=ModelConfig(max_batch_size=MAX_BATCH, batcher=batcher),
+                    )
                 with gate.running(triton_port):
                     logging.info(f"serving {model_name!r} at http://{address}:{port}")
                     triton.serve()
@@ -150,7 +151,17 @@ class _ModelOfSeparateRequests(Model):
         return {**config, "input": [{**tensor, "allow_ragged_batch": True} for tensor in config["input"]]}
 
 
-pytriton.triton.Model = _ModelOfSeparateRequests
+@contextmanager
+def _requests_apart():
+    """Within the context PyTriton binds models whose requests keep their widths and are answered each by itself.
+
+    Models of a process's own, which it may bind elsewhere, stay as PyTriton makes them.
+    """
+    before, pytriton.triton.Model = pytriton.triton.Model, _ModelOfSeparateRequests
+    try:
+        yield
+    finally:
+        pytriton.triton.Model = before
 
 
 def _as_outputs(answer: Request | Exception) -> Request:

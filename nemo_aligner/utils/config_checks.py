@@ -53,6 +53,8 @@ SAMPLING_KEYS = {
 OPTIMIZERS_OF_MEGATRON = ("fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
 CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
 REQUIRED_SECTIONS = ("trainer", "trainer.rs", "model.rs", "model.rs.sampling_params", "model.rs.length_params")
+# In which subclasses and scripts may have keys of their own.
+OPEN_SECTIONS = ("trainer.rs", "model.rs")
 # Looked into by NeMo: (section, whether null stands for one without keys).
 SECTIONS_OF_NEMO = (
     ("exp_manager", False), ("exp_manager.checkpoint_callback_params", False), ("model.data", False),
@@ -135,10 +137,13 @@ def _check_keys(cfg: DictConfig) -> None:
         settings = OmegaConf.select(cfg, section)
         if not OmegaConf.is_dict(settings) and (settings is not None or section in REQUIRED_SECTIONS):
             raise ConfigError(f"{section}={settings!r} must be a section with keys, of {', '.join(sorted(known))}")
+        is_open = section in OPEN_SECTIONS
         for key in settings or ():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            if key in known:
+                continue
+            for near in difflib.get_close_matches(key, known, n=1, cutoff=0.8 if is_open else 0.0):
                 raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
+            logging.warning(f"{section}.{key} is not a key of this library: it is left to code of your own")
     for key in set(cfg) - TOP_LEVEL_KEYS:  # scripts may have sections of their own
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.8)
         if near and near[0] not in cfg:

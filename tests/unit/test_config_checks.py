@@ -258,6 +258,14 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(files, section, key, 
     assert message == f"{section}.{key} is not a known key; did you mean {section}.{nearest}?"
 
 
+def test_keys_of_a_subclass_are_warned_of(files, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda line, **_: lines.append(line))
+    check_rs_config(config("+model.rs.entropy_bonus=0.1", "+trainer.rs.wandb_tags=[a]"))
+    said = [line.split(" is not a key of this library")[0] for line in lines if "not a key of this library" in line]
+    assert said == ["trainer.rs.wandb_tags", "model.rs.entropy_bonus"]
+
+
 @pytest.mark.parametrize(
     "overrides, parts",
     [

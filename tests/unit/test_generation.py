@@ -10,6 +10,7 @@ from nemo.collections.nlp.modules.common.text_generation_utils import get_defaul
 from nemo_aligner.generation import decode, rollouts, sampling
 from nemo_aligner.generation.engine import Engine
 from nemo_aligner.generation.lane import Lane
+from nemo_aligner.models.nlp.gpt.megatron_gpt_rs_actor import MegatronGPTRSModel
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 from tests.tiny import load_actor, prompt_batch
 
@@ -397,6 +398,23 @@ def test_options_without_meaning_for_rollouts_are_harmless(configured):
     batch = prompt_batch(RAGGED, configured().tokenizer.eos_id, 6)
     plain = responses_of(configured(max_length=6).infer(batch))
     assert responses_of(configured(compute_logprob=True, all_probs=True, add_BOS=True).infer(batch)) == plain
+
+
+def test_an_infer_of_ones_own_need_not_say_which_rows_have_ended(configured, monkeypatch):
+    actor = configured(max_length=6)
+    batch = prompt_batch(RAGGED, actor.tokenizer.eos_id, 6)
+    expected = actor.infer(batch)
+    expected["response_tokens"][0, expected["response_lengths"][0] - 1] = actor.tokenizer.eos_id
+
+    class WithItsOwnWay(MegatronGPTRSModel):
+        def infer(self, inference_batch):
+            return {key: value.clone() for key, value in expected.items() if key != "is_end"}
+
+    monkeypatch.setattr(actor, "__class__", WithItsOwnWay)
+    (rollouts,) = actor.infer_each([batch])
+    last_tokens = expected["response_tokens"].gather(1, expected["response_lengths"][:, None] - 1).squeeze(1)
+    assert torch.equal(rollouts["is_end"], last_tokens == actor.tokenizer.eos_id)
+    assert rollouts["is_end"][0] and not rollouts["is_end"].all()
 
 
 # What is left behind

@@ -227,7 +227,7 @@ def test_stages_send_what_the_next_one_expects(actor, monkeypatch):
     sent = []
     monkeypatch.setattr(stages.distributed, "P2POp", lambda _, tensor, *where: sent.append(tensor.dtype))
     monkeypatch.setattr(stages.distributed, "batch_isend_irecv", lambda messages: [])
-    assert stages.Pipeline([actor.model]).pass_on(hidden, received_shape=None) is None
+    assert stages.Pipeline([actor.model]).send_recv(hidden, received_shape=None) is None
     assert [output.dtype, *sent] == [torch.bfloat16] * 2
 
     batch = make_batch(ROWS)

@@ -268,17 +268,18 @@ def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives
     monkeypatch.setattr(megatron_gpt_rs_actor, "packed_forward", None)
 
     class WithItsOwnWay(MegatronGPTRSModel):
-        def get_actor_forward_output_and_loss_func(self, *args):
-            return super().get_actor_forward_output_and_loss_func(*args)
+        def get_actor_forward_output_and_loss_func(self):
+            return super().get_actor_forward_output_and_loss_func()
 
+    padded = padded_step(llama, batch, 4)
     monkeypatch.setattr(llama, "__class__", WithItsOwnWay)
-    training_step(llama, batch, 4)
-    training_step(llama, batch, 4)
+    for _ in range(2):  # normalized over the global batch
+        assert_same(training_step(llama, batch, 4), padded, rel=1e-7)
     monkeypatch.setattr(llama, "__class__", MegatronGPTRSModel)
     (line,) = log_lines
     assert "WithItsOwnWay.get_actor_forward_output_and_loss_func" in line and "padded" in line
     with monkeypatch.context() as patch:
-        patch.setattr(llama, "get_actor_forward_output_and_loss_func", lambda *args: None, raising=False)
+        patch.setattr(llama, "get_actor_forward_output_and_loss_func", lambda: None, raising=False)
         assert "get_actor_forward_output_and_loss_func" in llama._why_not_packed()
     assert llama._why_not_packed() is None
     for name, value, reason in (

@@ -42,6 +42,10 @@ from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors
+from nemo_aligner.utils.text_generation_utils import (
+    TrackLengthGPTModelTextGenerationStrategy,
+    verify_is_valid_and_clamp_range_,
+)
 from nemo_aligner.utils.train_utils import (
     finish_param_sync,
     grad_reductions,
@@ -78,6 +82,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._inference_mode = InferenceMode(self)
         self._rollout_generator = RolloutGenerator(self, GenerationSettings(**(cfg.rs.get("generation") or {})))
         self._training = TrainingSettings(**(cfg.rs.get("training") or {}))
+        # response tokens of the global batch, and this replica's micro-batches, for the step that is being made
+        self._counts_of_batch: tuple[torch.Tensor | None, int] = (None, 1)
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
         self.rs_settings: dict | None = None  # those that decide what the run does, set by `init_using_ptl`
@@ -198,7 +204,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         else:
             parts = zip(*(batch[key].chunk(num_microbatches) for key in ("response_tokens", "mask")), strict=True)
             microbatches = [{"response_tokens": tokens, "mask": mask} for tokens, mask in parts]
-            step = self.get_actor_forward_output_and_loss_func(num_loss_tokens, num_microbatches)
+            self._counts_of_batch = num_loss_tokens, num_microbatches
+            step = self.get_actor_forward_output_and_loss_func()
+            self._counts_of_batch = None, 1
             rows = self.cfg.micro_batch_size
         # Backward in this thread. Handing over to autograd's thread for the GPU and back, again and again, the host of
         # an H100 took 0.17 to 0.20 s (medians) to launch what it launches in 0.14 s by itself (torch 2.11).
@@ -291,18 +299,14 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         return forward_output_and_loss_func
 
-    def get_actor_forward_output_and_loss_func(
-        self, num_loss_tokens: torch.Tensor | None = None, num_microbatches: int = 1
-    ) -> Callable:
+    def get_actor_forward_output_and_loss_func(self) -> Callable:
         """The pipeline step `f(data_iterator, model) -> (output, loss_func)` over one micro-batch.
 
-        The output is vocab-parallel logits [mbs, S, V/TP] on the last stage, hidden states on the others.
-
-        Args:
-            num_loss_tokens: response tokens in the whole global batch; None stands for those of the micro-batch itself,
-                summed over the data-parallel group.
-            num_microbatches: the micro-batches of this replica, by which the schedule divides.
+        The output is vocab-parallel logits [mbs, S, V/TP] on the last stage, hidden states on the others. Called by
+        `get_loss_and_metrics`, the loss is normalized over the whole global batch; called by others, over the
+        micro-batch, summed over the data-parallel group.
         """
+        num_loss_tokens, num_microbatches = self._counts_of_batch
 
         def forward_output_and_loss_func(data_iterator: Iterator[dict], model):
             batch = self._stage_inputs(next(data_iterator))
@@ -472,9 +476,22 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         `on_last_rows` is called at most once, by the engine, when half of the rows that it has room for are left.
         """
         if type(self).infer is not MegatronGPTRSModel.infer:  # a subclass has its own way
-            return map(self.infer, inference_batches)
+            return (self._with_ends(self.infer(batch)) for batch in inference_batches)
         prompt_batches = [self._prompt_batch(batch) for batch in inference_batches]
         return self._rollout_generator.rollouts(prompt_batches, check, on_last_rows)
+
+    def _with_ends(self, rollouts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The rollouts of a subclass's `infer`, with `is_end` by their last tokens if it does not say."""
+        if "is_end" in rollouts:
+            return rollouts
+        strategy = TrackLengthGPTModelTextGenerationStrategy(
+            self, rollouts["prompt_lengths"], self._length_params["max_length"], self._length_params["min_length"]
+        )
+        is_end = verify_is_valid_and_clamp_range_(
+            rollouts["response_tokens"], rollouts["response_lengths"], strategy, self.tokenizer,
+            self._sampling_params["end_strings"],
+        )  # fmt: skip
+        return {**rollouts, "is_end": is_end}
 
     def _prompt_batch(self, inference_batch: dict) -> PromptBatch:
         max_length = self._length_params["max_length"]
