@@ -171,7 +171,7 @@ class RolloutGenerator:
         prompt_lengths_B = torch.tensor([len(row.prompt) for row in rows])
         lengths_B = prompt_lengths_B + torch.tensor([len(row.generated) for row in rows])
         shape = (len(rows), int(lengths_B.max()))
-        tokens_BS = np.full(shape, self._model.tokenizer.eos_id, np.int64)  # converts lists far faster than torch
+        tokens_BS = np.full(shape, self._model.tokenizer.eos_id, np.int64)  # numpy converts lists far faster than torch
         for tokens, row in zip(tokens_BS, rows, strict=True):
             tokens[: len(row.prompt) + len(row.generated)] = row.prompt + row.generated
         result = {

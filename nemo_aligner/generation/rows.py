@@ -165,7 +165,7 @@ class DeviceRows:
         is_done_B |= self.is_end_V[sampled_B.clamp(min=0)] | (num_generated_B >= self.decoding.max_length)
 
     def seen(self, num_rows: int, num_steps: int) -> torch.Tensor:
-        """Position, whether it is invalid, and the last `num_steps` tokens of each of the first rows, int64 [B, 2 + K]."""
+        """Position, is_invalid and the last `num_steps` tokens of each of the first rows, int64 [B, 2 + K]."""
         if self.position_R.is_cuda:
             from nemo_aligner.generation import triton_sampling
 
