@@ -19,8 +19,8 @@ lane's turn, one tick after the previous stage:
 All stages plan the same turns in the same order. At the start of a tick each sends the outputs of its previous tick, in
 one batch of sends and receives; at the end the last stage broadcasts the tokens it sampled. The order is the same on
 all ranks, as in `stages`. Every stage then yields the rows that finished in the turn the last stage has just run: the
-same rows in the same tick on all ranks, with no communication pending, so the consumer may run a collective over all of
-them.
+same rows in the same tick on all ranks, with no rank waiting for another, so the consumer may run a collective over all
+of them.
 """
 
 from collections import deque

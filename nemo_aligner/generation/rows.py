@@ -22,7 +22,7 @@ class Decoding:
     Attributes:
         max_length, min_length: maximum number of tokens a row generates, and the number before it may end.
         end_ids: tokens that end a row by themselves.
-        num_tokens: ids from here on are vocabulary padding and are never sampled.
+        num_tokens: ids from here on have no token and are never sampled.
     """
 
     sampling: SamplingParams

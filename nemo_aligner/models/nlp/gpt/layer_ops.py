@@ -3,7 +3,7 @@
 On a GPU each is one kernel of `layer_kernels`, which reads and writes every matrix once; elsewhere, and for activations
 without a kernel, torch's own functions are used.
 
-The gradients of biases and norm parameters are column sums of matrices [T, C] that pass through here. The kernel that
+The gradients of biases and norm parameters are column sums of matrices [T, C] that pass through here. The function that
 processes such a matrix writes partial sums [Z, C] to the buffer provided by `ColumnSums`, which adds up all of a
 layer's at once. The order of summation depends only on the GPU model.
 

@@ -538,7 +538,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
                 self._optimizer_offload.start_onload()
 
     def onload_adam_states(self) -> None:
-        """Bring offloaded optimizer states back to the device, and wait for them."""
+        """Bring offloaded optimizer states back to the device."""
         if self.distributed_adam_offload_manager is not None:
             self.distributed_adam_offload_manager.__exit__(None, None, None)
             self.distributed_adam_offload_manager = None
