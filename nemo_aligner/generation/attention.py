@@ -1,10 +1,10 @@
-"""Attention of prompts to themselves, and of each row's newest token to its cache.
+"""Prefill attention of packed prompts, and decode attention of each row's newest token to its KV cache.
 
-Both take the output of a layer's fused projection, whose columns are, group by group, the query heads, the key head and
-the value head; both turn queries and keys by their positions and put keys and values into a cache.
+Both take the output of a layer's fused QKV projection, whose columns are, group by group, the query heads, the key head
+and the value head; both apply RoPE to queries and keys and write keys and values to a cache.
 
-Legend: M tokens side by side, B rows, G key/value groups of this rank, Q query heads per group, T positions that a row
-has room for, t of them looked at, D channels per head; of M tokens of prompts, U are not padding.
+Legend: M tokens, B rows, G key/value groups of this rank, Q query heads per group, T positions per row, t of them
+attended to, D channels per head; of M prompt tokens, U are not padding.
 """
 
 from dataclasses import replace
@@ -19,9 +19,9 @@ from nemo_aligner.utils.tensors import to_device_async
 
 
 class RotaryTable:
-    """Cosine and signed sine of every position's angles, [T, rotated channels], in the model's dtype; or nothing.
+    """Cosine and signed sine of each position's angles, [T, rotated channels], in the model's dtype; None without RoPE.
 
-    The first half of a head's channels is turned against the second; the sign of the first half's sine is in the table.
+    The first half of a head's rotated channels is paired with the second; the sine of the first half is negated.
     """
 
     def __init__(self, weights: Weights, capacity: int):
@@ -43,14 +43,14 @@ class RotaryTable:
 
 
 class PrefillAttention:
-    """Causal attention of packed prompts, each to itself; its keys and values go to rows 0, 1, ... of `cache`.
+    """Causal attention of packed prompts, each to itself; keys and values are written to rows 0, 1, ... of `cache`.
 
     Args:
-        lengths: of the prompts that are packed one behind the other; not all are 0.
-        num_padding: tokens behind them, which attend to each other and go nowhere.
+        lengths: lengths of the packed prompts; not all are 0.
+        num_padding: tokens after them, which attend to each other and are not cached.
 
     Attributes:
-        position_M: int64, each token's place in its prompt; of padding 0.
+        position_M: int64, each token's position in its prompt; 0 for padding.
     """
 
     def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int], num_padding: int):
@@ -69,7 +69,7 @@ class PrefillAttention:
         return packed_attention(*qkv, self.sequences, dropout=0.0).flatten(1)
 
     def _rope_and_cache(self, qkv_MX, keys_RGTD, values_RGTD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [M, N, D], keys and values [M, G, D], of which the last two are in the cache then."""
+        """Queries [M, N, D], keys and values [M, G, D]; keys and values are also written to the cache."""
         query_MND, key_MGD, value_MGD = _split(qkv_MX, self.weights, self.angles)
         num_placed = len(self.row_U)
         for cached_RGTD, new_MGD in ((keys_RGTD, key_MGD), (values_RGTD, value_MGD)):
@@ -78,13 +78,13 @@ class PrefillAttention:
 
 
 class FusedPrefillAttention(PrefillAttention):
-    """`PrefillAttention` with one kernel between the projection and the attention itself."""
+    """`PrefillAttention` with RoPE and cache writes in one kernel."""
 
     def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, lengths: list[int], num_padding: int):
         super().__init__(weights, rotary, cache, lengths, num_padding)
         self.tables = rotary.tables
         num_heads = weights.num_groups * weights.heads_per_group
-        # padding stays 0 from layer to layer
+        # the kernel leaves padding at 0 in all layers
         self.query_MND, self.key_MGD = (
             torch.zeros(len(self.position_M), heads, weights.head_dim, dtype=weights.dtype, device=weights.device)
             for heads in (num_heads, weights.num_groups)
@@ -100,11 +100,11 @@ class FusedPrefillAttention(PrefillAttention):
 
 
 class DecodeAttention:
-    """Attention of one new token of each of the first B rows of `cache`, at a position of its own.
+    """Attention of one new token of each of the first B rows of `cache`, each at its own position.
 
     Args:
-        positions_B: int64 [B], the newest token's; what is in front of it is filled.
-        max_context: no row's position is at or beyond it.
+        positions_B: int64 [B], positions of the newest tokens; all earlier positions are filled.
+        max_context: exclusive upper bound of the positions.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class DecodeAttention:
 
 
 class FusedDecodeAttention:
-    """`DecodeAttention` in one kernel, which reads what is filled and no more: it needs no bound from the host."""
+    """`DecodeAttention` in one kernel, which reads filled positions only and so needs no bound from the host."""
 
     def __init__(self, weights: Weights, rotary: RotaryTable, cache: KVCache, positions_B: torch.Tensor):
         self.weights, self.rotary, self.cache, self.positions_B = weights, rotary, cache, positions_B
@@ -150,7 +150,7 @@ class FusedDecodeAttention:
 
 
 def _split(qkv_MX: torch.Tensor, weights: Weights, angles) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [M, G * Q, D] and keys [M, G, D], turned by their positions, and values [M, G, D]."""
+    """Queries [M, G * Q, D] and keys [M, G, D] with RoPE applied, and values [M, G, D]."""
     heads_MGKD = _heads(qkv_MX, weights)
     query_MND = heads_MGKD[:, :, :-2].flatten(1, 2)
     key_MGD, value_MGD = heads_MGKD[:, :, -2], heads_MGKD[:, :, -1]

@@ -1,4 +1,4 @@
-"""A decoding step as CUDA graphs, one for each number of rows: a launch instead of a few hundred."""
+"""CUDA graphs of the decode step, one for each number of rows: one launch instead of a few hundred."""
 
 import contextlib
 import weakref
@@ -11,16 +11,16 @@ _all: weakref.WeakSet["StepGraphs"] = weakref.WeakSet()
 
 
 def pools_in_use() -> set[tuple[int, int]]:
-    """The memory pools that captured graphs hold, by torch's numbers."""
+    """The ids of the memory pools held by captured graphs."""
     return {graphs._pool for graphs in _all if graphs._pool is not None}
 
 
 class StepGraphs:
-    """Runs `step(num_rows)`: eagerly the first time, which also compiles what it needs, then as a captured graph.
+    """Runs `step(num_rows)`: eagerly the first time, which also compiles its kernels, then as a captured graph.
 
-    `step` reads and writes memory that stays where it is and takes nothing from the host. Whoever moves that memory
-    begins with a new object: `reads` are the addresses that the graphs hold, and `are_valid_for` compares. What was
-    compiled is still there then: `warm` are the numbers of rows for which it was, and is added to.
+    `step` must work on memory at fixed addresses and take nothing from the host. If that memory moves, a new object is
+    needed: `reads` identifies the memory that the graphs have captured, and `are_valid_for` compares it. Compiled
+    kernels outlive the object: `warm` holds the row counts that have them, and is updated in place.
     """
 
     def __init__(self, step: Callable[[int], None], reads: tuple, warm: set[int]):
@@ -31,7 +31,7 @@ class StepGraphs:
         _all.add(self)
 
     def are_valid_for(self, reads: tuple) -> bool:
-        """Not so where something could not be captured: there may have been no memory, and is now."""
+        """Whether the graphs captured `reads`; False after a failed capture, as memory may suffice now."""
         return reads == self._reads and not self._is_refused
 
     def run(self, num_rows: int) -> None:
@@ -46,14 +46,14 @@ class StepGraphs:
     def _capture(self, num_rows: int) -> None:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # torch.cuda.graph would collect garbage and empty the cache before each of them
+        # not torch.cuda.graph, which collects garbage and empties the cache before each capture
         with torch.cuda.stream(stream):
             graph.capture_begin(*(() if self._pool is None else (self._pool,)), capture_error_mode="thread_local")
             try:
                 self._step(num_rows)
                 graph.capture_end()
             except RuntimeError as error:
-                with contextlib.suppress(RuntimeError):  # what has failed cannot be ended in order
+                with contextlib.suppress(RuntimeError):  # ending a failed capture raises as well
                     graph.capture_end()
                 self._is_refused = True
                 message = f"rollouts: no CUDA graphs, steps are launched one kernel at a time: {error}"
@@ -67,7 +67,7 @@ class StepGraphs:
 def graph_size(num_rows: int) -> int:
     """The number of rows that a step is captured for, at least `num_rows`.
 
-    Few sizes, as a capture takes as long as several steps, and rows too many cost little: they have no positions to
-    attend to, and the products with few rows take the time in which the weights are read.
+    There are few sizes, as a capture takes as long as several steps and padding rows cost little: they have no
+    positions to attend to, and GEMMs with few rows take as long as reading the weights.
     """
     return 1 << (num_rows - 1).bit_length() if num_rows <= 64 else -(-num_rows // 64) * 64

@@ -1,10 +1,10 @@
-"""Generate responses token by token with megatron-core's key/value cache, through all pipeline stages.
+"""Generate responses token by token with megatron-core's KV cache, through all pipeline stages.
 
-Legend: B rows, dealt into groups of R, one for each pipeline stage; P longest prompt, W = P + max_length columns, both
-of a group or of all rows; L tokens that a row may generate; t the position that a group is deciding, S positions in
-front of it that the cache lacks, V vocabulary. Rows are right-padded. A group starts behind its shortest prompt: at
-position t a row whose prompt is longer copies its prompt token, the others draw one (as NeMo's `generate` does, whose
-tokens these are, in greedy decoding exactly). What a row draws does not depend on its group.
+Legend: B rows, split into groups of R, one for each pipeline stage; P longest prompt, W = P + max_length columns, both
+of a group or of all rows; L maximum number of generated tokens; t the position that a group samples next, S positions
+before it that are not in the cache yet; V vocabulary. Rows are right-padded. A group starts after its shortest prompt:
+at position t a row with a longer prompt copies its prompt token, the others sample one (as NeMo's `generate` does;
+under greedy decoding the tokens are exactly the same). What a row samples does not depend on its group.
 """
 
 from collections.abc import Callable
@@ -37,29 +37,29 @@ def generate(
 ) -> torch.Tensor:
     """Prompts with their responses, int64 [B, W] on every rank of the replica; a row's tail holds the end-of-text id.
 
-    All ranks of a replica call it together with the same arguments. The last stage's strategy is told of every
-    position, group by group, and knows afterwards where each row ended; the others learn it in `get_lengths`.
+    All ranks of a replica call it together with the same arguments. Only the last stage's strategy is updated at every
+    position, group by group, and then knows where each row ended; the others learn it in `get_lengths`.
 
     Args:
         model: a `MegatronGPTModel`, prepared for inference.
         prompts_BP: int64 [B, at least P] on the device; not modified.
         prompt_lengths_B: int64 [B] on the device.
         strategy: a `TrackLengthGPTModelTextGenerationStrategy` of these rows.
-        min_length: tokens that a row generates before it may end; the strategy has to know it too.
-        uniform_BL: float64 [B, max_length] on the device, from which each row's tokens are drawn; `random_streams`.
-        check: called every TURNS_BETWEEN_CHECKS positions, between the same ticks on all ranks of the replica: it may
-            hold a collective. What it raises ends the generation.
+        min_length: number of tokens a row generates before it may end; must be that of the strategy.
+        uniform_BL: float64 [B, max_length] on the device: the random numbers to sample by, from `random_streams`.
+        check: called every TURNS_BETWEEN_CHECKS positions, between the same ticks on all ranks of the replica, so it
+            may run a collective. An exception it raises ends generation.
 
     Raises:
-        InvalidLogitsError: on all ranks of the replica, when the logits of a row are NaN or infinite; of several such
-            rows it names the first. The other groups are decoded to their end before.
+        InvalidLogitsError: on all ranks of the replica, when the logits of a row are NaN or infinite; it names the
+            first such row. The other groups are decoded to their end first.
     """
     eod_id = model.tokenizer.eos_id
     end_ids = tuple(strategy.end_token_ids(eod_id, end_strings))
     decoding = Decoding(sampling_params, max_length, min_length, end_ids, model.tokenizer.vocab_size)
     pipeline = Pipeline(model.model if isinstance(model.model, list) else [model.model])
     num_rows = prompt_lengths_B.numel()
-    # like cards, so that the groups come to their ends at about the same time
+    # dealt round-robin, so that the groups end at about the same time
     shares = [slice(first, None, pipeline.num_stages) for first in range(min(num_rows, pipeline.num_stages))]
     groups = [
         _Group(model, strategy.of_rows(share), prompts_BP[share], uniform_BL[share], decoding, end_strings, pipeline)
@@ -74,9 +74,9 @@ def generate(
 
 
 def _decode(at_work: dict[int, "_Group"], pipeline: Pipeline, check: Callable[[], object] | None) -> None:
-    """Decode the groups to their ends; those that are there leave `at_work`."""
+    """Decode all groups to their ends; finished groups are removed from `at_work`."""
     tick, last_sampling, hidden_SRH = 0, 0, None
-    # One stage after the other hears of the last group's end, but all stop at the same tick: they check equally often.
+    # Stages learn of the last group's end one after another, but stop at the same tick: all call `check` equally often.
     while at_work or tick < last_sampling + pipeline.num_stages:
         drawing = pipeline.sampling_group(tick)
         turn, output = pipeline.turn(tick), None
@@ -96,7 +96,7 @@ def _decode(at_work: dict[int, "_Group"], pipeline: Pipeline, check: Callable[[]
 
 
 def _unless_done(at_work: dict[int, "_Group"], turn: ScheduleSlot | None) -> "_Group | None":
-    """The group whose turn it is, with its newest tokens; None, and it leaves, if these have been its last."""
+    """The group whose turn it is, after receiving its newest tokens; None, and it is removed, if they were its last."""
     group = None if turn is None else at_work.get(turn.group)
     if group is None or not group.receive_tokens():
         return group
@@ -105,7 +105,7 @@ def _unless_done(at_work: dict[int, "_Group"], turn: ScheduleSlot | None) -> "_G
 
 
 def _shape_of_next(at_work: dict[int, "_Group"], pipeline: Pipeline, tick: int) -> tuple[int, int] | None:
-    """Positions and rows of the hidden states with which this stage begins its turn of `tick`, if it does."""
+    """Positions and rows of the hidden states that this stage needs for its turn in `tick`; None if it needs none."""
     turn = pipeline.turn(tick)
     if turn is None or not pipeline.begins_with_hidden_states(turn):
         return None
@@ -114,7 +114,7 @@ def _shape_of_next(at_work: dict[int, "_Group"], pipeline: Pipeline, tick: int) 
 
 
 def _raise_first_error(groups: list["_Group"], shares: list[slice], num_rows: int) -> None:
-    """Raise the error that would come first if all rows were decoded side by side."""
+    """Raise the error that would occur first if all rows were decoded in one batch."""
     errors = [
         (group.t, range(num_rows)[share][group.invalid_row], group.error)
         for group, share in zip(groups, shares, strict=True)
@@ -125,11 +125,11 @@ def _raise_first_error(groups: list["_Group"], shares: list[slice], num_rows: in
 
 
 class _Group:
-    """Rows that are decoded side by side, as far as this stage has a part in it.
+    """This stage's view of a batch of rows that are decoded together.
 
     Attributes:
-        t: the position of the next token; behind a broken row, of the token that cannot be drawn.
-        error: of the first broken row.
+        t: the position of the next token; once a row is invalid, of the token that could not be sampled.
+        error: that of the first invalid row.
     """
 
     def __init__(
@@ -153,21 +153,21 @@ class _Group:
         shared = min(self.width, prompts_RP.size(1))
         self.tokens_RW[:, :shared] = prompts_RP[:, :shared]
         self._is_done_R = torch.zeros_like(self._prompt_lengths_R, dtype=torch.bool)
-        # one for each chunk, as attention layers count from their chunk's first
+        # one for each chunk, as attention layers are numbered within their chunk
         self._caches = [
             InferenceParams(max_batch_size=num_rows, max_sequence_length=self.width) for _ in range(pipeline.num_chunks)
         ]
-        # the newest tokens, and whether all rows are done with them, int64 [R + 1]; None once they are taken in
+        # the newest tokens, and whether all rows are done after them, int64 [R + 1]; None once processed
         self._sampled = None
         self._pending_broadcast = None
         self.invalid_row, self.error = None, None
 
     def shape_of_input(self, chunk: int) -> tuple[int, int]:
-        """S and R of the chunk's next pass."""
+        """S and R of the chunk's next forward pass."""
         return self.t - self._caches[chunk].sequence_len_offset, self.tokens_RW.size(0)
 
     def forward(self, chunk: int, hidden_SRH: torch.Tensor | None) -> torch.Tensor:
-        """The chunk's output for the positions that it has not seen yet, whose keys and values it keeps."""
+        """The chunk's output for the positions not in its cache yet, to which their keys and values are added."""
         cache, t = self._caches[chunk], self.t
         seen = cache.sequence_len_offset
         tokens_RT = self.tokens_RW[:, :t]
@@ -179,7 +179,7 @@ class _Group:
         return output
 
     def sample(self, logits_RSV: torch.Tensor) -> None:
-        """Draw the tokens at position t from the last chunk's output; on the last stage."""
+        """Sample the tokens at position t from the last chunk's output; on the last stage."""
         t, decoding = self.t, self._decoding
         generated_R = t - self._prompt_lengths_R
         logits_RV = self._next_logits(logits_RSV)
@@ -191,7 +191,7 @@ class _Group:
         drawn_R = torch.where(self._is_done_R, self._eod_id, drawn_R)
         newest_R = torch.where(generated_R >= 0, drawn_R, self.tokens_RW[:, t])
         self.tokens_RW[:, t] = newest_R
-        if not (newest_R == INVALID_TOKEN).any():  # which has no text
+        if not (newest_R == INVALID_TOKEN).any():  # INVALID_TOKEN has no text
             is_end_R = self._strategy.end_of_generation_condition(
                 self.tokens_RW[:, : t + 1], newest_R, self._eod_id, self._end_strings
             )
@@ -199,20 +199,20 @@ class _Group:
         self._sampled = torch.cat((newest_R, self._is_done_R.all()[None]))
 
     def _next_logits(self, logits_RSV: torch.Tensor) -> torch.Tensor:
-        """float32 [R, V] on every tensor-parallel rank."""
+        """Next-token logits, float32 [R, V], on every tensor-parallel rank."""
         return gather_from_tensor_model_parallel_region(logits_RSV[:, -1]).float()
 
     def broadcast_tokens(self) -> None:
-        """Broadcast the last stage's tokens to the others; called on all of them."""
+        """Start the broadcast of the last stage's tokens; called on all stages."""
         if self._sampled is None:
             self._sampled = self.tokens_RW.new_empty(self.tokens_RW.size(0) + 1)
         self._pending_broadcast = self._pipeline.broadcast(self._sampled)
 
     def receive_tokens(self) -> bool:
-        """Wait for the newest tokens, if some have been drawn, and go on to the next position.
+        """Wait for the newest tokens, if any have been sampled, and advance to the next position.
 
         Returns:
-            whether there is none, as all rows are done or one is broken.
+            whether the group has ended, as all rows are done or one is invalid.
         """
         if self._sampled is None:
             return False

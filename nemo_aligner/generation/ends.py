@@ -1,4 +1,4 @@
-"""Whether a text that was generated token by token ends with one of several strings, found on the host."""
+"""End strings: whether text generated token by token ends with one of several strings, checked on the host."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from nemo_aligner.utils.text_generation_utils import ends_with_text
 
 
 def check_end_strings(texts: Sequence[str], tokenizer, key: str) -> None:
-    """Refuse what is no list, and a string of several tokens that no text can end with, as one of them is special.
+    """Reject a bare string, and end strings of several tokens that no text can end with, as one of them is special.
 
     Raises:
-        ConfigError: naming `key` of the configuration, the string and what to write instead.
+        ConfigError: naming the configuration's `key`, the string and what to write instead.
     """
     if isinstance(texts, str):
         raise ConfigError(f"{key}={texts!r} must be a list of strings")
@@ -29,10 +29,10 @@ def check_end_strings(texts: Sequence[str], tokenizer, key: str) -> None:
 
 
 class EndStrings:
-    """Strings that end a row as soon as its text ends with one of them, however their tokens are cut.
+    """Strings that end a row as soon as its text ends with one of them, however the text is split into tokens.
 
-    Decoding text costs more than a token may: so first the newest token alone is asked whether it can be the last of a
-    string, and its answer is kept.
+    Detokenizing at every token would be too slow, so whether the newest token alone can complete a string is checked
+    first, and cached per token.
     """
 
     def __init__(self, texts: list[str], tokenizer):
@@ -41,17 +41,17 @@ class EndStrings:
         self._may_complete: dict[int, bool] = {}
 
     def are_completed_by(self, prompt: list[int], generated: list[int]) -> bool:
-        """Whether the last of the `generated` tokens brings the row's text to the end of a string."""
+        """Whether the row's text ends with one of the strings after the last of the `generated` tokens."""
         if not self._texts or not self._can_complete(generated[-1]):
             return False
         tokens = torch.tensor(prompt + generated)
         return any(ends_with_text(tokens, text, self._tokenizer) for text in self._texts)
 
     def _can_complete(self, token: int) -> bool:
-        """True unless the token's own text is certain to leave another last character."""
+        """False only if the token's own text certainly ends with another character than all of the strings."""
         if token not in self._may_complete:
             text = self._tokenizer.ids_to_text([token])
-            # nothing, or part of a character: what it does to the text shows in its surroundings only
+            # blank, or part of a character: its effect on the text depends on its neighbours
             is_uncertain = not text.strip() or "\ufffd" in text
             self._may_complete[token] = is_uncertain or text[-1] in self._last_characters
         return self._may_complete[token]

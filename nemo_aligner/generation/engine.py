@@ -1,22 +1,26 @@
-"""Generate responses with the weights of a live GPT model: rows join, are decoded side by side, and leave.
+"""Generation engine with continuous batching, on the weights of a live GPT model.
 
-What happens, in order: the next prompts are prefilled in one pass into a store, each once, however many rollouts it is
-to have; rows join by copying their prompt's keys and values from there into a slot of the cache; all rows in flight
-are decoded, one token each per step; rows that have ended leave, and waiting ones take their slots, or the last rows
-in flight close the gaps, so that a step costs what its rows cost. That is what a lane does in its turns.
+A lane does the following in its turns:
 
-With pipeline stages rows are in as many lanes as there are stages, which take turns; in each tick a stage has one, a
-tick behind the stage before:
+1. Prefill the next prompts in one pass into a prompt store, each prompt once, however many rollouts it has.
+2. Admit rows by copying their prompt's keys and values from the store into a KV cache slot.
+3. Decode all rows in flight, one token each per step.
+4. Retire finished rows. Waiting rows take their slots, or the last rows in flight are moved to close the gaps, so that
+   the cost of a step follows the number of rows in flight.
+
+With pipeline parallelism the rows are split over as many lanes as there are stages. In each tick a stage runs one
+lane's turn, one tick after the previous stage:
 
     tick      0   1   2   3   4   5
     stage 0   0   1   2   0   1   2         lanes
     stage 1       0   1   2   0   1
     stage 2           0   1   2   0
 
-All stages plan the same turns in the same order. At the beginning of a tick they send on what they have put out in the
-one before, in one batch of sends and receives; at its end the last one spreads the tokens that it has drawn: one order
-for all ranks, as in `stages`. Behind that they let out the rows that left in the turn in which the last stage is: the
-same ones in the same tick, when nobody waits for anybody, as whoever gets them may hold a collective over all ranks.
+All stages plan the same turns in the same order. At the start of a tick each sends the outputs of its previous tick, in
+one batch of sends and receives; at the end the last stage broadcasts the tokens it sampled. The order is the same on
+all ranks, as in `stages`. Every stage then yields the rows that finished in the turn the last stage has just run: the
+same rows in the same tick on all ranks, with no rank waiting for another, so the consumer may run a collective over all
+of them.
 """
 
 from collections import deque
@@ -32,15 +36,15 @@ from nemo_aligner.generation.lane import Lane, Prompt, Turn
 from nemo_aligner.generation.rows import Decoding, Row
 from nemo_aligner.generation.stages import Pipeline
 
-# 64 tokens of each row on one GPU, otherwise 32: well below the half minute that schedulers wait behind SIGTERM.
+# 64 tokens of each row on one GPU, otherwise 32: well below the half minute that schedulers wait after SIGTERM.
 TURNS_BETWEEN_CHECKS = 32
 
 
 class Engine:
-    """Decodes rows with the parameters of `model`, a stage's `GPTModel` without an `unsupported_by_engine` part.
+    """Decodes rows with the parameters of `model`, a stage's `GPTModel` that passes `unsupported_by_engine`.
 
     Args:
-        max_rows: rows in flight at most; memory may lower it.
+        max_rows: maximum number of rows in flight; lowered if memory is short.
     """
 
     def __init__(self, model: torch.nn.Module, max_rows: int):
@@ -59,25 +63,25 @@ class Engine:
         check: Callable[[], object] | None = None,
         on_last_rows: Callable[[], object] | None = None,
     ) -> Iterator[Row]:
-        """Continue all `rows`, of which the first join first; yields each as it finishes.
+        """Decode all `rows`, admitted in order; yields each row as it finishes.
 
-        All ranks of a replica call it together with the same rows, and take the same steps.
+        All ranks of a replica call it together with the same rows, and run the same steps.
 
         Args:
-            check: called every TURNS_BETWEEN_CHECKS turns, between the same steps on all of them: it may hold a
-                collective. What it raises ends the generation.
-            on_last_rows: called at most once, when no row waits any more and at most half of the slots are taken.
+            check: called every TURNS_BETWEEN_CHECKS turns, between the same steps on all ranks, so it may run a
+                collective. An exception it raises ends generation.
+            on_last_rows: called at most once, when no row is waiting and at most half of the slots are occupied.
 
         Raises:
-            InvalidLogitsError: on all of them, when the logits of a row in flight are NaN or infinite.
-            torch.OutOfMemoryError: on all of them, when there is no memory for the keys and values of a single row.
+            InvalidLogitsError: on all ranks, when the logits of a row in flight are NaN or infinite.
+            torch.OutOfMemoryError: on all ranks, when there is no memory for the keys and values of a single row.
         """
         waiting = deque(Prompt(deque(same)) for _, same in groupby(rows, key=lambda row: row.prompt))
         lanes, num_stages, stage = self.lanes, len(self.lanes), self._pipeline.stage
         for number, lane in enumerate(lanes):
-            share = 1 / (num_stages - USABLE_SHARE * number)  # of what the lanes before have left: the same for all
+            share = 1 / (num_stages - USABLE_SHARE * number)  # of what earlier lanes left free: equal for all lanes
             lane.begin(-(-len(rows) // num_stages), waiting, decoding, share)
-        turns: deque[tuple[Lane, Turn]] = deque(maxlen=num_stages)  # of which the last stage may be at the first
+        turns: deque[tuple[Lane, Turn]] = deque(maxlen=num_stages)  # the last stage may still be at the oldest
         messages, num_idle, error = [], 0, None
         for tick in count():
             turn = None
@@ -85,7 +89,7 @@ class Engine:
                 lane = lanes[(tick - stage) % num_stages]
                 try:
                     turn = lane.plan(waiting, end_strings)
-                except InvalidLogitsError as first:  # the others have to come to the same turn
+                except InvalidLogitsError as first:  # the other stages must reach the same turn
                     error, turn = error or first, Turn()
                     waiting.clear()
                     for each in lanes:
@@ -110,17 +114,17 @@ class Engine:
             raise error
 
     def release(self) -> None:
-        """Give the memory of keys and values back."""
+        """Free the memory of the KV caches."""
         for lane in self.lanes:
             lane.release()
 
     def _exchange(self, outputs: list[torch.Tensor], turn: Turn | None) -> list[torch.Tensor]:
-        """Send what the last tick has put out, and receive what this one's turn works on."""
+        """Send the outputs of the previous tick, and receive the inputs of this tick's turn."""
         sizes = [] if turn is None or self._pipeline.stage == 0 else turn.sizes_of_messages()
         return self._pipeline.exchange(outputs, [(size, self._hidden_size) for size in sizes], self._dtype)
 
     def _end_tick(self, lane: Lane, turn: Turn) -> list[Row]:
-        """Let what the last stage has drawn in its turn come to all stages; returns the rows that left in it."""
+        """Broadcast the tokens that the last stage sampled in its turn; returns the rows that finished in that turn."""
         if len(self.lanes) > 1 and turn.num_rows:
             under_way = self._pipeline.broadcast(lane.sampled(turn))
             under_way.wait()

@@ -1,9 +1,9 @@
-"""The forward pass of a GPT model over tokens of any rows and positions, side by side, with attention left open.
+"""The forward pass of a GPT model over tokens of any rows and positions, with pluggable attention.
 
-Prefilling packed prompts and decoding one token of each row differ in attention alone, which comes in as a function.
+Prefill of packed prompts and decode of one token per row differ in attention alone, which is passed as a function.
 
-Legend: M tokens side by side, H hidden size, F MLP size, V vocabulary; of H, F and V a tensor-parallel rank computes
-its share where noted with a stroke. Everything is in the parameters' dtype, as in training.
+Legend: M tokens, H hidden size, X columns of QKV or context, F MLP size, V vocabulary; of X and F a tensor-parallel
+rank computes its share. Everything is in the parameters' dtype, as in training.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ def forward(
     ops,
     hidden_MH: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Hidden states [M, H]: on the last pipeline stage behind the final norm, on others for the next stage.
+    """Hidden states [M, H]: after the final norm on the last pipeline stage, for the next stage on others.
 
     Args:
         tokens_M, positions_M: int64 [M].
         attend: attend(layer number, qkv_MX) -> context [M, heads * channels of this rank]; qkv_MX is the output of the
-            layer's fused projection. It also keeps keys and values, where that is wanted.
-        ops: the module with `add_norm`, `activate` and the products for this device.
-        hidden_MH: what the stage before has put out; not used on the first one, and may be overwritten.
+            layer's fused QKV projection. It also writes keys and values to a cache, where that is wanted.
+        ops: the module with `add_norm`, `activate` and the GEMMs for this device.
+        hidden_MH: the previous stage's output; unused on the first stage; may be overwritten.
     """
     if weights.embedding is not None:
         hidden_MH = _embed(weights, tokens_M, positions_M)
@@ -84,7 +84,7 @@ def _activated(layer: Linear, x_MI: torch.Tensor, activation: Activation, ops) -
 
 
 def _row_parallel(layer: Linear, x_MI: torch.Tensor, ops) -> torch.Tensor:
-    """Without the bias, which is added once, behind the sum over the ranks."""
+    """Without the bias, which is added once, after the all-reduce."""
     if layer.adapter is None and parallel_state.get_tensor_model_parallel_world_size() == 1:
         return ops.product(x_MI, layer.weight)
     return _add_adapter(layer, x_MI, reduce_from_tensor_model_parallel_region(linear(x_MI, layer.weight)))

@@ -1,15 +1,15 @@
-"""What is drawn, and said, where there is no next token."""
+"""Marker and error for rows whose logits are NaN or infinite."""
 
-# In the place of a token where the largest logit is NaN or infinite.
+# Sampled instead of a token where the largest logit is NaN or infinite.
 INVALID_TOKEN = -1
 
 
 class InvalidLogitsError(ArithmeticError):
-    """A row's next token could not be drawn, as its logits are NaN or infinite.
+    """A row's next token could not be sampled, as its logits are NaN or infinite.
 
     Attributes:
-        prompt: the row's, as token ids.
-        num_generated: tokens that it had generated before.
+        prompt: the row's prompt, as token ids.
+        num_generated: number of tokens it had generated before.
     """
 
     def __init__(self, prompt: list[int], num_generated: int):

@@ -1,6 +1,6 @@
-"""Keys and values of the rows in flight, in memory that is taken once.
+"""KV cache of the rows in flight, allocated once, and the memory available for it.
 
-Legend: L layers, R rows, G key/value groups of this rank, T positions that a row has room for, D channels per head.
+Legend: L layers, R rows, G key/value groups of this rank, T positions per row, D channels per head.
 """
 
 from collections.abc import Collection
@@ -12,17 +12,16 @@ from megatron.core import parallel_state
 from nemo_aligner.compat.device import current_device
 from nemo_aligner.generation.cuda_graph import pools_in_use
 
-# What is left to activations, logits and the allocator's own gaps.
+# The rest is for activations, logits and fragmentation.
 USABLE_SHARE = 0.85
 
 
 class KVCache:
-    """Keys and values [L, R, G, T, D]; which of a row's positions are filled is its owner's business."""
+    """Keys and values [L, R, G, T, D]; the owner keeps track of which positions are filled."""
 
     def __init__(self, num_layers: int, num_rows: int, num_groups: int, capacity: int, head_dim: int, dtype, device):
-        # In one piece: of two that are alike, torch's allocator may give back each in the other's place, and what was
-        # captured for them would be in vain. Zeros: what attention masks out is multiplied by 0, which must not meet a
-        # NaN.
+        # One allocation: torch's allocator might swap two of equal size when they are allocated again, which would
+        # invalidate captured graphs. Zeros: attention multiplies masked positions by 0, which must not meet a NaN.
         both = torch.zeros(2, num_layers, num_rows, num_groups, capacity, head_dim, dtype=dtype, device=device)
         self.keys_LRGTD, self.values_LRGTD = both.unbind()
 
@@ -40,22 +39,22 @@ class KVCache:
 
     @property
     def pointer(self) -> int:
-        """Where it lies in memory."""
+        """Its address in memory."""
         return self.keys_LRGTD.data_ptr()
 
     def copy_row_(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
-        """Make the first `length` positions of `row` those of a row of `source`, which may be this cache."""
+        """Copy the first `length` positions of a row of `source`, which may be this cache, to `row`."""
         for ours, theirs in ((self.keys_LRGTD, source.keys_LRGTD), (self.values_LRGTD, source.values_LRGTD)):
             ours[:, row, :, :length] = theirs[:, source_row, :, :length]
 
 
 def bytes_per_position(num_layers: int, num_groups: int, head_dim: int, dtype: torch.dtype) -> int:
-    """What the keys and values of one token take."""
+    """Bytes of the keys and values of one token."""
     return 2 * num_layers * num_groups * head_dim * dtype.itemsize
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes that keys and values may take now: most of what neither this process nor another one uses."""
+    """Bytes that KV caches may use now: most of what neither this process nor another one uses."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().available * USABLE_SHARE)
     free, _ = torch.cuda.mem_get_info(device)
@@ -64,12 +63,12 @@ def usable_memory(device: torch.device) -> int:
 
 
 def cached_memory(segments: list[dict], device_index: int, pools_of_graphs: Collection[tuple[int, int]]) -> int:
-    """Bytes that torch keeps on a device for whoever asks next.
+    """Bytes that torch's caching allocator holds free on a device.
 
     Args:
-        segments: from `torch.cuda.memory_snapshot()`, in which a graph's own memory looks free between its replays.
-        pools_of_graphs: those that nobody but captured graphs is given memory of. A pool without graphs is not one of
-            them: torch empties it before it runs out of memory.
+        segments: from `torch.cuda.memory_snapshot()`, in which a graph's private memory looks free between replays.
+        pools_of_graphs: pools whose memory only captured graphs can use. Pools without graphs do not belong here: torch
+            empties them before it runs out of memory.
     """
     return sum(
         segment["total_size"] - segment["allocated_size"]
@@ -79,9 +78,9 @@ def cached_memory(segments: list[dict], device_index: int, pools_of_graphs: Coll
 
 
 def min_over_ranks(number: int) -> int:
-    """The smallest `number` among the ranks of a replica, which must generate the same rows. Collective over them.
+    """The minimum of `number` over the ranks of a replica, which must generate the same rows. Collective over them.
 
-    A process that has not set up any ranks is the only one.
+    Without initialized model parallelism this process is the only rank.
     """
     is_alone = not parallel_state.model_parallel_is_initialized()
     if is_alone or parallel_state.get_model_parallel_group().size() == 1:

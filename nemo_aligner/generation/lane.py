@@ -1,11 +1,11 @@
-"""Rows that are decoded side by side, in slots of one cache, by this pipeline stage's part of the model.
+"""A batch of rows decoded together, in the slots of one KV cache, by this pipeline stage's part of the model.
 
-A lane is told when its turn comes. It first plans it, on the host: rows that have ended leave, waiting ones join, whose
-prompts may have to be prefilled before. Then it runs it, on the device. With several stages, each has as many lanes as
-there are stages, and all of them plan the same turns.
+The engine calls a lane once per turn. The turn is first planned on the host: finished rows leave and waiting rows join,
+after a prefill of their prompts if needed. It then runs on the device. With several stages, each has as many lanes as
+there are stages, and all stages plan the same turns.
 
-The host runs ahead of the device: it looks at tokens only after it has queued the steps that follow them. A row may so
-be decoded a few tokens beyond its end, which are dropped.
+The host runs ahead of the device: it reads tokens only after queueing the steps that follow them. A row may therefore
+be decoded a few tokens past its end; these are dropped.
 """
 
 import contextlib
@@ -35,20 +35,21 @@ from nemo_aligner.generation.rows import Decoding, DeviceRows, Row, Snapshot
 from nemo_aligner.generation.weights import find_weights
 from nemo_aligner.utils.tensors import to_device_async
 
-# Prompts that are prefilled together: few enough for their activations, many enough to fill the device.
+# Limits of one prefill: small enough for the memory of its activations, large enough to fill the device.
 MAX_PROMPTS_PER_PREFILL, MAX_TOKENS_PER_PREFILL = 32, 8192
-# A prefill on a GPU has a multiple of so many tokens, the last ones padding. cuBLAS has another kernel for nearly every
-# number of tokens, and to load one the host waits for all copies under way: 0.2 s, if they are the optimizer's state.
-# The same number of prompts comes to a few sizes, which are loaded in the first steps. On average 128 tokens are
-# padding, 2 % of 6144; below 256 it is a larger share, but there a product takes as long as reading its weights.
+# On a GPU, prefills are padded to a multiple of this many tokens. cuBLAS picks a different kernel for nearly every
+# number of tokens, and loading one makes the host wait for all copies in flight: 0.2 s if they are the optimizer state.
+# With padding, a given number of prompts yields only a few sizes, whose kernels are loaded in the first steps. On
+# average 128 tokens are padding, 2 % of 6144; below 256 tokens the share is larger, but there a GEMM takes as long as
+# reading its weights.
 PREFILL_STEP = 256
-# The cache grows in steps of so many positions, so that batches of about the same length share one.
+# Cache capacity is rounded up to a multiple of this many positions, so that batches of similar length share one cache.
 CAPACITY_STEP = 64
 
 
 @dataclass
 class Prompt:
-    """Neighbouring rows with the same prompt."""
+    """Consecutive rows with the same prompt."""
 
     rows: deque[Row]
 
@@ -59,7 +60,7 @@ class Prompt:
 
 @dataclass
 class Prefill:
-    """Prompts without their last tokens, which their rows decode first; they go to the store's slots 0, 1, ..."""
+    """Prompts for the prompt store's slots 0, 1, ...; without their last tokens, which the rows decode first."""
 
     prompts: list[list[int]]
     num_padding: int
@@ -71,7 +72,7 @@ class Prefill:
 
 @dataclass
 class Join:
-    """A row gets the first `length` positions of a stored prompt."""
+    """Copy the first `length` positions of stored prompt `stored` to KV cache slot `slot`."""
 
     slot: int
     stored: int
@@ -80,10 +81,10 @@ class Join:
 
 @dataclass
 class Turn:
-    """What a stage does in a lane's turn, in order, and the rows that left before.
+    """What a stage runs in a lane's turn, in order, and the rows that finished before it.
 
     Attributes:
-        num_rows: that are decoded then, on a GPU perhaps with some idle ones; 0: none.
+        num_rows: rows decoded after the admissions, on a GPU possibly padded with idle ones; 0 for no decode step.
     """
 
     finished: list[Row] = field(default_factory=list)
@@ -95,18 +96,18 @@ class Turn:
         return not (self.admission or self.num_rows)
 
     def sizes_of_messages(self) -> list[int]:
-        """Tokens in each tensor of hidden states that a stage sends to the next one."""
+        """Number of tokens in each tensor of hidden states sent to the next stage."""
         prefills = [action.num_tokens for action in self.admission if isinstance(action, Prefill)]
         return prefills + [self.num_rows] * (self.num_rows > 0)
 
 
 class Lane:
-    """Takes its rows through `model`, a stage's `GPTModel`, turn by turn; `begin` comes first.
+    """Runs rows through `model`, a stage's `GPTModel`, turn by turn; call `begin` first.
 
     Args:
-        max_rows: rows in flight at most; memory may lower it.
-        num_lanes: of this stage, as many as there are stages. A single one, which has all of the model, draws and
-            advances in one go.
+        max_rows: maximum number of rows in flight; lowered if memory is short.
+        num_lanes: lanes of this stage, as many as there are stages. A single lane has the whole model, so it samples
+            and advances in one step.
     """
 
     def __init__(self, model: torch.nn.Module, max_rows: int, num_lanes: int):
@@ -115,26 +116,27 @@ class Lane:
         self._device = next(model.parameters()).device
         self._on_gpu = self._device.type == "cuda"
         self._ops = _kernels() if self._on_gpu else torch_ops
-        # How far the host runs ahead, in steps. On a CPU it is the device itself.
+        # How far the host runs ahead: steps per turn, and snapshots not yet read. On a CPU the host is the device.
         self._steps_a_turn, self._snapshots_behind = (2 if is_alone else 1, 1) if self._on_gpu else (1, 0)
         self._prefill_step = PREFILL_STEP if self._on_gpu else 1
         self.in_flight: list[Row] = []
         self._rotary: RotaryTable | None = None
         self._device_rows: DeviceRows | None = None
-        # between stages: hidden states in and out, and the tokens that the last one draws
+        # between stages: hidden states in and out, and the tokens that the last stage samples
         self._hidden_RH: torch.Tensor | None = None
         self._sampled_R: torch.Tensor | None = None
         self._graphs: StepGraphs | None = None
         self._warm_sizes: dict[tuple[int, Decoding], set[int]] = {}
-        self._last_made: tuple[tuple | None, int] = (None, 0)  # what was asked for, and rows that memory held
+        self._last_made: tuple[tuple | None, int] = (None, 0)  # the request, and the number of rows that fit
         self.release()
 
     def release(self) -> None:
-        """Give the memory of keys and values back.
+        """Free the memory of the KV caches.
 
-        The graphs stay, with the logits and what else a step needs: they are valid again when the same memory comes
-        back, as it does from one training step to the next while prompts are about as long. With tensor parallelism
-        they go: NCCL does not end a communicator before the graphs that hold its collectives.
+        The CUDA graphs are kept, with the logits and other buffers of a step: they are valid again if the caches get
+        the same memory again, as they do from one training step to the next while prompt lengths are similar. With
+        tensor parallelism they are dropped: NCCL cannot destroy a communicator before the graphs that captured its
+        collectives.
         """
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             self._graphs = None
@@ -145,16 +147,16 @@ class Lane:
     # Memory
 
     def begin(self, num_rows: int, prompts: Collection[Prompt], decoding: Decoding, share: float) -> None:
-        """Have a cache for as many rows as may be in flight, a store for prompts, and what goes with them.
+        """Allocate the KV cache for the rows in flight, the prompt store, and the state that goes with them.
 
         Args:
-            num_rows: that are in flight in this lane at most.
-            share: of the memory that is free, that this lane may take.
+            num_rows: maximum number of rows in flight in this lane.
+            share: fraction of the free memory that this lane may use.
         """
         self._weights, self._decoding = find_weights(self._model), decoding
         self.in_flight, self._stored, self._snapshots = [], deque(), deque()
         self._make_caches(num_rows, prompts, decoding, share)
-        self._num_slots = min(num_rows, self._cache.num_rows)  # the cache may be an earlier, larger batch's
+        self._num_slots = min(num_rows, self._cache.num_rows)  # the cache may be from an earlier, larger batch
         size = (self._cache.num_rows, self._cache.capacity)
         if self._rotary is None or self._rotary.capacity != self._cache.capacity:
             self._rotary = RotaryTable(self._weights, self._cache.capacity)
@@ -169,7 +171,7 @@ class Lane:
         where = (self._weights.pointers(), self._cache.pointer, size, between_stages)
         reads = (*where, self._device_rows, self._rotary)
         if self._graphs is None or not self._graphs.are_valid_for(reads):
-            warm = self._warm_sizes.setdefault((self._cache.capacity, decoding), set())  # what kernels are compiled for
+            warm = self._warm_sizes.setdefault((self._cache.capacity, decoding), set())  # kernels compiled
             self._graphs = StepGraphs(self._step, reads, warm)
 
     def _make_caches(self, num_rows: int, prompts: Collection[Prompt], decoding: Decoding, share: float) -> None:
@@ -185,7 +187,7 @@ class Lane:
         if self._device_rows is not None and not (
             is_again and self._device_rows.are_for(last_num_rows, capacity, decoding)
         ):
-            self._graphs = None  # what they hold cannot be of use any more, and may be needed
+            self._graphs = None  # they can no longer become valid, and their memory may be needed
         weights = self._weights
         sizes = {"num_layers": len(weights.layers), "num_groups": weights.num_groups, "head_dim": weights.head_dim}
         bytes_per_token = bytes_per_position(**sizes, dtype=weights.dtype)
@@ -230,18 +232,18 @@ class Lane:
         cache, prompts = self._cache, self._prompts
         if cache is None or cache.capacity < capacity or prompts.capacity < prompt_capacity:
             return False
-        # what memory has limited is kept, unless the same memory holds more rows of this length
+        # a cache limited by memory is kept, unless the same memory holds more rows of this length
         can_hold = cache.num_rows * cache.capacity // capacity if self._is_limited else num_rows
         return cache.num_rows >= min(num_rows, can_hold)
 
-    # A turn is planned, on the host
+    # Planning a turn, on the host
 
     @property
     def is_at_most_half_full(self) -> bool:
         return not self._stored and 2 * len(self.in_flight) <= self._num_slots
 
     def plan(self, waiting: deque[Prompt], end_strings: EndStrings) -> Turn:
-        """Take in what is known of the last turns, let rows leave and join, and say what is to be done.
+        """Process the snapshots that are due, retire and admit rows, and return the next turn.
 
         Raises:
             InvalidLogitsError: when the logits of a row in flight are NaN or infinite.
@@ -256,17 +258,17 @@ class Lane:
         return turn
 
     def give_up(self) -> None:
-        """Let all rows go, finished or not."""
+        """Drop all rows, finished or not."""
         self._device_rows.clear_(slice(None))
         self.in_flight.clear(), self._stored.clear(), self._snapshots.clear()
 
     def _are_needed(self) -> bool:
-        """Whether another step is, for any row."""
+        """Whether any row may need another decode step."""
         ahead = self._steps_a_turn * len(self._snapshots)
         return any(len(row.generated) + ahead < self._decoding.max_length for row in self.in_flight)
 
     def _admit(self, waiting: deque[Prompt], turn: Turn) -> None:
-        """Let waiting rows join while there are slots for them."""
+        """Admit waiting rows while slots are free."""
         slots, joining = [], []
         while len(self.in_flight) < self._num_slots and (self._stored or waiting):
             if not self._stored:
@@ -283,10 +285,10 @@ class Lane:
             self._device_rows.put_(slots, joining)
 
     def _store_next(self, waiting: deque[Prompt], turn: Turn) -> None:
-        """Fill the store, which nobody needs any more, with the next prompts.
+        """Refill the prompt store, whose contents are no longer needed, with the next prompts.
 
-        Several, as prompts are prefilled at little more than the cost of one, but only this lane's share of all that
-        wait, unless there are slots for more.
+        Several at a time, as prefilling them together costs little more than prefilling one, but only this lane's share
+        of the waiting rows, unless it has free slots for more.
         """
         num_waiting = sum(len(prompt.rows) for prompt in waiting)
         num_left = max(self._num_slots - len(self.in_flight), num_waiting // self._num_lanes)
@@ -303,7 +305,7 @@ class Lane:
             turn.admission.append(Prefill(prompts, -sum(map(len, prompts)) % self._prefill_step))
 
     def _process_snapshot(self, snapshot: Snapshot, end_strings: EndStrings) -> list[Row]:
-        """Tell the rows what they have generated; those that have ended leave."""
+        """Append the new tokens to their rows; returns the finished rows, which leave."""
         finished = []
         for row, tokens, is_invalid in snapshot.new_tokens():
             row.extend(tokens, self._decoding, end_strings.are_completed_by)
@@ -327,16 +329,16 @@ class Lane:
             if last.is_finished:
                 continue
             rows[slot] = last
-            # the device may be ahead of what the host knows
+            # the device may be ahead of what the host has seen
             length = len(last.prompt) + len(last.generated) + self._steps_a_turn * self._snapshots_behind
             self._cache.copy_row_(slot, self._cache, len(rows), min(length, self._cache.capacity))
             self._device_rows.move_(slot, len(rows))
         self._device_rows.clear_(slice(len(rows), num_before))
 
-    # It is run, on the device
+    # Running a turn, on the device
 
     def run(self, turn: Turn, received: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Queue a turn; takes and returns the hidden states that stages send each other, as the turn says."""
+        """Queue a turn; takes the hidden states from the previous stage and returns those for the next."""
         received, outputs = deque(received), []
 
         def next_received():
@@ -352,11 +354,11 @@ class Lane:
         return [] if self._weights.output is not None else outputs
 
     def sampled(self, turn: Turn) -> torch.Tensor:
-        """Where the last stage has put the tokens of a turn, int64 [rows], and others get them."""
+        """The buffer for a turn's tokens, int64 [rows]: written by the last stage, received by the others."""
         return self._sampled_R[: turn.num_rows]
 
     def advance(self, turn: Turn) -> None:
-        """Go on with the tokens that were drawn in a turn."""
+        """Advance the rows by the tokens sampled in a turn, and take a snapshot."""
         self._device_rows.advance_(self.sampled(turn))
         self._snapshots.append(Snapshot(self._device_rows, self.in_flight, self._steps_a_turn))
 
@@ -364,7 +366,7 @@ class Lane:
         make_attention = FusedPrefillAttention if self._on_gpu else PrefillAttention
         lengths = list(map(len, prefill.prompts))
         attention = make_attention(self._weights, self._rotary, self._prompts, lengths, prefill.num_padding)
-        # numpy takes a list far faster than torch
+        # numpy converts a list far faster than torch
         tokens = [token for prompt in prefill.prompts for token in prompt] + [0] * prefill.num_padding
         tokens_M = to_device_async(torch.from_numpy(np.array(tokens)), self._device)
         return forward(self._weights, tokens_M, attention.position_M, attention, self._ops, hidden_MH)
@@ -383,7 +385,7 @@ class Lane:
         return self._hidden_RH[:num_rows]
 
     def _step(self, num_rows: int) -> None:
-        """One token for each of the first rows; all that it needs is on the device."""
+        """One decode step for the first `num_rows` rows; all its inputs are on the device."""
         max_context = self._max_context()
         if self._weights.output is None:
             self._hidden_RH[:num_rows] = self._next_hidden(num_rows, max_context)
@@ -395,7 +397,7 @@ class Lane:
             self._sampled_R[:num_rows] = sampled_B
 
     def _next_logits(self, num_rows: int, max_context: int) -> torch.Tensor:
-        """Logits of the next token of the first rows, [B, V]."""
+        """Next-token logits of the first rows, [B, V]."""
         return vocabulary_logits(self._weights, self._next_hidden(num_rows, max_context))
 
     def _next_hidden(self, num_rows: int, max_context: int) -> torch.Tensor:
@@ -408,28 +410,28 @@ class Lane:
         return forward(self._weights, tokens_B, positions_B, attention, self._ops, hidden_BH)
 
     def _max_context(self) -> int:
-        """Positions in front of which all rows stand. A GPU does not wait until the host knows better."""
+        """Exclusive upper bound of all rows' positions; on a GPU the capacity, as the exact one would need a sync."""
         if self._on_gpu:
             return self._cache.capacity
         return max(len(row.prompt) + len(row.generated) for row in self.in_flight)
 
 
 def _kernels():
-    """The operations of a GPU. Triton is imported where there is one."""
+    """The GPU operations; Triton is imported only where there is a GPU."""
     from nemo_aligner.generation import triton_ops
 
     return triton_ops
 
 
 def _first_rows(waiting: deque[Prompt], num_rows: int) -> Prompt:
-    """The first prompt with all of its rows, or with the first `num_rows`: the others go on waiting."""
+    """Pop the first prompt with at most `num_rows` of its rows; the remaining rows keep waiting."""
     if len(waiting[0].rows) <= num_rows:
         return waiting.popleft()
     return Prompt(deque(waiting[0].rows.popleft() for _ in range(num_rows)))
 
 
 def _steady(num_rows: int, last_num_rows: int) -> int:
-    """As many rows as the last time, if so many fit and few more would: the graphs are for a cache of that size."""
+    """The previous number of rows, if it fits and few more would: the graphs were captured for a cache of that size."""
     return last_num_rows if last_num_rows <= num_rows <= last_num_rows * 9 // 8 else num_rows
 
 
@@ -438,7 +440,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _unless_out_of_memory(make: Callable):
-    """What `make` makes, or None on all tensor-parallel ranks if one of them has no memory for it."""
+    """The result of `make`, or None on all ranks of the replica if one of them runs out of memory."""
     made = None
     with contextlib.suppress(torch.OutOfMemoryError):
         made = make()

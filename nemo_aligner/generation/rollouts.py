@@ -1,6 +1,6 @@
-"""Responses to batches of prompts, from the engine or, where it cannot and as the reference, in NeMo's way.
+"""Rollouts for batches of prompts: from the engine, or from NeMo-style decoding as its fallback and reference.
 
-Legend: B rows of a batch, P padded prompt width, S padded width of a result, L tokens that a row may generate.
+Legend: B rows of a batch, P padded prompt width, S padded width of a result, L maximum number of generated tokens.
 """
 
 import functools
@@ -24,7 +24,7 @@ from nemo_aligner.generation.weights import unsupported_by_engine
 from nemo_aligner.utils.distributed import pad_list
 from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 
-_SHOWN_CHARACTERS = 80  # of a prompt, in an error
+_SHOWN_CHARACTERS = 80  # of a prompt, in an error message
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class GenerationSettings:
     """The section `model.rs.generation`, which existing configurations may lack.
 
     Attributes:
-        backend: `engine`, or `nemo` for NeMo's way of decoding.
-        max_rows_in_flight: rows that the engine decodes side by side, over all pipeline stages together.
+        backend: `engine`, or `nemo` for NeMo-style decoding.
+        max_rows_in_flight: maximum number of rows that the engine decodes concurrently, over all pipeline stages.
     """
 
     backend: str = "engine"
@@ -42,7 +42,7 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts int64 [B, at least P] and their lengths int64 [B], and numbers float64 [B, L] to draw by; on the CPU."""
+    """Prompts int64 [B, at least P], lengths int64 [B], and random numbers float64 [B, L] to sample by; on the CPU."""
 
     prompts_BP: torch.Tensor
     lengths_B: torch.Tensor
@@ -50,7 +50,7 @@ class PromptBatch:
 
 
 class RolloutGenerator:
-    """Generates with the weights of `model`, the actor, as they are when it is asked."""
+    """Generates with the current weights of `model`, the actor."""
 
     def __init__(self, model, settings: GenerationSettings):
         self._model, self._settings = model, settings
@@ -63,17 +63,16 @@ class RolloutGenerator:
         check: Callable[[], object] | None = None,
         on_last_rows: Callable[[], object] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """What `infer` returns, for each batch in order, as soon as it is complete.
+        """Yield the result of `infer` for each batch in order, as soon as the batch is complete.
 
-        In NeMo's way with pipeline stages several batches are decoded together, and are complete together.
+        NeMo-style decoding with pipeline stages decodes and completes several batches together.
 
         Args:
-            check: called while rows are under way, as `Engine.generate` and `decode.generate` say.
-            on_last_rows: called by the engine alone, as `Engine.generate` says.
+            check: called while rows are in flight; see `Engine.generate` and `decode.generate`.
+            on_last_rows: called by the engine only; see `Engine.generate`.
 
         Raises:
-            FloatingPointError: on all ranks of the replica, when a row cannot be continued as its logits are NaN or
-                infinite.
+            FloatingPointError: on all ranks of the replica, when the logits of a row are NaN or infinite.
         """
         try:
             if self._use_engine():
@@ -81,11 +80,11 @@ class RolloutGenerator:
             else:
                 yield from self._in_nemos_way(list(batches), check)
         except InvalidLogitsError as error:
-            self.release()  # keys and values may be NaN as well
+            self.release()  # the KV cache may contain NaN as well
             raise FloatingPointError(self._explained(error)) from None
 
     def release(self) -> None:
-        """Give memory that only generation needs back to the device."""
+        """Free the memory that only generation needs."""
         if self._engine is not None:
             self._engine.release()
 
@@ -107,7 +106,7 @@ class RolloutGenerator:
         return reason is None
 
     def _why_not_engine(self) -> str | None:
-        """The same on all stages, each of which knows its own layers."""
+        """Why the engine cannot be used, or None: the stages agree, although each knows only its own layers."""
         chunks = self._model.get_model_module_list()
         if len(chunks) > 1:
             return "virtual pipeline stages"
@@ -152,7 +151,7 @@ class RolloutGenerator:
 
     @functools.cached_property
     def _num_tokens(self) -> int:
-        """The tokenizer's; a fast one copies its vocabulary to count it, which takes as long as decoding two tokens."""
+        """Cached, as a fast tokenizer copies its vocabulary to count it, which takes as long as decoding two tokens."""
         return self._model.tokenizer.vocab_size
 
     def _decoding(self, lengths_B: torch.Tensor) -> tuple[Decoding, EndStrings]:
@@ -172,7 +171,7 @@ class RolloutGenerator:
         prompt_lengths_B = torch.tensor([len(row.prompt) for row in rows])
         lengths_B = prompt_lengths_B + torch.tensor([len(row.generated) for row in rows])
         shape = (len(rows), int(lengths_B.max()))
-        tokens_BS = np.full(shape, self._model.tokenizer.eos_id, np.int64)  # which takes lists far faster than torch
+        tokens_BS = np.full(shape, self._model.tokenizer.eos_id, np.int64)  # numpy converts lists far faster than torch
         for tokens, row in zip(tokens_BS, rows, strict=True):
             tokens[: len(row.prompt) + len(row.generated)] = row.prompt + row.generated
         result = {
@@ -183,7 +182,7 @@ class RolloutGenerator:
         }
         return {key: tensor.to(current_device()) for key, tensor in result.items()}
 
-    # NeMo's way
+    # NeMo-style decoding
 
     def _in_nemos_way(
         self, batches: list[PromptBatch], check: Callable[[], object] | None
@@ -199,9 +198,9 @@ class RolloutGenerator:
                 yield {**result, "response_tokens": result["response_tokens"][:, :width]}
 
     def _num_batches_together(self, batches: list[PromptBatch]) -> int:
-        """As many as there are pipeline stages, so that each works on the rows of one, if memory allows.
+        """One batch per pipeline stage, so that each stage works on the rows of one, if memory allows.
 
-        A stage then keeps as many keys and values as the whole model would for one batch. Collective over the replica.
+        A stage's KV cache is then as large as the whole model's would be for one batch. Collective over the replica.
         """
         wanted = min(parallel_state.get_pipeline_model_parallel_world_size(), len(batches))
         if wanted <= 1:
@@ -218,7 +217,7 @@ class RolloutGenerator:
         )
         max_length = self._model._length_params["max_length"]
         num_tokens = max(batch.lengths_B.numel() * (int(batch.lengths_B.max()) + max_length) for batch in batches)
-        # megatron-core gives logits for all positions that go through the model, with the first step a whole prompt
+        # megatron-core computes logits for all input positions, in the first step those of a whole prompt
         num_logits = max(batch.lengths_B.numel() * int(batch.lengths_B.min()) for batch in batches) * vocabulary
         memory = usable_memory(current_device()) - num_logits * dtype.itemsize
         num_together = max(1, min(wanted, min_over_ranks(memory // (num_tokens * bytes_per_token))))
@@ -253,7 +252,7 @@ class RolloutGenerator:
 
 
 def _joined(batches: list[PromptBatch], eod_id: int) -> PromptBatch:
-    """The rows of all of them."""
+    """One batch with the rows of all `batches`."""
     return PromptBatch(
         torch.cat(pad_list([batch.prompts_BP for batch in batches], eod_id)),
         torch.cat([batch.lengths_B for batch in batches]),

@@ -1,7 +1,7 @@
-"""Rows in flight: what the host knows of each, and what the device keeps to decode them without asking the host.
+"""Rows in flight: their state on the host, and the device state that lets them be decoded without the host.
 
-Legend: R rows with a slot in the cache, B of them decoded in a step, T positions that a row has room for, L tokens
-that a row may generate, K decoding steps between two snapshots of what has been generated.
+Legend: R KV cache slots, B rows decoded in a step, T positions per row, L maximum number of generated tokens, K decode
+steps between two snapshots.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from nemo_aligner.utils.tensors import to_device_async
 
 @dataclass(frozen=True)
 class Decoding:
-    """How rows are continued; what a row generates is a function of this, its prompt, its numbers and the weights.
+    """Decoding options. What a row generates depends on these, its prompt, its random numbers and the weights alone.
 
     Attributes:
-        max_length, min_length: tokens that a row generates at most, and before it may end.
+        max_length, min_length: maximum number of tokens a row generates, and the number before it may end.
         end_ids: tokens that end a row by themselves.
-        num_tokens: ids from here on have no token and are never drawn.
+        num_tokens: ids from here on have no token and are never sampled.
     """
 
     sampling: SamplingParams
@@ -34,9 +34,9 @@ class Decoding:
 
 @dataclass(eq=False)
 class Row:
-    """One rollout on the host: its prompt, its numbers float64 [L], and, as they become known, its tokens.
+    """One rollout on the host: its prompt, its random numbers float64 [L], and the tokens known so far.
 
-    `batch` is the number of the batch that it belongs to.
+    `batch` is the index of the batch that it belongs to.
     """
 
     prompt: list[int]
@@ -47,7 +47,7 @@ class Row:
     is_finished: bool = False
 
     def extend(self, tokens: list[int], decoding: Decoding, completes_end_string: Callable) -> None:
-        """Take in what was generated, up to where the row ends."""
+        """Append generated tokens, up to the end of the row."""
         for token in tokens:
             self.generated.append(token)
             may_end = len(self.generated) > decoding.min_length
@@ -58,10 +58,10 @@ class Row:
 
 
 class DeviceRows:
-    """The state of R rows on the device. `advance_` needs nothing from the host and tells it nothing.
+    """The state of R rows on the device. `advance_` does not synchronize with the host.
 
-    A row stands at the position of its newest token, the next to go through the model. One that is done stands still;
-    so does one that is broken, which has no next token.
+    A row's position is that of its newest token, the model's next input. Rows that are done do not advance, nor do
+    invalid ones, which have no next token.
     """
 
     def __init__(self, num_rows: int, capacity: int, decoding: Decoding, device: torch.device):
@@ -75,16 +75,16 @@ class DeviceRows:
         self.end_ids = torch.tensor(decoding.end_ids, device=device)
         self.is_end_V = torch.zeros(max(decoding.num_tokens, *decoding.end_ids) + 1, dtype=torch.bool, device=device)
         self.is_end_V[self.end_ids] = True
-        self.copies = torch.cuda.Stream() if device.type == "cuda" else None  # to the host
+        self.copies = torch.cuda.Stream() if device.type == "cuda" else None  # device to host
 
     def are_for(self, num_rows: int, capacity: int, decoding: Decoding) -> bool:
         return self.decoding == decoding and self.tokens_RT.shape == (num_rows, capacity)
 
     def put_(self, slots: list[int], rows: list[Row]) -> None:
-        """Let `rows` begin in `slots`: the last token of their prompts goes through the model next."""
+        """Start `rows` in `slots`: the last token of each prompt is the model's next input."""
         device = self.position_R.device
         lengths = [len(row.prompt) for row in rows]
-        tokens_BP = np.zeros((len(rows), max(lengths)), np.int64)  # which takes lists far faster than torch
+        tokens_BP = np.zeros((len(rows), max(lengths)), np.int64)  # numpy converts lists far faster than torch
         for tokens, row in zip(tokens_BP, rows, strict=True):
             tokens[: len(row.prompt)] = row.prompt
         index_B, lengths_B = (to_device_async(torch.tensor(x), device) for x in (slots, lengths))
@@ -102,13 +102,13 @@ class DeviceRows:
             state[slot] = state[source]
 
     def clear_(self, slots: slice) -> None:
-        """Let the rows in `slots` stand still at position 0, whatever they were."""
+        """Make `slots` idle: done, at position 0."""
         self.position_R[slots] = 0
         self.prompt_length_R[slots] = 1
         self.is_done_R[slots] = True
 
     def newest_tokens(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and positions of the first `num_rows` rows, int64 [B] each: the model's next input."""
+        """The model's next input: newest tokens and positions of the first `num_rows` rows, int64 [B] each."""
         position_B = self.position_R[:num_rows]
         return self.tokens_RT[:num_rows].gather(1, position_B[:, None]).squeeze(1), position_B
 
@@ -116,7 +116,7 @@ class DeviceRows:
         """The next token of each row, int64 [B], or INVALID_TOKEN. `logits_BV` may be modified.
 
         Args:
-            max_context: no row's position is at or beyond it.
+            max_context: exclusive upper bound of the rows' positions.
         """
         decoding, num_rows = self.decoding, logits_BV.size(0)
         position_B = self.position_R[:num_rows]
@@ -144,7 +144,7 @@ class DeviceRows:
         return sample(logits_BV, previous_BT, decoding.sampling, uniform_B)
 
     def advance_(self, sampled_B: torch.Tensor) -> None:
-        """Write each row's next token, unless it is done, and note which rows that ends, and which have none."""
+        """Append the sampled tokens to rows that are not done, and update which rows are done or invalid."""
         num_rows = sampled_B.numel()
         position_B, is_done_B = self.position_R[:num_rows], self.is_done_R[:num_rows]
         if sampled_B.is_cuda:
@@ -165,7 +165,7 @@ class DeviceRows:
         is_done_B |= self.is_end_V[sampled_B.clamp(min=0)] | (num_generated_B >= self.decoding.max_length)
 
     def seen(self, num_rows: int, num_steps: int) -> torch.Tensor:
-        """Of the first rows the position, whether it is broken, and the last `num_steps` tokens, int64 [B, 2 + K]."""
+        """Position, is_invalid and the last `num_steps` tokens of each of the first rows, int64 [B, 2 + K]."""
         if self.position_R.is_cuda:
             from nemo_aligner.generation import triton_sampling
 
@@ -177,15 +177,15 @@ class DeviceRows:
 
 
 class Snapshot:
-    """What the rows in the first slots had generated at one moment, on its way to the host.
+    """The progress of the rows in the first slots at one point, being copied to the host.
 
-    On a GPU the copy is queued behind the steps so far and read later, when the next steps are queued already: neither
-    side waits for the other. It has a stream of its own: a piece of the optimizer's state may be in its way, which need
-    not be in that of the next steps.
+    On a GPU the copy is queued after the steps so far and read once the next steps are queued, so neither side waits
+    for the other. It runs in a stream of its own: it may have to wait for a copy of optimizer state, which the next
+    steps need not.
     """
 
     def __init__(self, device_rows: DeviceRows, rows: list[Row], num_steps: int):
-        """`num_steps` is how many of a row's last tokens are taken along."""
+        """`num_steps` is the number of each row's latest tokens to copy."""
         self.rows = list(rows)
         seen = device_rows.seen(len(rows), num_steps)
         self._event = None
@@ -201,7 +201,7 @@ class Snapshot:
             self._on_host = seen
 
     def new_tokens(self) -> list[tuple[Row, list[int], bool]]:
-        """Rows with tokens that they did not know of yet, and those that are broken behind them."""
+        """Each row that has new tokens or has become invalid: (row, new tokens, whether it is invalid after them)."""
         if self._event is not None:
             self._event.synchronize()
         found = []

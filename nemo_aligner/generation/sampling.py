@@ -1,4 +1,4 @@
-"""Draw the next token from logits, on the device and without waiting for it.
+"""Sample the next token from logits on the device, without synchronization.
 
 Shapes: logits_BV float32 over the vocabulary, B rows, V ids, in K blocks of W; a filtered id has logit -inf.
 """
@@ -13,20 +13,20 @@ from torch.nn import functional as F
 from nemo_aligner.generation.invalid_logits import INVALID_TOKEN
 
 _BLOCK = 128  # tokens whose probabilities are summed at once
-# So many probabilities stay in a processor's cache, also in float64: a CPU draws for as many rows at a time.
+# A CPU samples for as many rows at a time as have this many probabilities, which fit in its cache even in float64.
 _NUMBERS_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. Field names and meanings are those of `model.rs.sampling_params`.
+    """Sampling parameters. Field names and meanings are those of `model.rs.sampling_params`.
 
     Attributes:
-        use_greedy: take the most probable token; everything but `repetition_penalty` is then without effect.
+        use_greedy: take the most probable token; all other options but `repetition_penalty` are then ignored.
         temperature: divides the logits.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens that reaches this probability; 0.0 and 1.0 keep all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that occurred before
+        repetition_penalty: divides positive and multiplies negative logits of tokens that have occurred before
             (CTRL, arXiv:1909.05858, with the sign rule of common implementations); 1.0 is off.
     """
 
@@ -38,21 +38,21 @@ class SamplingParams:
 
     @property
     def draws_from_all(self) -> bool:
-        """Whether a token is drawn by nothing but its logit and the temperature."""
+        """Whether sampling depends on nothing but logits and temperature."""
         has_filter = self.top_k > 0 or 0.0 < self.top_p < 1.0
         return not (self.use_greedy or has_filter or self.repetition_penalty != 1.0)
 
     @classmethod
     def of(cls, configured: dict) -> "SamplingParams":
-        """Those of the configured options that decide which token is drawn."""
+        """The configured options that affect sampling."""
         return cls(**{key: configured[key] for key in cls.__dataclass_fields__ if key in configured})
 
 
 def random_streams(key: tuple[int, ...], row_ids: Iterable[tuple[int, ...]], length: int) -> torch.Tensor:
     """Each row's own random numbers in [0, 1), float64 [B, length] on the CPU.
 
-    They are a function of `key` and the row's id alone, not of the batch that the row is in, the number of replicas, or
-    what was drawn before. Key and ids are non-negative.
+    They depend only on `key` and the row's id, not on the row's batch, the number of replicas, or earlier draws. Key
+    and ids are non-negative.
     """
     return torch.from_numpy(np.stack([np.random.default_rng([*key, *row_id]).random(length) for row_id in row_ids]))
 
@@ -62,9 +62,8 @@ def sample(
 ) -> torch.Tensor:
     """The next token of each row, int64 [B], or INVALID_TOKEN.
 
-    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far, any number of times each; None
-    if there is no penalty), top-k, top-p, draw. What is drawn depends on the logits and `uniform_B`, float64 in [0, 1),
-    alone.
+    The steps are temperature, repetition penalty over `previous_BT` (the tokens so far, possibly repeated; None if
+    there is no penalty), top-k, top-p, draw. The draw depends only on the logits and `uniform_B`, float64 in [0, 1).
     """
     if not params.use_greedy and params.temperature != 1.0:
         logits_BV = logits_BV / params.temperature
@@ -100,10 +99,10 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def sample_token(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """One draw per row from softmax(logits), int64 [B]: where the cumulated probability first exceeds `uniform_B`.
+    """One draw per row from softmax(logits), int64 [B]: where the cumulative probability first exceeds `uniform_B`.
 
-    INVALID_TOKEN where the probabilities are NaN. The sums are in float64, as float32 sums over a vocabulary are off by
-    more than rare tokens are probable.
+    INVALID_TOKEN where the probabilities are NaN. The sums are in float64, as the error of a float32 sum over a
+    vocabulary exceeds the probability of rare tokens.
     """
     if logits_BV.is_cuda:
         from nemo_aligner.generation import triton_sampling
@@ -116,12 +115,12 @@ def sample_token(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tens
 def _draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     highest_B1 = logits_BV.amax(dim=-1, keepdim=True)
     weights_BV = (logits_BV - highest_B1).exp()
-    # sums of blocks first, so that only the block in which the threshold lies is summed token by token
+    # block sums first, so that only the block that contains the threshold is summed token by token
     weights_BKW = F.pad(weights_BV, (0, -weights_BV.size(1) % _BLOCK)).unflatten(1, (-1, _BLOCK))
     behind_BK = weights_BKW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    # a little less than 1, so that rounding cannot reach past the last token
+    # slightly below 1, so that rounding cannot go past the last token
     threshold_B1 = uniform_B[:, None] * behind_BK[:, -1:] * (1 - 2**-40)
-    # behind the last block only where sums are NaN
+    # past the last block only where sums are NaN
     block_B1 = torch.searchsorted(behind_BK, threshold_B1, right=True).clamp(max=behind_BK.size(1) - 1)
     before_B1 = F.pad(behind_BK, (1, 0)).gather(1, block_B1)
     within_BW = weights_BKW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)

@@ -1,20 +1,20 @@
-"""Who works on what in a pipeline of stages, virtual ones included, and how it gets to the next stage.
+"""Pipeline schedule for generation, virtual stages included, and communication between stages.
 
-Rows are dealt into as many groups as there are stages. In every tick each stage has one turn: one of its chunks of the
-model over one group. The groups take turns, then the stage's next chunk does, then the next position. Each stage is a
-tick behind the one before. With three stages (numbers are groups, a stroke marks the next position):
+Rows are split into as many groups as there are stages. In every tick each stage has one turn: one of its model chunks
+applied to one group. It iterates over the groups, then over its chunks, then over positions. Each stage is one tick
+behind the previous one. With three stages (numbers are groups, a prime marks the next position):
 
     tick      0   1   2   3   4   5
     stage 0   0   1   2   0'  1'  2'
     stage 1       0   1   2   0'  1'
     stage 2           0   1   2   0'
 
-So what a stage puts out in a tick is what the next one, or behind the last stage the first one's next chunk, works on
-in the tick that follows; and a group's tokens are drawn in the tick before the first stage needs them.
+So a stage's output in one tick is the input of the next stage in the next tick (after the last stage: of the first
+stage's next chunk), and a group's tokens are sampled in the tick before the first stage needs them.
 
-Stages tell each other everything at the end of a tick: first all pass on what they have put out, in one batch of sends
-and receives, then the last one spreads the tokens. That is one order for all ranks, so none waits for another in a
-circle, also where a communicator handles one thing after the other, as NCCL's do.
+Stages communicate only at the end of a tick: first all exchange their outputs in one batch of sends and receives, then
+the last stage broadcasts the tokens. The order is the same on all ranks, so there is no deadlock, even where a
+communicator runs one operation after another, as NCCL's do.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from nemo_aligner.compat.device import current_device
 
 
 class ScheduleSlot(NamedTuple):
-    """Numbers of the group, and of the chunk among this stage's, without virtual stages 0."""
+    """Index of the group, and of the chunk within this stage (0 without virtual stages)."""
 
     group: int
     chunk: int
 
 
 class Pipeline:
-    """This rank's stage of the pipeline, and its `chunks` of the model in their order, one without virtual stages."""
+    """This rank's pipeline stage, and its model `chunks` in order: one without virtual stages."""
 
     def __init__(self, chunks: list[torch.nn.Module]):
         self._chunks = chunks
@@ -45,7 +45,7 @@ class Pipeline:
         self.num_stages = parallel_state.get_pipeline_model_parallel_world_size()
         self._sends: list[distributed.Work] = []
         if self.num_stages > 1:
-            # NCCL connects a group in its first exchange, which all of its ranks have to join: not so the first tick's
+            # NCCL connects a group in its first communication, which all ranks must join; not all join the first tick's
             distributed.barrier(group=parallel_state.get_pipeline_model_parallel_group())
 
     @property
@@ -61,20 +61,20 @@ class Pipeline:
         return self.num_stages * self.num_chunks
 
     def turn(self, tick: int) -> ScheduleSlot | None:
-        """This stage's, None as long as nothing can have come to it."""
+        """This stage's turn; None until the first group can have reached it."""
         return self._turn(tick - self.stage)
 
     def sampling_group(self, tick: int) -> int | None:
-        """The group whose tokens the last stage draws in this tick; the same on all stages."""
+        """The group whose tokens the last stage samples in this tick; the same on all stages."""
         turn = self._turn(tick - (self.num_stages - 1))
         return turn.group if turn is not None and turn.chunk == self.num_chunks - 1 else None
 
     def begins_with_hidden_states(self, turn: ScheduleSlot) -> bool:
-        """Whether this stage needs for its `turn` what the stage before has put out, and not tokens."""
+        """Whether the input of `turn` is the previous stage's output, and not tokens."""
         return self.stage > 0 or turn.chunk > 0
 
     def run(self, chunk: int, hidden: torch.Tensor | None, inputs: tuple, **options) -> torch.Tensor:
-        """The output of a chunk called with `inputs` and `options`; all but the model's first work on `hidden`."""
+        """The output of a chunk called with `inputs` and `options`; all but the model's first chunk take `hidden`."""
         if self.num_chunks > 1:
             parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)
         get_attr_wrapped_model(self._chunks[chunk], "set_input_tensor")(hidden)
@@ -85,13 +85,13 @@ class Pipeline:
             return self._chunks[chunk](*inputs, **options)
 
     def send_recv(self, output: torch.Tensor | None, received_shape: tuple[int, int] | None) -> torch.Tensor | None:
-        """Send this tick's output to the next stage, and return what this one works on in the next tick.
+        """Send this tick's output to the next stage, and return this stage's input for the next tick.
 
         Args:
             output: None if there is nothing for another stage.
             received_shape: positions and rows of the hidden states to be received; None if none are sent.
         """
-        dtype = self._config.pipeline_dtype  # in which it is received
+        dtype = self._config.pipeline_dtype  # in which outputs are received
         outputs = [] if output is None else [output.to(dtype)]
         shapes = [] if received_shape is None else [(*received_shape, self._config.hidden_size)]
         received = self.exchange(outputs, shapes, dtype)
@@ -100,7 +100,7 @@ class Pipeline:
     def exchange(
         self, outputs: list[torch.Tensor], received_shapes: list[tuple[int, ...]], dtype: torch.dtype
     ) -> list[torch.Tensor]:
-        """Send `outputs` to the next stage, and return what this one receives, all in one batch."""
+        """Send `outputs` to the next stage and return what is received from the previous one, in one batch."""
         group = parallel_state.get_pipeline_model_parallel_group()
         previous_rank = parallel_state.get_pipeline_model_parallel_prev_rank()
         next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
@@ -109,15 +109,15 @@ class Pipeline:
         messages += [distributed.P2POp(distributed.irecv, tensor, previous_rank, group) for tensor in received]
         under_way = distributed.batch_isend_irecv(messages) if messages else []
         for _ in received[: len(under_way)]:
-            under_way.pop().wait()  # the last messages', or, from NCCL, the only one for the batch
-        # A send has time until the next tick: the stage that receives it may still be at work.
+            under_way.pop().wait()  # receives come last; NCCL returns a single handle for the batch
+        # Sends are waited for only in the next tick: the receiving stage may still be computing.
         for send in self._sends:
             send.wait()
         self._sends = under_way
         return received
 
     def broadcast(self, tensor: torch.Tensor) -> distributed.Work | None:
-        """Begin to overwrite a contiguous tensor with the last stage's; nothing is under way in a pipeline of one."""
+        """Start broadcasting the last stage's contiguous tensor into `tensor`; None if there is only one stage."""
         if self.num_stages == 1:
             return None
         return distributed.broadcast(

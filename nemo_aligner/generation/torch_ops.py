@@ -1,7 +1,7 @@
-"""The operations between the matrix products, in plain torch: for the CPU, for prefill, and as the kernels' reference.
+"""The operations of a layer in plain torch: for the CPU, for prefill, and as the kernels' reference.
 
-Legend: M tokens side by side, H hidden size, F MLP size, B rows, G key/value groups, Q query heads per group, T
-positions of the cache, t of them looked at, D channels per head.
+Legend: M tokens, H hidden size, F MLP size, B rows, G key/value groups, Q query heads per group, T positions of the
+cache, t of them attended to, D channels per head.
 """
 
 import torch
@@ -28,7 +28,7 @@ def add_norm(
 
 
 def add(hidden_MH: torch.Tensor, delta_MH: torch.Tensor, bias_H: torch.Tensor | None) -> torch.Tensor:
-    """Their sum [M, H]; `delta_MH` may come in float32 parts, [Z, M, H]."""
+    """The sum of all three, [M, H]; `delta_MH` may be given as float32 partial sums, [Z, M, H]."""
     if delta_MH.dim() == 3:
         delta_MH = delta_MH.sum(0)
     return (hidden_MH + (delta_MH if bias_H is None else delta_MH + bias_H)).to(hidden_MH.dtype)
@@ -47,12 +47,12 @@ def biased_product(x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Te
 def activated_product(
     x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation
 ) -> torch.Tensor:
-    """The activation of x_MI @ weight_OI.T + bias_O, [M, F]; O is F, or 2 F where the activation is gated."""
+    """The activation of x_MI @ weight_OI.T + bias_O, [M, F]; O is F, or 2 F if the activation is gated."""
     return activate(linear(x_MI, weight_OI, bias_O), activation)
 
 
 def rotate(x_BND: torch.Tensor, cos_BD: torch.Tensor, sin_BD: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of [B, heads, D] by angles whose cosine and signed sine are `RotaryTable`'s."""
+    """Rotary position embedding of [B, heads, D], with the cosine and signed sine of `RotaryTable`."""
     half = cos_BD.size(-1) // 2
     if cos_BD.size(-1) < x_BND.size(-1):
         rotated = rotate(x_BND[..., : 2 * half], cos_BD, sin_BD)
@@ -66,7 +66,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of one new token of each row to the filled positions of its own cache, [B, G * Q * D].
 
-    In two products, keys first, as for so few queries that is faster on a CPU than torch's fused attention.
+    Two GEMMs, keys first: for so few queries faster on a CPU than torch's fused attention.
     """
     scores_BGtQ = keys_BGtD @ (query_BGQD * query_BGQD.size(-1) ** -0.5).transpose(2, 3)
     scores_BGQt = scores_BGtQ.transpose(2, 3).masked_fill(~is_filled_Bt[:, None, None, :], -torch.inf)

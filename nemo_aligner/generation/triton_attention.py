@@ -1,7 +1,7 @@
-"""Attention of prompts and of rows, but for the products that torch has, as Triton kernels.
+"""Triton kernels for attention: decode attention, and RoPE with KV cache writes for prefill.
 
-Legend: M tokens side by side, B rows, G key/value groups of this rank, Q query heads per group, N = G * Q, T positions
-that a row has room for, D channels per head, Z splits of a row's positions.
+Legend: M tokens, B rows, G key/value groups of this rank, Q query heads per group, N = G * Q, T positions per row, D
+channels per head, Z splits of a row's positions.
 """
 
 import torch
@@ -16,12 +16,12 @@ from nemo_aligner.generation.triton_launch import (
     wait_for_previous,
 )
 
-# Programs that keep every multiprocessor of a current GPU busy; with fewer, a row's positions are split.
+# Programs that keep every SM of a current GPU busy; with fewer, a row's positions are split.
 _ENOUGH_PROGRAMS = 512
-# Positions that are looked at together, warps and stages of the attention kernel: the best of those tried on an H100,
-# for one query head per group and for several.
+# Positions per block, warps and stages of the attention kernel, for one query head per group and for several: the best
+# of those tried on an H100.
 _ONE_HEAD, _SEVERAL_HEADS = (16, 1, 3), (64, 4, 3)
-# Of a row's keys and values so many positions are on their way into the cache before the kernel in front has ended.
+# Positions of a row's keys and values prefetched into the L2 cache before the previous kernel has ended.
 _POSITIONS_AHEAD = 16
 # Stands for minus infinity where the difference of two must be 0.
 _LOWEST = -1e30
@@ -35,15 +35,16 @@ def row_attention(
     angles: tuple[torch.Tensor, torch.Tensor] | None,
     heads_per_group: int,
 ) -> torch.Tensor:
-    """One new token of each row attends to the row's filled positions and to itself, and is put into the cache.
+    """Attention of one new token of each row to the row's filled positions and itself; the token is added to the cache.
 
-    Flash decoding (Dao et al., 2023): where rows and groups are too few to fill the device, a row's positions are split
-    and the parts put together. Only what is filled is read, so the lengths on the device alone decide what it costs.
+    Flash decoding (Dao et al., 2023): if rows and groups are too few to fill the device, a row's positions are split
+    and the partial results merged. Only filled positions are read, so the cost follows the lengths, which are known on
+    the device alone.
 
     Args:
-        qkv_BX: [B, G * (Q + 2) * D], not yet turned by position.
-        positions_B: int64 [B], the new tokens'.
-        angles: cosine and signed sine [T, turned channels], or None.
+        qkv_BX: [B, G * (Q + 2) * D], without RoPE applied.
+        positions_B: int64 [B], positions of the new tokens.
+        angles: cosine and signed sine [T, rotated channels], or None.
 
     Returns:
         [B, N * D].
@@ -52,7 +53,7 @@ def row_attention(
     num_programs = num_rows * num_groups
     block_t, num_warps, stages = _ONE_HEAD if heads_per_group == 1 else _SEVERAL_HEADS
     block_d = triton.next_power_of_2(head_dim)
-    # all stages but one are in shared memory, keys and values; of wide heads in float32 it holds fewer
+    # all stages but one hold keys and values in shared memory, which fits fewer of wide float32 heads
     stages = min(stages, 1 + shared_memory(qkv_BX.device) // (2 * block_t * block_d * keys_RGTD.itemsize))
     splits = min(triton.cdiv(_ENOUGH_PROGRAMS, num_programs), triton.cdiv(capacity, 128), 16)
     splits = 1 << (splits.bit_length() - 1)
@@ -80,7 +81,7 @@ def row_attention(
 
 @triton.jit
 def _turned(start, d, inside, cos, sin, TURNED: tl.constexpr):
-    """Channels `d` at `start`, each turned against the channel half the turned ones away."""
+    """RoPE of channels `d` at `start`: each is rotated with its partner, TURNED / 2 channels away."""
     x = tl.load(start + d, mask=inside, other=0.0).to(tl.float32)
     if TURNED > 0:
         half: tl.constexpr = TURNED // 2
@@ -129,7 +130,7 @@ def _row_attention_kernel(
     key = _turned(group_start + Q * D, d, inside, cos, sin, TURNED).to(element)
     value = tl.load(group_start + (Q + 1) * D + d, mask=inside, other=0.0)
 
-    # the first split takes the new token's own key and value in and keeps them
+    # the first split attends to the new token's own key and value, and caches them
     is_first = split == 0
     keys += cached
     values += cached
@@ -142,7 +143,7 @@ def _row_attention_kernel(
             query, key, value, is_first, keys, values, start, end, d, scale_log2, D, BLOCK_T, BLOCK_D, BLOCK_Q, STAGES,
             LOWEST,
         )  # fmt: skip
-    # only now: the compiler cannot know that nothing above reads what is written, and would keep loads behind it
+    # last, as the compiler cannot know that no load reads what is stored here, and would not move loads across
     if is_first:
         tl.store(keys + position * D + d, key, mask=inside)
         tl.store(values + position * D + d, value, mask=inside)
@@ -159,7 +160,7 @@ def _row_attention_kernel(
 
 @triton.jit
 def _is_read(is_filled, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of the channels of some positions; a mask for all of a position's channels together costs less."""
+    """Mask of positions and channels to load; cheaper per position alone, where D is a whole block."""
     mask = is_filled[:, None]
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
@@ -171,10 +172,10 @@ def _attend_with_one_head(
     query, key, value, is_first, keys, values, start, end, d, scale_log2,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """Values mixed, before they are divided by the weights' total, the highest score and that total; [1, D] and [1].
+    """Weighted sum of values before normalization [1, D], highest score [1] and total of the weights [1].
 
-    Every lane of a block keeps a softmax of its own over every BLOCK_T-th position, and they are put together behind
-    the loop. Within it no lane waits for another, and loads run ahead.
+    Every lane of a block keeps its own online softmax over every BLOCK_T-th position; they are merged after the loop.
+    Within it no lane waits for another, and loads run ahead.
     """
     query = query.to(tl.float32) * scale_log2
     lane = tl.arange(0, BLOCK_T)
@@ -208,7 +209,7 @@ def _attend_with_heads(
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
     LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """The same of each of a group's heads, which look at blocks of positions together."""
+    """The same for all heads of a group, which process blocks of positions together."""
     own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale_log2
     highest = tl.where(is_first, own, LOWEST)
     total = tl.where(is_first, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
@@ -255,11 +256,11 @@ def rope_and_cache_(
     keys_RGTD: torch.Tensor,
     values_RGTD: torch.Tensor,
 ) -> None:
-    """Turn queries and keys of packed prompts by position, for attention, and put keys and values into the cache.
+    """Apply RoPE to queries and keys of packed prompts, for attention, and write keys and values to the cache.
 
     Args:
-        row_U, position_U: int64, row and position of the first U <= M tokens in the cache; the others are left alone.
-        query_MND, key_MGD: what attention reads beside the values, which it finds in `qkv_MX`.
+        row_U, position_U: int64, row and position in the cache of the first U <= M tokens; the others are skipped.
+        query_MND, key_MGD: outputs for attention, which reads the values from `qkv_MX`.
     """
     num_groups, head_dim = key_MGD.size(1), key_MGD.size(2)
     cos_TD, sin_TD = angles if angles is not None else (qkv_MX, qkv_MX)

@@ -1,11 +1,11 @@
-"""How Triton kernels are launched: set up while the one in front of them ends, and within what the device has.
+"""Launch options for Triton kernels: overlap with the end of the previous kernel, and device limits.
 
-A kernel launched so begins as soon as each program of the kernel in front has said `let_next_begin`, or ended
-("programmatic dependent launch" in NVIDIA's CUDA programming guide). As that one need not be past its own wait, several
-may run at once, back to the last kernel that was launched in the ordinary way; what is in front of that has ended. At
-once a kernel may read what none of them writes, as weights and positions, and have memory fetched that it will need.
-For all else it waits in `wait_for_previous` until the kernel in front has ended. Each must, on every path: so all
-further ones have ended, too, and what they read may be written to.
+A kernel launched with `early_launch` starts as soon as each program of the previous kernel has called `let_next_begin`
+or ended ("programmatic dependent launch" in NVIDIA's CUDA programming guide). As the previous kernel need not be past
+its own wait, several may run at once, back to the last kernel launched normally; everything before that one has ended.
+Before its wait a kernel may only read what none of these kernels writes, such as weights and positions, and prefetch
+memory. For everything else it calls `wait_for_previous`, which returns when the previous kernel has ended. Every kernel
+must call it on every path: then all earlier kernels have ended, too, and what they read may be overwritten.
 """
 
 import functools
@@ -22,7 +22,7 @@ except ImportError:  # Triton before 3.4
 
 @functools.cache
 def early_launch(device: torch.device) -> dict[str, bool]:
-    """Options of a launch, of which EARLY is the kernel's own; Hopper GPUs and later ones can."""
+    """Launch options, of which EARLY is a kernel argument; supported from Hopper on."""
     can = gdc_wait is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
@@ -41,9 +41,9 @@ def wait_for_previous(EARLY: tl.constexpr):
 
 @triton.jit
 def fetch_into_cache(pointers, NUM_BYTES: tl.constexpr, EARLY: tl.constexpr):
-    """Have NUM_BYTES behind each pointer, which is a multiple of 16, on their way into the L2 cache.
+    """Start prefetching NUM_BYTES from each pointer, which is a multiple of 16, into the L2 cache.
 
-    Nothing is done for other numbers than multiples of 16.
+    Does nothing if NUM_BYTES is not a multiple of 16.
     """
     if EARLY and NUM_BYTES % 16 == 0:
         size: tl.constexpr = f"{NUM_BYTES}"
@@ -64,5 +64,5 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of its own that a program may have at most."""
+    """Maximum bytes of shared memory per program."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

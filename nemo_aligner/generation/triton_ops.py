@@ -1,6 +1,6 @@
-"""What a layer does but for attention as Triton kernels, one pass over memory each; `torch_ops` says the same.
+"""Triton kernels for the operations of a layer other than attention, one pass over memory each; see `torch_ops`.
 
-Legend: M tokens side by side, H hidden size, F MLP size, I inputs and O outputs of a product, Z parts of it.
+Legend: M tokens, H hidden size, F MLP size, I inputs and O outputs of a GEMM, Z partial sums of it.
 """
 
 import torch
@@ -25,7 +25,7 @@ from nemo_aligner.models.nlp.gpt.activation import Activation
 def add_norm(
     hidden_MH: torch.Tensor, delta_MH: torch.Tensor | None, bias_H: torch.Tensor | None, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `torch_ops.add_norm`, but `hidden_MH` is updated in place, and `delta_MH` may come in parts to be summed."""
+    """As `torch_ops.add_norm`, but `hidden_MH` is updated in place; `delta_MH` may be given as partial sums."""
     num_tokens, size = hidden_MH.shape
     num_parts = 0 if delta_MH is None else 1 if delta_MH.dim() == 2 else delta_MH.size(0)
     normed_MH = torch.empty_like(hidden_MH)
@@ -76,7 +76,7 @@ def _add_norm_kernel(
 
 
 def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """As `torch_ops.activate`; functions that have no kernel here are called as they are."""
+    """As `torch_ops.activate`; activations without a kernel here fall back to it."""
     if activation.name is None:
         return _activate_unfused(x_MF, activation)
     num_tokens, size = x_MF.size(0), x_MF.size(1) // (1 + activation.is_gated)
@@ -124,17 +124,17 @@ def _activate_kernel(
     tl.store(activated + row * size + column, y.to(activated.dtype.element_ty), mask=inside)
 
 
-# ---- products with few rows
+# ---- GEMMs with few rows
 #
-# They cost what reading the weight costs, for which each multiprocessor should have one tile of it. What cuBLAS does as
-# fast, and what does not fit these tiles, is left to it.
+# They are bound by reading the weight, for which each SM should have one tile of it. cuBLAS computes those for which it
+# is as fast, and those that do not fit these tiles.
 
 
 def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x_MI @ weight_OI.T for `add_norm`: [M, O], or, for a few rows, float32 parts of it, [2, M, O].
+    """x_MI @ weight_OI.T for `add_norm`: [M, O], or, for a few rows, float32 partial sums, [2, M, O].
 
-    A narrow matrix has too few tiles to occupy every multiprocessor, unless its input is split too. cuBLAS sums such
-    parts in a kernel of their own.
+    A narrow matrix has too few tiles to occupy every SM unless its inputs are split too (split-K). cuBLAS would add the
+    parts in a separate kernel.
     """
     (num_tokens, size_in), size_out = x_MI.shape, weight_OI.size(0)
     if not _fits(x_MI, size_out, _TILE_O, _NUM_PARTS):
@@ -147,15 +147,15 @@ def product(x_MI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     return parts_ZMO
 
 
-# The best of those tried on an H100, for 64 rows of 2048 channels: output channels of a tile, where the input is split
-# and where it is not, input channels at a time, parts of the input, and how many pieces of them are on their way.
+# The best of those tried on an H100, for 64 rows of 2048 channels: output channels of a tile with split inputs and
+# without, input channels per iteration, splits of the input, and pipeline stages of the loads.
 _TILE_O, _WIDE_TILE_O, _TILE_I, _NUM_PARTS, _STAGES = 32, 64, 128, 2, 5
-# Of each row of a weight so many bytes are on their way into the cache before the kernel in front has ended.
+# Bytes of each weight row prefetched into the L2 cache before the previous kernel has ended.
 _BYTES_AHEAD = 512
 
 
 def _fits(x_MI: torch.Tensor, size_out: int, tile: int, num_parts: int = 1) -> bool:
-    """Whether there are few rows, and whole tiles of the weight but, in all parts, no more than multiprocessors."""
+    """Whether there are few rows, and the weight consists of whole tiles, over all parts no more than SMs."""
     num_tokens, size_in = x_MI.shape
     is_whole = size_out % tile == 0 and size_in % (num_parts * _TILE_I) == 0
     is_few = num_tokens <= 64 and num_parts * size_out // tile <= num_multiprocessors(x_MI.device)
@@ -163,7 +163,7 @@ def _fits(x_MI: torch.Tensor, size_out: int, tile: int, num_parts: int = 1) -> b
 
 
 def _options(x_MI: torch.Tensor, size_in: int, num_channels: int) -> dict[str, int | bool]:
-    """What the kernels have in common; of `num_channels` output channels a tile reads `size_in` inputs each."""
+    """Options common to both kernels; a tile reads `size_in` inputs of each of `num_channels` output channels."""
     block_m = max(16, triton.next_power_of_2(x_MI.size(0)))
     piece_bytes = (block_m + num_channels) * _TILE_I * x_MI.itemsize
     return {
@@ -207,7 +207,7 @@ def biased_product(x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Te
 def activated_product(
     x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation
 ) -> torch.Tensor:
-    """As `torch_ops.activated_product`; for a few rows in one kernel."""
+    """As `torch_ops.activated_product`; one kernel for a few rows."""
     fits = _fits(x_MI, weight_OI.size(0) // (1 + activation.is_gated), _WIDE_TILE_O)
     if activation.name is None or not fits:
         return activate(F.linear(x_MI, weight_OI, bias_O), activation)
@@ -251,7 +251,7 @@ def _wide_product_kernel(
         gate += tl.load(bias + f).to(tl.float32)[None, :]
         if IS_GATED:
             up += tl.load(bias + size + f).to(tl.float32)[None, :]
-    # rounded as the product alone would be
+    # rounded as a separate GEMM's output would be
     y = gate.to(element).to(tl.float32)
     if NAME != "none":
         y = _activation(y, NAME)

@@ -1,7 +1,7 @@
-"""What follows a step's logits as Triton kernels: rows draw their next tokens, advance, and are looked at.
+"""Triton kernels for the end of a decode step: sample the next tokens, advance the rows, take a snapshot.
 
-Legend: B rows, R rows with a slot, T positions that a row has room for, L tokens that it may generate, V vocabulary, K
-blocks of it.
+Legend: B rows, R KV cache slots, T positions per row, L maximum number of generated tokens, V vocabulary, K blocks of
+it.
 """
 
 import torch
@@ -15,7 +15,7 @@ def advance_(
     tokens_RT: torch.Tensor, position_B: torch.Tensor, prompt_length_B: torch.Tensor, is_done_B: torch.Tensor,
     is_invalid_B: torch.Tensor, sampled_B: torch.Tensor, is_end_V: torch.Tensor, max_length: int,
 ) -> None:  # fmt: skip
-    """What `DeviceRows.advance_` does, in one kernel instead of ten."""
+    """`DeviceRows.advance_` in one kernel instead of ten."""
     num_rows = sampled_B.numel()
     _advance_kernel[(1,)](
         tokens_RT, position_B, prompt_length_B, is_done_B, is_invalid_B, sampled_B, is_end_V, num_rows,
@@ -48,7 +48,7 @@ def _advance_kernel(
 def seen(
     tokens_RT: torch.Tensor, position_R: torch.Tensor, is_invalid_R: torch.Tensor, num_rows: int, num_steps: int
 ) -> torch.Tensor:
-    """What `DeviceRows.seen` returns, in one kernel instead of eight."""
+    """`DeviceRows.seen` in one kernel instead of eight."""
     seen_BX = torch.empty(num_rows, 2 + num_steps, dtype=torch.int64, device=tokens_RT.device)
     _seen_kernel[(num_rows,)](
         tokens_RT, position_R, is_invalid_R, seen_BX, tokens_RT.size(1), K=num_steps, num_warps=1
@@ -69,10 +69,10 @@ def _seen_kernel(tokens, position, is_invalid, seen, capacity, K: tl.constexpr):
 
 
 def sample_token(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """As `sampling.sample_token`: the same token for the same number, but for the rounding of exponentials in float32.
+    """As `sampling.sample_token`: the same token for the same number, up to float32 rounding of the exponentials.
 
-    Rows may lie apart, as those of the last of several positions do; a row itself is contiguous. A token is one of the
-    vocabulary, or INVALID_TOKEN: whoever takes it may read where it points.
+    Rows may be strided, such as those of the last of several positions; each row is contiguous. The result is a valid
+    vocabulary id or INVALID_TOKEN, so callers may index with it.
     """
     return _drawn(logits_BV, uniform_B, 0, logits_BV.size(1), 1.0, None)
 
@@ -81,16 +81,16 @@ def draw_next(
     logits_BV: torch.Tensor, uniform_RL: torch.Tensor, num_tokens: int, temperature: float, min_length: int,
     position_B: torch.Tensor, prompt_length_R: torch.Tensor, is_end_V: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """`sample_token` from softmax(logits / temperature) of each row's token behind `position_B`, by its `uniform_RL`.
+    """`sample_token` from softmax(logits / temperature) for each row's token after `position_B`, by its `uniform_RL`.
 
-    Ids from `num_tokens` on are not drawn, nor those of `is_end_V` as long as fewer than `min_length` are generated.
+    Ids from `num_tokens` on are not sampled, nor those of `is_end_V` before `min_length` tokens are generated.
     """
     rows = (position_B, prompt_length_R, is_end_V)
     return _drawn(logits_BV, uniform_RL, min_length, num_tokens, temperature, rows)
 
 
 def _drawn(logits_BV, uniform, min_length, num_tokens, temperature, rows) -> torch.Tensor:
-    """`rows`: positions, prompt lengths, and the ids that end one; None where each row has one number."""
+    """`rows`: positions, prompt lengths and is_end mask of ids; None if `uniform` has one number per row."""
     num_rows, device = logits_BV.size(0), logits_BV.device
     assert logits_BV.stride(1) == 1
     num_blocks = triton.cdiv(num_tokens, _DRAWN_BLOCK)
@@ -111,8 +111,8 @@ def _drawn(logits_BV, uniform, min_length, num_tokens, temperature, rows) -> tor
     return sampled_B
 
 
-# Tokens whose probabilities are summed at once, so that only those of the one block in which the threshold lies are
-# summed one by one, as in `sampling.sample_token`.
+# Tokens whose probabilities are summed at once: only the block that contains the threshold is summed token by token, as
+# in `sampling.sample_token`.
 _DRAWN_BLOCK = 128
 
 
@@ -126,7 +126,7 @@ def _allowed_logits(
     row, index, logits, row_stride, num_tokens, temperature, position, prompt_length, is_end, min_length,
     HAS_TEMPERATURE: tl.constexpr, HAS_MIN: tl.constexpr,
 ):  # fmt: skip
-    """Those of tokens `index`, divided by the temperature; minus infinity for what must not be drawn."""
+    """Logits of tokens `index`, divided by the temperature; minus infinity for tokens that must not be sampled."""
     inside = index < num_tokens
     x = tl.load(logits + row.to(tl.int64) * row_stride + index, mask=inside, other=-float("inf")).to(tl.float32)
     if HAS_TEMPERATURE:
@@ -139,7 +139,7 @@ def _allowed_logits(
 
 @triton.jit
 def _weight(x, highest):
-    """exp(x - highest) in float64; 0 for minus infinity, also if nothing is higher; NaN remains NaN."""
+    """exp(x - highest) in float64; 0 for minus infinity, even if `highest` is that too; NaN stays NaN."""
     return tl.where(x == -float("inf"), 0.0, tl.exp(x - highest)).to(tl.float64)
 
 
@@ -173,12 +173,12 @@ def _sample_kernel(
     highest = tl.max(top, axis=0)
     weight = tl.load(sums + row * num_blocks + k, mask=k < num_blocks, other=0.0) * _weight(top, highest)
     total = tl.sum(weight, axis=0)
-    # a little less than 1, as in `sampling.sample_token`
+    # slightly below 1, as in `sampling.sample_token`
     just_below: tl.constexpr = 1.0 - 9.094947017729282e-13
     threshold = tl.load(number) * total * just_below
     behind = tl.cumsum(weight, axis=0)
     block = tl.sum((behind <= threshold).to(tl.int32), axis=0)
-    # the two sums are rounded differently: that in steps may just miss what the other one passes
+    # total and cumulative sum are rounded differently: the latter may stay just below the threshold
     block = tl.minimum(block, tl.max(tl.where(weight > 0, k, 0), axis=0))
     before = tl.sum(tl.where(k == block - 1, behind, 0.0), axis=0)
     index = block * BLOCK + tl.arange(0, BLOCK)
@@ -190,6 +190,6 @@ def _sample_kernel(
     behind = before + tl.cumsum(weight, axis=0)
     threshold = tl.minimum(threshold, tl.max(behind, axis=0) * just_below)
     found = tl.min(tl.where((behind > threshold) & (weight > 0), index, num_tokens), axis=0)
-    # a total that is NaN is not larger either
+    # also False for a NaN total
     has_token = (total > 0) & (found < num_tokens)
     tl.store(drawn + row, tl.where(has_token, found, INVALID_TOKEN).to(tl.int64))

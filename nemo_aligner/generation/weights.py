@@ -1,7 +1,7 @@
-"""Where the parameters of a live megatron-core `GPTModel` are, whichever layer spec it was built from.
+"""References to the parameters of a live megatron-core `GPTModel`, whichever layer spec it was built from.
 
-Nothing is copied: generation reads the tensors that training writes. Our own layer spec keeps a norm in a module of its
-own, Transformer Engine's keeps its parameters in the linear layer behind it; both come out as the same few records.
+Nothing is copied: generation reads the tensors that training writes. Our own layer spec keeps a norm in its own module,
+Transformer Engine's keeps its parameters in the linear layer after it; both are mapped to the same records.
 """
 
 from collections.abc import Iterator
@@ -53,9 +53,9 @@ class Layer:
 class Weights:
     """A GPT model, or this pipeline stage's part of it, or this tensor-parallel rank's shard of that.
 
-    `embedding` and `positions` are the first stage's, `final_norm` and `output` the last one's; None elsewhere.
-    `num_groups` key/value groups of this rank with `heads_per_group` query heads each, of `head_dim` channels.
-    `rotary` gives the angles of the first so many positions, or is None where positions are learned.
+    `embedding` and `positions` are the first stage's, `final_norm` and `output` the last stage's; None elsewhere.
+    This rank has `num_groups` key/value groups with `heads_per_group` query heads each, of `head_dim` channels.
+    `rotary(n)` returns the angles of the first n positions; None without RoPE.
     """
 
     embedding: torch.Tensor | None
@@ -78,7 +78,7 @@ class Weights:
         return self.layers[0].qkv.weight.device
 
     def pointers(self) -> tuple[int, ...]:
-        """Where everything lies in memory: a captured graph may be replayed only as long as this does not change."""
+        """Addresses of all parameters: a captured graph may be replayed only while these do not change."""
         return tuple(tensor.data_ptr() for tensor in self._tensors())
 
     def _tensors(self) -> Iterator[torch.Tensor]:
@@ -93,7 +93,7 @@ class Weights:
 
 
 def find_weights(model: GPTModel) -> Weights:
-    """The parameters of `model`, which `unsupported_by_engine` has nothing to say about, where they are now."""
+    """The current parameters of `model`, for which `unsupported_by_engine` must return None."""
     config, tp_size = model.config, parallel_state.get_tensor_model_parallel_world_size()
     layers = tuple(_layer(layer, config) for layer in model.decoder.layers)
     has_learned_positions = model.pre_process and model.position_embedding_type == "learned_absolute"
@@ -112,7 +112,7 @@ def find_weights(model: GPTModel) -> Weights:
 
 
 def unsupported_by_engine(model: torch.nn.Module) -> str | None:
-    """What in `model` generation cannot compute, in a few words; None if it can compute all of it."""
+    """What in `model` the engine does not support, in a few words; None if it supports all of it."""
     if not isinstance(model, GPTModel):
         return "a model that is not megatron-core's GPTModel"
     config = model.config
@@ -160,7 +160,7 @@ def _layer(layer: torch.nn.Module, config) -> Layer:
 
 
 def _norm(norm: torch.nn.Module, config, linear: torch.nn.Module | None = None) -> Norm:
-    """`linear` is the layer behind the norm, into which Transformer Engine may have fused it."""
+    """`linear` is the layer after the norm, into which Transformer Engine may have fused it."""
     holder, prefix = (linear, "layer_norm_") if hasattr(linear, "layer_norm_weight") else (norm, "")
     return Norm(
         weight=getattr(holder, f"{prefix}weight"),

@@ -14,7 +14,7 @@ class SupervisedInterface(ABC):
     def get_loss_and_metrics(self, batch: dict, forward_only: bool) -> tuple[float, dict]:
         """Run forward, and backward unless `forward_only`, over this replica's rows of a global batch.
 
-        Gradients are left accumulated. Loss and metrics are numbers on the host and the same on every rank.
+        Gradients are left accumulated. Loss and metrics are host numbers, equal on every rank.
         """
 
     @abstractmethod
@@ -52,8 +52,8 @@ class Inferrable(ABC):
         """`infer` for each batch, in order. A model may work on several of them at a time.
 
         Args:
-            check: to be called now and then while several batches are under way, by all ranks of a replica at the same
-                token; what it raises ends the work.
+            check: called periodically while several batches are in flight, by all ranks of a replica at the same
+                token; an exception it raises ends inference.
             on_last_rows: may be called once, when few rows are left.
         """
         return map(self.infer, batches)
@@ -66,13 +66,13 @@ class Inferrable(ABC):
 class AlignableGenerativeInterface(SupervisedInterface, Inferrable):
     """A policy: it generates responses and is trained on them.
 
-    Beside what is named here, a trainer reads its `cfg`, `tokenizer` and parameters, and `_sampling_params` and
-    `_length_params`, plain dicts of the sections of `cfg.rs` that are called so.
+    In addition to this interface, a trainer reads its `cfg`, `tokenizer` and parameters, and `_sampling_params` and
+    `_length_params`, plain dicts of the sections `sampling_params` and `length_params` of `cfg.rs`.
     """
 
-    restored_from: str | None = None  # the archive or folder that its first weights are from
+    restored_from: str | None = None  # archive or folder of its initial weights
 
-    trains_with_sequence_parallel = False  # then training rows are padded to a multiple of the tensor-parallel size
+    trains_with_sequence_parallel = False  # if so, training rows are padded to a multiple of the TP size
 
     @abstractmethod
     def prepare_for_training(self) -> None:
@@ -83,16 +83,16 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable):
         """Called after a phase of training steps."""
 
     def seed_step(self, step: int) -> None:
-        """Called before each RS step: start the random generators of this process anew, as a function of the step."""
+        """Called before each RS step: reseed the random generators of this process as a function of the step."""
 
     def seed_sampling(self, *key: int) -> None:
-        """Called before a phase of `infer` calls: what is sampled in it is to be a function of the key."""
+        """Called before a phase of `infer` calls, whose samples are to be a function of the key."""
 
     def prefetch_adam_states(self, beside_rollouts: bool = False) -> None:
-        """Called when rollouts end, or are about to: the optimizer's state will soon be wanted on the device."""
+        """Called when rollouts end, or are about to: the optimizer state will soon be needed on the device."""
 
     def onload_adam_states(self) -> None:
-        """Called before a checkpoint is written: the optimizer's state must be on the device."""
+        """Called before a checkpoint is written: the optimizer state must be on the device."""
 
     def get_init_policy_logprobs(self, rollout_batches: list[dict]):
         """Log-probabilities under the policy that training started from. Rejection sampling does not need them."""

@@ -1,4 +1,4 @@
-"""What is between the two linear layers of an MLP, for training and generation.
+"""The activation between the two linear layers of an MLP, for training and generation.
 
 Legend: M rows, F width of the MLP.
 """
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Activation:
-    """What is between the two linear layers of an MLP; gated, it acts on the first half, which scales the second.
+    """The activation of an MLP; if gated, it is applied to the first half, which is multiplied with the second.
 
-    `name` is one that a fused kernel knows, or None.
+    `name` is the name for fused kernels, None if they do not support it.
     """
 
     name: str | None
@@ -24,7 +24,7 @@ class Activation:
 
 
 def activation_of(config: TransformerConfig) -> Activation:
-    """That of megatron-core's MLP: with `bias_activation_fusion` it knows GELU's approximation by tanh only."""
+    """The activation of megatron-core's MLP, whose GELU is the tanh approximation with `bias_activation_fusion`."""
     function = config.activation_func
     if function is F.gelu and config.bias_activation_fusion:
         function = _gelu_tanh
@@ -33,7 +33,7 @@ def activation_of(config: TransformerConfig) -> Activation:
 
 
 def activate(x_MF: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """The activation of [M, F], or, where it is gated, of the halves of [M, 2 F]; [M, F]."""
+    """Apply the activation to [M, F], or, if it is gated, to the halves of [M, 2 F]; returns [M, F]."""
     if not activation.is_gated:
         return activation.function(x_MF)
     gate_MF, up_MF = x_MF.chunk(2, dim=-1)

@@ -1,9 +1,9 @@
-"""Word embeddings whose gradient goes where it belongs.
+"""Word embeddings that accumulate their gradient directly in the optimizer's buffer.
 
-Autograd makes a matrix of the whole weight's size for it, in the weight's dtype, which then is added to the optimizer's
-float32 buffer, micro-batch by micro-batch: for 128,256 entries of 2048 channels three gigabytes are read and written,
-for rows of some megabytes. Here the rows are added to the buffer. (megatron-core's data-parallel wrapper still gets a
-matrix for a tied weight, of zeros: see `stand_in_gradient`.)
+Autograd materializes a dense gradient of the weight's size and dtype, which is then added to the optimizer's float32
+buffer in every micro-batch: for 128,256 entries of 2048 channels three gigabytes are read and written, for rows of some
+megabytes. Here only the rows are added to the buffer. (For a tied weight, megatron-core's data-parallel wrapper still
+gets a dense gradient, of zeros: see `stand_in_gradient`.)
 
 Legend: M tokens, V vocabulary, H hidden size.
 """
@@ -16,7 +16,7 @@ from nemo_aligner.utils.weight_gradients import stand_in_gradient
 
 
 def can_add_in_place(embedding: VocabParallelEmbedding, fuse: bool) -> bool:
-    """Whether `embed` may take the module's place; `fuse` means what it does for `weight_gradient`."""
+    """Whether `embed` may replace the module; `fuse` as for `weight_gradient`."""
     return fuse and embedding.tensor_model_parallel_size == 1 and hasattr(embedding.weight, "main_grad")
 
 
@@ -42,8 +42,7 @@ class _Embedding(torch.autograd.Function):
 def add_rows_(sum_VH: torch.Tensor, ids_M: torch.Tensor, rows_MH: torch.Tensor) -> None:
     """`sum_VH[ids_M[m]] += rows_MH[m]` for every m, in an order that depends on the ids only; computed in float32.
 
-    torch has it on a GPU in an order that depends on chance (`index_add_`), and in a fixed one that makes the host wait
-    (`index_put_`).
+    On a GPU torch's `index_add_` is nondeterministic, and `index_put_`, which is deterministic, synchronizes the host.
     """
     if sum_VH.is_cuda:
         from nemo_aligner.models.nlp.gpt import embedding_kernels

@@ -20,7 +20,7 @@ def add_rows_(sum_VH: torch.Tensor, ids_M: torch.Tensor, rows_MH: torch.Tensor) 
 
 @triton.jit
 def _add_rows_kernel(sums, sorted_ids, order, ends, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows of one id are those of the program that has the first of them, several at a time."""
+    """All rows of an id are summed by the program at the first of them, ROWS at a time."""
     place = tl.program_id(0).to(tl.int64)
     own_id = tl.load(sorted_ids + place)
     if tl.load(sorted_ids + place - 1, mask=place > 0, other=-1) != own_id:

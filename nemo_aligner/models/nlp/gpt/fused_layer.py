@@ -1,12 +1,12 @@
-"""A transformer layer over a pack as one differentiable function.
+"""A transformer layer over a pack as one autograd function.
 
-It computes what megatron-core's `TransformerLayer` with our spec does. There a layer is some hundred calls in Python,
-forward and backward, and a GPU waits for them; here it is some thirty. And fewer activations are kept: norms and the
-MLP's activation are computed again in the backward pass, and rotary positions are turned in place.
+Computes the same as megatron-core's `TransformerLayer` with our spec, which takes some hundred Python calls per layer,
+forward and backward, that keep a GPU waiting; this takes some thirty. It also saves fewer activations: norms and the
+MLP's activation are recomputed in the backward pass, and RoPE is applied in place.
 
-Legend: T tokens, H hidden size, N heads, G key/value groups, X heads of a group in the query-key-value product (its
-queries, its key, its value), D channels per head, P width of that product, A channels that are turned, F width of the
-MLP; of a linear layer I inputs and O outputs.
+Legend: T tokens, H hidden size, N heads, G key/value groups, X heads of a group in the QKV projection (its queries, its
+key, its value), D channels per head, P width of that projection, A rotated channels, F width of the MLP; of a linear
+layer I inputs and O outputs.
 """
 
 import torch
@@ -23,12 +23,12 @@ from nemo_aligner.utils.weight_gradients import weight_gradient
 def fused_layer(
     layer: TransformerLayer, hidden_TH: torch.Tensor, angles_TA: torch.Tensor | None, sequences: PackedSequences
 ) -> torch.Tensor:
-    """The layer's output [T, H]; `angles_TA` are the rotary positions of its tokens, if it has any."""
+    """The layer's output [T, H]; `angles_TA` are the tokens' rotary angles, None without RoPE."""
     return _FusedLayer.apply(layer, hidden_TH.contiguous(), angles_TA, sequences, *_parameters(layer))
 
 
 def _parameters(layer: TransformerLayer) -> list[torch.Tensor | None]:
-    """Four matrices and eight vectors, in the order of what `_FusedLayer.backward` returns."""
+    """Four matrices and eight vectors, in the order of the gradients from `_FusedLayer.backward`."""
     attention, mlp = layer.self_attention, layer.mlp
     linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
     norms = (layer.input_layernorm, layer.pre_mlp_layernorm)
@@ -43,12 +43,12 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer, hidden_TH, angles_TA, sequences, *parameters):
         qkv_w, proj_w, fc1_w, fc2_w, qkv_b, proj_b, fc1_b, fc2_b, *_ = parameters
-        # Apex, with `overlap_param_sync`, waits for a parameter's values when it is asked something.
+        # With `overlap_param_sync`, Apex waits for a parameter's values when the parameter is accessed.
         for parameter in parameters:
             if parameter is not None:
                 parameter.data_ptr()
 
-        # a product's bias is on the residual connection before the product is
+        # the bias of each output GEMM is added to the residual before the GEMM is
         normed_TH, middle_TH = norm_and_residual(layer.input_layernorm, hidden_TH, proj_b)
         qkv_TP = linear(normed_TH, qkv_w, qkv_b)
         del normed_TH
@@ -73,7 +73,7 @@ class _FusedLayer(torch.autograd.Function):
         hidden_TH, middle_TH, inner_TF, context_TND, angles_TA, *parameters = ctx.saved_tensors
         (qkv_w, proj_w, fc1_w, fc2_w), vectors = parameters[:4], parameters[4:]
         layer, attention_gradient = ctx.layer, ctx.attention_gradient
-        del ctx.attention_gradient  # it holds queries, keys and values, and the layer's graph lives on
+        del ctx.attention_gradient  # it holds queries, keys and values, and the autograd graph lives on
 
         fuse = layer.config.gradient_accumulation_fusion
 
@@ -90,7 +90,7 @@ class _FusedLayer(torch.autograd.Function):
         )
         of_fc2_w = of_weight(fc2_w, grad_TH, activated_TF)
         del activated_TF
-        # on its way the norm's kernel sees what is summed for the biases behind and in front of the MLP
+        # the norm's kernel also sums the gradients of the biases after the MLP (fc2) and before it (proj)
         normed_TH, grad_middle_TH = norm_gradient(
             layer.pre_mlp_layernorm, middle_TH, matmul(grad_inner_TF, fc1_w), grad_TH, *of_mlp_norm, of_fc2_b, of_proj_b
         )
@@ -115,13 +115,13 @@ def _by_heads(layer: TransformerLayer, qkv_TP: torch.Tensor) -> torch.Tensor:
 
 
 def _query_key_value(qkv_TGXD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[T, N, D] and twice [T, G, D]."""
+    """Views [T, N, D], [T, G, D] and [T, G, D]."""
     parts = qkv_TGXD.split((qkv_TGXD.size(2) - 2, 1, 1), dim=2)
     return tuple(part.flatten(1, 2) for part in parts)
 
 
 def _add_product(residual_TH: torch.Tensor, x_TI: torch.Tensor, weight_HI: torch.Tensor) -> torch.Tensor:
-    """`residual_TH + x_TI @ weight_HI.T`; the memory of `residual_TH` is used again."""
+    """`residual_TH + x_TI @ weight_HI.T`; may overwrite `residual_TH`."""
     if residual_TH.is_cuda:
-        return residual_TH.addmm_(x_TI, weight_HI.t())  # out of place, torch copies the summand first
+        return residual_TH.addmm_(x_TI, weight_HI.t())  # in place, as torch would copy the summand first
     return linear(x_TI, weight_HI).add_(residual_TH)

@@ -1,4 +1,4 @@
-"""A GPT transformer whose last stage ends in a scalar head instead of a vocabulary.
+"""A GPT transformer with a reward head on its last stage instead of an output layer.
 
 Shapes (Megatron puts the sequence first): hidden_SBH, lengths_B, attributes_BA; S positions, B rows, H hidden size, A
 attributes that the head scores.
@@ -30,14 +30,14 @@ class RewardModelHead(RowParallelLinear):
     ):
         """
         Args:
-            dtype: what the head keeps its weights in and computes in; None takes the model's.
+            dtype: dtype of the head's weights and computation; None for the model's.
             output_sequence: score every position.
             use_avg_pool: score the mean hidden state of a row instead of its last one.
             merge_attributes: return one number per row, the sum of the attributes times their weights.
             attribute_weights: one per attribute; None weighs them equally, with a sum of 1.
 
         Raises:
-            ConfigError: the weights are not one per attribute, or both kinds of pooling are asked for.
+            ConfigError: there is not one weight per attribute, or both `output_sequence` and `use_avg_pool` are set.
         """
         if output_sequence and use_avg_pool:
             raise ConfigError("model.output_sequence and model.use_avg_pool exclude each other: set one to False")
@@ -70,7 +70,7 @@ class RewardModelHead(RowParallelLinear):
         """
         Args:
             hidden_states: [S, B, H], any dtype; the same on all tensor parallel ranks.
-            lengths: [B] int64; positions at or behind a row's length are padding.
+            lengths: [B] int64; positions from a row's length on are padding.
 
         Returns:
             [B, A], or [B, S, A] with `output_sequence`; A is 1 with `merge_attributes`. In the head's dtype.
@@ -90,13 +90,13 @@ class RewardModelHead(RowParallelLinear):
             positions = torch.arange(num_positions, device=hidden_states.device)
             is_content = positions.unsqueeze(-1) < lengths
             total = torch.where(is_content.unsqueeze(-1), hidden_states.to(self.dtype), 0).sum(dim=0)
-            return total / lengths.clamp(min=1).unsqueeze(-1)  # the server fills batches up with rows of length 0
+            return total / lengths.clamp(min=1).unsqueeze(-1)  # the server pads batches with rows of length 0
         rows = torch.arange(num_rows, device=hidden_states.device)
         return hidden_states[lengths - 1, rows].to(self.dtype)
 
 
 class GPTRewardModel(GPTModel):
-    """megatron-core's GPT model with a `RewardModelHead` in the place of its output layer."""
+    """megatron-core's GPT model with a `RewardModelHead` instead of its output layer."""
 
     # False leaves the head out of sharded state dicts, so that a base model, which has none, can be loaded.
     return_rm_head_in_state_dict = True
@@ -135,10 +135,10 @@ class GPTRewardModel(GPTModel):
             lengths: [B] int64; used on the last.
             attention_mask: [B or 1, 1, S, S] bool, True = blocked, or None for causal attention.
             decoder_input: hidden states [S, B, H] to start from instead of `input_ids`.
-            labels: has to be None: a reward model has no tokens to predict.
+            labels: must be None: a reward model has no tokens to predict.
 
         Returns:
-            On the last stage what `RewardModelHead` returns, on the others hidden states [S, B, H].
+            On the last stage the output of `RewardModelHead`, on the others hidden states [S, B, H].
         """
         assert labels is None, "a reward model takes no labels"
         if decoder_input is None and self.pre_process:
@@ -157,7 +157,7 @@ class GPTRewardModel(GPTModel):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Every parameter under its name in a checkpoint; see `return_rm_head_in_state_dict`."""
-        # GPTModel and LanguageModule look after an output layer, which is not there.
+        # GPTModel and LanguageModule expect an output layer, which does not exist here.
         state_dict = super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
         left_out = f"{prefix}rm_head._extra_state" if self.return_rm_head_in_state_dict else f"{prefix}rm_head."
         return {key: value for key, value in state_dict.items() if not key.startswith(left_out)}

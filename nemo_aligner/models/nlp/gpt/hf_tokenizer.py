@@ -1,7 +1,7 @@
-"""Hugging Face tokenizers that travel inside a `.nemo` archive, and tokenizers without their model.
+"""Hugging Face tokenizers inside `.nemo` archives, and loading a tokenizer without its model.
 
-NeMo's `huggingface` tokenizer stores a name or path, so an archive made elsewhere finds no tokenizer. Here the config
-lists the tokenizer's own files (`tokenizer.files`, name -> path), each registered as an artifact of the archive.
+NeMo's `huggingface` tokenizer stores a name or path, which an archive from another machine cannot resolve. Here the
+config lists the tokenizer's own files (`tokenizer.files`, name -> path), each registered as an artifact of the archive.
 """
 
 import shutil
@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.nemo_archive import CONFIG_FILE, opened
 
-# config key -> the name under which transformers looks for the file
+# config key -> the file name that transformers expects
 FILES = {"tokenizer_json": "tokenizer.json", "tokenizer_config_json": "tokenizer_config.json"}
-MEMBER = "nemo:"  # what a config puts before the name of a file in its own archive
+MEMBER = "nemo:"  # prefix in a config for the name of a file in its own archive
 
 
 def tokenizer_config(folder: str | Path) -> dict:
@@ -104,7 +104,7 @@ def _load_from_archive(path: Path):
 
 
 def _from_sentencepiece(cfg: DictConfig, model: Path):
-    """As NeMo builds it for a GPT model."""
+    """Built as NeMo does for a GPT model."""
     tokenizer = get_nmt_tokenizer(
         library="sentencepiece", tokenizer_model=str(model), legacy=cfg.get("sentencepiece_legacy", True)
     )

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_aligner.utils.train_utils import set_eval, set_train
 
-# What training may switch on, and how it is off: in the config, in Megatron's configs, in the modules.
+# What training may switch on, with its "off" value: in the config, in Megatron's configs, in the modules.
 _OFF_IN_CONFIG = {
     "activations_checkpoint_granularity": None,
     "activations_checkpoint_method": None,
@@ -30,14 +30,14 @@ _READ_WITHOUT_DEFAULT = {
 
 
 def fill_missing_keys(cfg: DictConfig) -> None:
-    """Give `cfg`, in place, the keys that NeMo expects to find when it builds the model and when it switches it."""
+    """Add to `cfg`, in place, the keys that NeMo expects when it builds the model and when it switches modes."""
     with open_dict(cfg):
         for key, value in _READ_WITHOUT_DEFAULT.items():
             cfg.setdefault(key, value)
 
 
 def switch_off_O2_in_float32(cfg: DictConfig) -> None:
-    """Weights in float32 are their own master weights; NeMo would fail for want of half-precision ones."""
+    """Float32 weights are their own master weights; NeMo's O2 would fail as there are no half-precision weights."""
     if cfg.get("megatron_amp_O2", False) and torch_dtype_from_precision(cfg.precision) == torch.float32:
         logging.info(f"model.megatron_amp_O2=True has nothing to do with precision {cfg.precision}; it is switched off")
         with open_dict(cfg):
@@ -45,10 +45,10 @@ def switch_off_O2_in_float32(cfg: DictConfig) -> None:
 
 
 class InferenceMode:
-    """Activation checkpointing and sequence parallelism of a model, off for inference and restored behind it.
+    """Switches a model's activation checkpointing and sequence parallelism off for inference, and restores them after.
 
-    NeMo's own methods for this leave out that megatron-core's embeddings scatter their output, and when called twice in
-    a row remember "off".
+    NeMo's own methods for this miss that megatron-core's embeddings scatter their output, and save "off" as the state
+    to restore when called twice in a row.
     """
 
     def __init__(self, model):

@@ -1,8 +1,8 @@
-"""`layer_ops` as Triton kernels: one launch each, and every matrix is read and written once.
+"""`layer_ops` as Triton kernels: one launch each, every matrix is read and written once.
 
-What is summed over tokens each program adds up in float32 for the tokens it has, and writes down once.
+Each program accumulates its tokens' share of sums over tokens in float32, and stores it once.
 
-Legend: T tokens, H hidden size, F width of the MLP, E = F, or 2 F where it is gated, Z parts of a sum, C columns.
+Legend: T tokens, H hidden size, F width of the MLP, E = F, or 2 F if it is gated, Z partial sums, C columns.
 """
 
 import torch
@@ -35,7 +35,7 @@ def norm_gradient(
     of_residual_ZH: torch.Tensor | None = None,
     of_input_ZH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of `x_TH` takes the place of `grad_TH`."""
+    """The gradient of `x_TH` overwrites `grad_TH`."""
     num_tokens, size = x_TH.shape
     parts = of_scale_ZH, of_shift_ZH, of_residual_ZH, of_input_ZH
     num_programs, stride = _programs(num_tokens, *parts)
@@ -58,7 +58,7 @@ def _norm_options(norm: torch.nn.Module, size: int) -> dict[str, int | bool]:
 
 
 def _programs(num_tokens: int, *parts_ZC: torch.Tensor | None) -> tuple[int, int]:
-    """How many share the tokens, and how far their sums lie apart."""
+    """Number of programs that share the tokens, and the stride between their partial sums."""
     for part_ZC in parts_ZC:
         if part_ZC is not None:
             return part_ZC.size(0), part_ZC.stride(0)
@@ -67,7 +67,7 @@ def _programs(num_tokens: int, *parts_ZC: torch.Tensor | None) -> tuple[int, int
 
 @triton.jit
 def _unit(x, inside, size, eps, IS_RMS: tl.constexpr):
-    """A row before scale and shift, and what it was multiplied by."""
+    """A normalized row before scale and shift, and the factor it was multiplied by."""
     if not IS_RMS:
         x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
     factor = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
@@ -121,7 +121,7 @@ def _norm_gradient_kernel(
         beside = tl.load(residual_grad + at, mask=inside, other=0.0).to(tl.float32)
         unit, factor = _unit(row, inside, size, eps, IS_RMS)
         tl.store(normed + at, (unit * scale + shift).to(normed.dtype.element_ty), mask=inside)
-        # a norm's output stays when a row gets longer or, but for RMSNorm, is shifted: no gradient goes that way
+        # a norm is invariant to scaling a row and, except RMSNorm, to shifting it: project out these directions
         of_unit = of_output * scale
         of_row = of_unit - unit * (tl.sum(of_unit * unit, axis=0) / size)
         if not IS_RMS:
@@ -150,7 +150,7 @@ def _norm_gradient_kernel(
 def activation_gradient(
     inner_TE: torch.Tensor, grad_TF: torch.Tensor, activation: Activation, of_inner_ZE: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`grad_TF` gives its place to the gradient of `inner_TE`, or, if that is wider, to the activated values."""
+    """`grad_TF` is overwritten by the gradient of `inner_TE`, or, if that is wider, by the activated values."""
     num_tokens, size = grad_TF.shape
     num_programs, stride = _programs(num_tokens, of_inner_ZE)
     grad_TE, activated_TF = grad_TF, grad_TF
@@ -168,7 +168,7 @@ def activation_gradient(
 
 @triton.jit
 def _value_and_slope(x, NAME: tl.constexpr):
-    """All three are x times a share between 0 and 1, which for the last, 0.5 (1 + tanh(a)), is sigmoid(2 a)."""
+    """Activation and derivative. All three are x times a factor in (0, 1); 0.5 (1 + tanh(a)) = sigmoid(2 a)."""
     if NAME == "gelu":
         share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -220,7 +220,7 @@ def _activation_gradient_kernel(
 
 
 def add_up(parts_ZC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[C], the sums of all parts."""
+    """Sum over the parts, [C]."""
     num_parts, size = parts_ZC.shape
     sums_C = parts_ZC.new_empty(size, dtype=dtype)
     _add_up_kernel[(triton.cdiv(size, 64),)](parts_ZC, sums_C, num_parts, size, BLOCK_Z=64, BLOCK_C=64)

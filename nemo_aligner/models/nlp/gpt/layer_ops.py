@@ -1,13 +1,13 @@
-"""What a layer over a pack computes around its matrix products, apart from attention, without autograd.
+"""The operations of a layer over a pack other than GEMMs and attention, forward and backward, without autograd.
 
-On a GPU that is one kernel of `layer_kernels` each, which reads and writes every matrix once; elsewhere, and for an
-activation that has no kernel, it is torch's own functions.
+On a GPU each is one kernel of `layer_kernels`, which reads and writes every matrix once; elsewhere, and for activations
+without a kernel, torch's own functions are used.
 
-The gradients of biases and of norms' parameters are sums of the columns of matrices [T, C] that pass through here.
-Whoever has such a matrix at hand writes sums of some of its rows, [Z, C], where `ColumnSums` says, and that adds up
-what belongs to one layer in one go. Everything is summed in an order that only depends on the kind of GPU.
+The gradients of biases and norm parameters are column sums of matrices [T, C] that pass through here. The function that
+processes such a matrix writes partial sums [Z, C] to the buffer provided by `ColumnSums`, which adds up all of a
+layer's at once. The order of summation depends only on the GPU model.
 
-Legend: T tokens, H hidden size, F width of the MLP, E = F, or 2 F where it is gated, Z parts of a sum, C columns.
+Legend: T tokens, H hidden size, F width of the MLP, E = F, or 2 F if it is gated, Z partial sums, C columns.
 """
 
 import functools
@@ -20,17 +20,17 @@ from nemo_aligner.utils.weight_gradients import stand_in_gradient
 
 
 class ColumnSums:
-    """The gradients of a layer's vectors.
+    """The gradients of a layer's vectors (biases and norm parameters).
 
-    `parts` has float32 [Z, C] for each, or None for one that is absent or not trained. All of them must be filled
-    before `finish`.
+    `parts` has float32 [Z, C] for each, or None for a vector that is absent or not trained. All must be filled before
+    `finish`.
     """
 
     def __init__(self, vectors: Sequence[torch.Tensor | None], grad_TH: torch.Tensor):
-        """`grad_TH` has the device and the dtype of what will be summed."""
+        """`grad_TH` has the device and dtype of the matrices to be summed."""
         self._vectors = [vector if vector is not None and vector.requires_grad else None for vector in vectors]
         self._widths = [0 if vector is None else vector.numel() for vector in self._vectors]
-        # where vectors have different dtypes, autograd rounds to each one's
+        # if dtypes differ, autograd rounds to each vector's
         trained = (vector.dtype for vector in self._vectors if vector is not None)
         self._dtype = functools.reduce(torch.promote_types, trained, grad_TH.dtype)
         self._parts_ZC = torch.empty(
@@ -42,9 +42,9 @@ class ColumnSums:
         self.parts = self._of_trained(self._parts_ZC.split(self._widths, dim=1))
 
     def finish(self, fuse: bool) -> list[torch.Tensor | None]:
-        """What a backward pass returns for each vector; `fuse` means what it does for `weight_gradient`."""
+        """The gradients to return from a backward pass; `fuse` as for `weight_gradient`."""
         trained = [vector for vector in self._vectors if vector is not None]
-        # NeMo's optimizer for half precision has no buffer for a parameter in float32
+        # NeMo's half-precision optimizer has no gradient buffer for float32 parameters
         if not (fuse and all(hasattr(vector, "main_grad") for vector in trained)):
             return self._of_trained(self._added_up(self._dtype).split(self._widths))
         if trained:
@@ -65,15 +65,16 @@ class ColumnSums:
 
 @functools.cache
 def _num_parts(device: torch.device) -> int:
-    """One for each program that shares the tokens: as many of a norm's gradient as a GPU has registers for at once.
+    """One for each program that shares the tokens: as many of the norm's gradient kernel as a GPU has registers for.
 
-    By calculation, not by trial: for 2048 channels on an H100 two of 256 threads, which need 116 registers each.
+    Calculated, not measured: registers of an H100 SM suffice for two programs of 256 threads with 116 registers each,
+    for 2048 channels.
     """
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def put_column_sums_(part_ZC: torch.Tensor | None, x_TC: torch.Tensor) -> None:
-    """For a matrix that no kernel has at hand: its sums in one part."""
+    """Column sums of a matrix that no kernel processes, in the first part."""
     if part_ZC is not None:
         _put_(part_ZC, x_TC.sum(0, dtype=part_ZC.dtype))
 
@@ -87,14 +88,14 @@ def _put_(part_ZC: torch.Tensor | None, sums_C: torch.Tensor | None) -> None:
 def norm_and_residual(
     norm: torch.nn.Module, x_TH: torch.Tensor, bias_H: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a residual connection goes around and what goes along it.
+    """The input of a residual branch, and the residual itself.
 
     Args:
         norm: a `layer_spec.Norm`.
-        bias_H: of the last linear layer that the connection goes around.
+        bias_H: bias of the branch's last linear layer.
 
     Returns:
-        `norm(x_TH)`, and `x_TH + bias_H` in memory of its own, where the product of that layer can be added.
+        `norm(x_TH)`, and `x_TH + bias_H` in new memory, to which the GEMM of that layer can be added in place.
     """
     if x_TH.is_cuda:
         from nemo_aligner.models.nlp.gpt import layer_kernels
@@ -113,17 +114,17 @@ def norm_gradient(
     of_residual_ZH: torch.Tensor | None = None,
     of_input_ZH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Back through `norm(x_TH)` beside a residual connection.
+    """Backward of `norm(x_TH)` and the residual connection around it.
 
     Args:
-        grad_TH: the gradient of the norm's output. Its memory is used again.
-        residual_grad_TH: what `x_TH` gets as gradient from the residual connection.
-        of_scale_ZH, of_shift_ZH: get the sums for the norm's parameters.
-        of_residual_ZH: gets those of `residual_grad_TH`.
-        of_input_ZH: gets those of the gradient that is returned.
+        grad_TH: the gradient of the norm's output. May be overwritten.
+        residual_grad_TH: the gradient of `x_TH` from the residual connection.
+        of_scale_ZH, of_shift_ZH: outputs, column sums for the norm's parameters.
+        of_residual_ZH: output, column sums of `residual_grad_TH`.
+        of_input_ZH: output, column sums of the returned gradient.
 
     Returns:
-        The norm's output again and the gradient of `x_TH`.
+        The recomputed output of the norm, and the gradient of `x_TH`.
     """
     if x_TH.is_cuda:
         from nemo_aligner.models.nlp.gpt import layer_kernels
@@ -145,14 +146,14 @@ def norm_gradient(
 def activation_gradient(
     inner_TE: torch.Tensor, grad_TF: torch.Tensor, activation: Activation, of_inner_ZE: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Back through `activate(inner_TE, activation)`.
+    """Backward of `activate(inner_TE, activation)`.
 
     Args:
-        grad_TF: the gradient of its output. Its memory is used again.
-        of_inner_ZE: gets the sums of the gradient of `inner_TE`.
+        grad_TF: the gradient of its output. May be overwritten.
+        of_inner_ZE: output, column sums of the gradient of `inner_TE`.
 
     Returns:
-        The activated values [T, F] again and the gradient of `inner_TE`.
+        The recomputed activated values [T, F], and the gradient of `inner_TE`.
     """
     if inner_TE.is_cuda and activation.name is not None:
         from nemo_aligner.models.nlp.gpt import layer_kernels
@@ -166,7 +167,7 @@ def activation_gradient(
 def _with_gradients(
     function: Callable[..., torch.Tensor], grad: torch.Tensor, *inputs: torch.Tensor | None
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """`function(*inputs)`, and the inputs' gradients where `grad` is that of the result."""
+    """`function(*inputs)`, and the inputs' gradients, given the gradient `grad` of the result."""
     with torch.enable_grad():
         inputs = [x if x is None else x.detach().requires_grad_() for x in inputs]
         y = function(*inputs)

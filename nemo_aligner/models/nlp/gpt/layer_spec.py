@@ -1,7 +1,7 @@
-"""Transformer layers out of plain torch, where there is no Transformer Engine, or no GPU for it.
+"""Transformer layers in plain torch, for use without Transformer Engine or without a GPU.
 
 The parameters have the names, shapes and tensor-parallel sharding of megatron-core's own layers, and the checkpoint
-keys of its Transformer Engine spec, so that archives written with either restore here and the other way round.
+keys of its Transformer Engine spec, so archives written with either can be restored here and vice versa.
 
 Shapes (Megatron puts the sequence first): hidden_SBH, query_SBND, key_TBGD, value_TBGD with S query positions, T key
 positions, B rows, H hidden size, N heads and G key/value groups of this tensor-parallel rank, D channels per head.
@@ -31,7 +31,7 @@ from nemo_aligner.models.nlp.gpt.packed_attention import packed_attention
 
 
 class Norm(torch.nn.Module):
-    """LayerNorm or RMSNorm, as `config.normalization` says, computed in float32 and returned in the input's dtype.
+    """LayerNorm or RMSNorm (`config.normalization`), computed in float32 and returned in the input's dtype.
 
     With `config.layernorm_zero_centered_gamma` (NeMo's `layernorm1p`) the stored weight is the scale minus one.
     """
@@ -46,14 +46,14 @@ class Norm(torch.nn.Module):
         self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
         self.bias = None if self.is_rms else torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            # Megatron sums gradients of parameters so marked over the tensor-parallel ranks.
+            # Megatron all-reduces gradients of parameters with this mark over the tensor-parallel ranks.
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.normalize(hidden, self.weight, self.bias)
 
     def normalize(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """With parameters like the norm's own."""
+        """Apply the norm with the given parameters instead of its own."""
         dtype = hidden.dtype
         if not self._has_kernel(hidden):
             hidden, weight, bias = (x if x is None else x.float() for x in (hidden, weight, bias))
@@ -64,12 +64,12 @@ class Norm(torch.nn.Module):
         return F.layer_norm(hidden, self.shape, weight, bias, self.eps).to(dtype)
 
     def _has_kernel(self, hidden: torch.Tensor) -> bool:
-        """Whether torch reads half precision and computes in float32 by itself, which saves the casts around it.
+        """Whether torch has a kernel that reads half precision and computes in float32, which saves the casts.
 
-        Its kernels for a GPU do (statistics, scale and shift are in their accumulation type), given a weight of the
-        input's dtype; before it had one for RMSNorm, torch rounded to half precision in front of the scale.
+        Its GPU kernels do (statistics, scale and shift are in their accumulation type) if the weight has the input's
+        dtype; versions without one for RMSNorm round to half precision before the scale.
         """
-        # Of every parameter something is asked here: Apex, with `overlap_param_sync`, only then waits for its values.
+        # This accesses every parameter, on which Apex, with `overlap_param_sync`, waits for its values.
         if self.zero_centered or any(parameter.dtype != hidden.dtype for parameter in self.parameters()):
             return False
         if not hidden.is_cuda:
@@ -81,7 +81,7 @@ class ScaledDotProductAttention(MegatronModule):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
     Without an `attention_mask` attention is causal; a mask, [B or 1, 1, S, T] bool with True = blocked, is applied as
-    it stands and must then be causal itself.
+    is and must then be causal itself.
     """
 
     def __init__(
@@ -99,9 +99,8 @@ class ScaledDotProductAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None):
         """Attend from query_SBND to key_TBGD and value_TBGD; returns [S, B, N * D].
 
-        With `attn_mask_type` `no_mask` (decoding from a key/value cache) every query sees every key. With
-        `packed_seq_params`, which are `PackedSequences`, megatron-core leaves the dimension B out, and attention is
-        causal within each sequence.
+        With `attn_mask_type` `no_mask` (decode from a KV cache) every query sees every key. With `packed_seq_params`,
+        which are `PackedSequences`, megatron-core omits the dimension B, and attention is causal within each sequence.
         """
         if packed_seq_params is not None:
             with self._dropout_rng():
@@ -129,7 +128,7 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 class Layer(TransformerLayer):
-    """megatron-core's layer, which over packs is one function where that computes the same."""
+    """megatron-core's layer; over packs it runs as one autograd function where that computes the same."""
 
     def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, packed_seq_params=None, **kwargs):
         if packed_seq_params is None or not can_fuse(self, hidden_states.dtype):
@@ -143,15 +142,12 @@ class Layer(TransformerLayer):
             )
         angles_TA = None if rotary_pos_emb is None else rotary_pos_emb.squeeze(1)
         output_T1H = fused_layer(self, hidden_states.squeeze(1), angles_TA, packed_seq_params).unsqueeze(1)
-        # the pipeline schedule frees what it has sent, which it cannot through a view
+        # the pipeline schedule deallocates outputs it has sent, which is impossible for a view
         return make_viewless_tensor(output_T1H, requires_grad=output_T1H.requires_grad, keep_graph=True), None
 
 
 def can_fuse(layer: Layer, dtype: torch.dtype) -> bool:
-    """Whether `fused_layer` computes all that the layer's own modules would of hidden states of that dtype.
-
-    If not, these are called.
-    """
+    """Whether `fused_layer` computes the same as the layer's own modules, given hidden states of this dtype."""
     config, attention, mlp = layer.config, layer.self_attention, layer.mlp
     return (
         parallel_state.get_tensor_model_parallel_world_size() == 1
@@ -169,14 +165,14 @@ def can_fuse(layer: Layer, dtype: torch.dtype) -> bool:
 
 
 def fuses_all_layers(model: torch.nn.Module) -> bool:
-    """Whether every layer of megatron-core's `GPTModel` is one function over packs."""
+    """Whether every layer of megatron-core's `GPTModel` runs fused over packs."""
     dtype = next(model.parameters()).dtype
     is_mixed = getattr(model.config, "enable_autocast", False)
     return not is_mixed and all(type(layer) is Layer and can_fuse(layer, dtype) for layer in model.decoder.layers)
 
 
 def _is_untouched(module: torch.nn.Module, kind: type) -> bool:
-    """Whether it is of that class, not one below it as adapters make, and nobody wants to be told of its calls."""
+    """Whether it is exactly of that class, not a subclass as adapters create, and has no hooks or patched forward."""
     return type(module) is kind and not (
         "forward" in vars(module)
         or module._forward_hooks
@@ -187,12 +183,12 @@ def _is_untouched(module: torch.nn.Module, kind: type) -> bool:
 
 
 def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The spec of this pipeline stage's layers and of the norm behind the last one.
+    """The spec of this pipeline stage's layers and of the final norm.
 
     Covers RMSNorm or LayerNorm, grouped queries, RoPE or learned positions and gated or plain MLPs.
 
     Raises:
-        ValueError: for a mixture of experts or context parallelism, which these modules do not have.
+        ValueError: for a mixture of experts or context parallelism, which these modules do not support.
     """
     if config.num_moe_experts is not None:
         raise ValueError("model.num_moe_experts: a mixture of experts needs Transformer Engine and a GPU")
@@ -217,7 +213,7 @@ def get_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
                 module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
             ),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses a norm into the linear layer behind it: its names are the ones on disk.
+            # Transformer Engine fuses a norm into the linear layer after it; checkpoints use its names.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

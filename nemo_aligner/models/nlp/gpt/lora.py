@@ -1,7 +1,7 @@
-"""LoRA adapters of a GPT model: added, described to megatron-core's checkpoints, and restored from `.nemo` archives.
+"""LoRA adapters of a GPT model: adding them, sharding for megatron-core's checkpoints, loading from `.nemo` archives.
 
-An archive of adapters is NeMo's: their config, and the weights in one file for each model-parallel rank of the run that
-wrote it. They restore in any other layout, for which they are put together and split again.
+An archive of adapters has NeMo's format: their config, and one weights file for each model-parallel rank of the run
+that wrote it. They can be restored in any other parallel layout: the shards are joined and split again.
 
 Shapes: linear_in [R, I] and linear_out [O, R] with rank R, of a layer with weight [O, I].
 """
@@ -25,24 +25,25 @@ from nemo_aligner.utils.nemo_archive import naming, opened
 from nemo_aligner.utils.nemo_weights import FILE, RANK_FOLDERS, read_weights
 from nemo_aligner.utils.peft_checks import PEFT_KEY, check_is_lora
 
-# NeMo's name of an adapter -> the layer, in the same module, to whose output it adds
+# NeMo's name of an adapter -> the layer in the same module to whose output the adapter's is added
 LINEARS = {
     "lora_kqv_adapter": "linear_qkv",
     "lora_dense_attention_adapter": "linear_proj",
     "lora_hto4h_adapter": "linear_fc1",
     "lora_4htoh_adapter": "linear_fc2",
 }
-# These take an input that is split over the tensor-parallel ranks.
+# Their input is split over the tensor-parallel ranks.
 _ROW_PARALLEL = ("lora_dense_attention_adapter", "lora_4htoh_adapter")
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
 @dataclass
 class Adapter:
-    """`prefix` is that of its names in its chunk's state dict; with `whole_prefix` layers count from the first stage.
+    """One adapter of this rank.
 
-    `chunk` is the number of its virtual stage on this rank, 0 where there are none. `parent` is the attention or MLP
-    module that calls it, `linear` the layer there to whose output it adds.
+    `prefix` is its prefix in its chunk's state dict; in `whole_prefix` layers are numbered from the first stage.
+    `chunk` is the index of its virtual stage on this rank, 0 without virtual stages. `parent` is the attention or MLP
+    module that calls it, `linear` the layer in it to whose output the adapter's is added.
     """
 
     chunk: int
@@ -58,15 +59,15 @@ class Adapter:
 
 
 def add_adapters_(model, cfg: DictConfig, restore_from_path: str | None = None, key: str = PEFT_KEY) -> None:
-    """Freeze the model and add adapters as `cfg.peft.lora_tuning` says, fresh or with the weights in an archive.
+    """Freeze the model and add adapters as configured in `cfg.peft.lora_tuning`, new or with weights from an archive.
 
     Raises:
-        ConfigError: naming `key` and the archive, if that does not hold these adapters.
+        ConfigError: naming `key` and the archive, if it does not hold these adapters.
     """
     model.add_adapter(LoraPEFTConfig(cfg))
     is_first_stage = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     if cfg.get("activations_checkpoint_granularity") == "full" and is_first_stage:
-        # Recomputation starts at an input that needs a gradient, and behind a frozen embedding none does.
+        # Recomputation needs an input that requires a gradient; the output of a frozen embedding does not.
         model.get_model_module_list()[0].embedding.register_forward_hook(_require_gradient)
     if restore_from_path is not None:
         load_adapters_(model, restore_from_path, key)
@@ -87,7 +88,7 @@ def adapters_of(model) -> Iterator[Adapter]:
 
 
 def adapter_state(model) -> dict:
-    """This rank's part of the adapters' weights by name; with virtual stages a dict for each of these, as in NeMo."""
+    """This rank's adapter weights by name; with virtual stages one dict for each of them, as in NeMo."""
     chunks = [{} for _ in model.get_model_module_list()]
     for adapter in adapters_of(model):
         chunks[adapter.chunk].update(
@@ -97,7 +98,7 @@ def adapter_state(model) -> dict:
 
 
 def sharded_adapters(model) -> ShardedStateDict:
-    """How this rank's part of the adapters fits into the whole, for megatron-core's distributed checkpoints."""
+    """Sharded state dict of this rank's adapters, for megatron-core's distributed checkpoints."""
     chunks = [{} for _ in model.get_model_module_list()]
     for adapter in adapters_of(model):
         parts = adapter.module.sharded_state_dict(adapter.prefix)
@@ -118,10 +119,10 @@ def _by_virtual_stage(chunks: list[dict]) -> dict:
 
 @torch.no_grad()
 def load_adapters_(model, path: str | Path, key: str = PEFT_KEY) -> None:
-    """Give the model's adapters the weights in an archive, which a run in another parallel layout may have written.
+    """Load adapter weights from an archive, possibly written in another parallel layout.
 
     Raises:
-        ConfigError: naming `key`, the archive, and the first parameter that is missing, superfluous or of other shape.
+        ConfigError: naming `key`, the archive, and the first parameter that is missing, unexpected or of another shape.
     """
     stored = read_adapters(path, key)
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -148,7 +149,7 @@ def load_adapters_(model, path: str | Path, key: str = PEFT_KEY) -> None:
 
 
 def read_adapters(path: str | Path, key: str = PEFT_KEY) -> dict[str, torch.Tensor]:
-    """Name -> whole tensor of the adapters in an archive, on the CPU, layers counted from the first stage.
+    """Name -> unsharded tensor of the adapters in an archive, on the CPU; layers are numbered from the first stage.
 
     Raises:
         ConfigError: naming `key` and the archive, if it is damaged or does not hold LoRA adapters.
@@ -208,7 +209,7 @@ def _join(shards: list[torch.Tensor], name: str, cfg: DictConfig) -> torch.Tenso
 
 
 def _split(whole: torch.Tensor, name: str, num_ranks: int, cfg: DictConfig) -> list[torch.Tensor]:
-    """The inverse of `_join`; the parts are of unequal shape if the tensor cannot be split so."""
+    """The inverse of `_join`; the parts have unequal shapes if the tensor does not split evenly."""
     if _is_gated(name, cfg):
         gate, up = whole.chunk(2)
         return [torch.cat(halves) for halves in zip(gate.chunk(num_ranks), up.chunk(num_ranks), strict=True)]
@@ -220,5 +221,5 @@ def _axis(name: str) -> int:
 
 
 def _is_gated(name: str, cfg: DictConfig) -> bool:
-    """Whether its rows are those of a gate and of an up projection, each of which is split over the ranks."""
+    """Whether its rows are a gate and an up projection, each of which is split over the ranks."""
     return "lora_hto4h_adapter.linear_out" in name and str(cfg.get("activation")).endswith("glu")

@@ -33,11 +33,11 @@ class MegatronGPTRewardModel(MegatronGPTModel, SupervisedInterface, Inferrable):
     """A Megatron GPT model with a scalar head, for inference only. `cfg` is the `model` section.
 
     Raises:
-        ConfigError: for what a reward model does not support.
+        ConfigError: for settings that a reward model does not support.
 
     Attributes:
-        enable_standardization, rew_mean, rew_std: whether, and with which numbers, rewards become (r - mean) / std.
-        forward_micro_batch_size: rows of one forward pass.
+        enable_standardization, rew_mean, rew_std: whether rewards become (r - mean) / std, with this mean and std.
+        forward_micro_batch_size: rows per forward pass.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer):
@@ -167,7 +167,7 @@ class MegatronGPTRewardModel(MegatronGPTModel, SupervisedInterface, Inferrable):
         self._inference_mode.leave()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Load the weights of an archive, which may be a base model's: without a head, with an output layer.
+        """Load the weights of an archive, possibly a base model's: without a reward head, with an output layer.
 
         Raises:
             ValueError: another parameter is missing.
@@ -215,7 +215,7 @@ class MegatronGPTRegressionRewardModel(MegatronGPTRewardModel):
 
 
 def _check_config(cfg: DictConfig) -> None:
-    """Refuse what a reward model cannot do, before anything is built."""
+    """Reject settings that a reward model does not support, before anything is built."""
     if not cfg.get("mcore_gpt", False):
         raise ConfigError("model.mcore_gpt: a reward model needs megatron-core's GPT model; set it to True")
     if cfg.get("virtual_pipeline_model_parallel_size") is not None:
@@ -236,7 +236,7 @@ def _check_config(cfg: DictConfig) -> None:
 
 
 def _as_dtype(spelling) -> torch.dtype | None:
-    """A dtype as itself, None as None, and every spelling of a precision as its dtype."""
+    """The dtype for any spelling of a precision; dtypes and None are returned unchanged."""
     if spelling is None or isinstance(spelling, torch.dtype):
         return spelling
     named = getattr(torch, str(spelling).removeprefix("torch."), None)

@@ -1,4 +1,4 @@
-"""The policy of rejection sampling: a Megatron GPT model that generates rollouts and is trained on chosen ones.
+"""The rejection-sampling policy: a Megatron GPT model that generates rollouts and is trained on selected ones.
 
 Legend: B rows of a batch, S padded token width, P padded prompt width, V vocabulary, TP/PP/DP parallel sizes.
 """
@@ -74,7 +74,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._sampling_params = OmegaConf.to_container(cfg.rs.sampling_params, resolve=True)
         self.to_offload_adam_states = cfg.rs.offload_adam_states
         self.forward_micro_batch_size = cfg.rs.forward_micro_batch_size
-        # Kept here because the config's own key is switched off during inference.
+        # Saved here because the config's own key is switched off during inference.
         self.trains_with_sequence_parallel = self.cfg.get("sequence_parallel", False)
         self._optimizer_offload = OptimizerOffload(functools.partial(state_tensors, self))
         self.distributed_adam_offload_manager: contextlib.AbstractContextManager | None = None
@@ -86,7 +86,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._counts_of_batch: tuple[torch.Tensor | None, int] = (None, 1)
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
-        self.rs_settings: dict | None = None  # those that decide what the run does, set by `init_using_ptl`
+        self.rs_settings: dict | None = None  # settings that determine the run's results; set by `init_using_ptl`
         self._is_saving_archive = False
 
     def _build_tokenizer(self):
@@ -98,20 +98,20 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         check_end_strings(end_strings, self.tokenizer, key="model.rs.sampling_params.end_strings")
 
     def setup_mcore_distributed_parallel(self) -> None:
-        """NeMo calls one option by two names."""
+        """NeMo has two names for one option."""
         with open_dict(self.cfg):
             self.cfg.optim.setdefault("overlap_param_gather", self.cfg.optim.get("overlap_param_sync", False))
         super().setup_mcore_distributed_parallel()
 
     def setup_megatron_optimization(self, optim_config: dict):
-        """Settings of megatron-core's optimizer; gradients are clipped outside it, as with every other optimizer."""
+        """Configure megatron-core's optimizer; gradients are clipped outside it, as for all other optimizers."""
         settings = super().setup_megatron_optimization(optim_config)
         settings.clip_grad = 0.0
         settings.adam_eps = optim_config.get("eps", settings.adam_eps)
         return settings
 
     def configure_optimizers(self):
-        if device.on_cpu():  # NeMo waits for gradients on their way by synchronizing CUDA alone
+        if device.on_cpu():  # NeMo waits for gradients in flight by synchronizing CUDA only
             with open_dict(self.cfg):
                 self.cfg.async_grad_allreduce = False
         optimizers = super().configure_optimizers()
@@ -124,31 +124,31 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return optimizers
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the trainer's counters, which whoever saves has put into `rs_trainer_state`, and the run's settings."""
+        """Add the trainer's counters, which the caller has stored in `rs_trainer_state`, and the run's settings."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rs_trainer"] = self.rs_trainer_state
         checkpoint["rs_settings"] = self.rs_settings
 
     def sharded_state_dict(self, prefix: str = "") -> ShardedStateDict | None:
-        """What goes into a distributed checkpoint; with adapters these alone, and in an archive, for NeMo, none."""
+        """Content of a distributed checkpoint: with adapters, only those; None while an archive of them is written."""
         if not (self.use_peft and self.setup_complete):
             return super().sharded_state_dict(prefix=prefix)
         return None if self._is_saving_archive else sharded_adapters(self)
 
     def get_peft_state_dict(self) -> dict:
-        """NeMo's takes any list of chunks, as megatron-core's optimizer keeps a single one, for virtual stages."""
+        """NeMo's takes any list of chunks for virtual stages, but megatron-core's optimizer keeps a list of one."""
         return adapter_state(self)
 
     def save_to(self, save_path: str) -> None:
-        """Write a `.nemo` archive: the whole model, or, with adapters, these alone, in NeMo's format.
+        """Write a `.nemo` archive: the whole model, or, with adapters, only those, in NeMo's format.
 
-        It is there whole or not at all. Collective over the job.
+        The write is atomic. Collective over the job.
 
         Raises:
-            OSError: where it could not be written: on every rank for weights, on rank 0 for the archive around them.
+            OSError: the archive could not be written: on every rank for weights, on rank 0 for the archive itself.
         """
         final = Path(save_path)
-        # NeMo writes weights beside an archive, for which there must be nothing of a process that was killed meanwhile
+        # NeMo writes weights next to the archive, where there must be no leftovers of a process that was killed
         folder = final.with_name(f".partial-{final.name}")
         is_first_rank = torch.distributed.get_rank() == 0
         if is_first_rank:
@@ -173,16 +173,16 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
     # Training
 
     def get_loss_and_metrics(self, batch: dict, forward_only: bool) -> tuple[float, dict]:
-        """Forward, and backward unless `forward_only`, over this replica's rows of one global batch.
+        """Run forward, and backward unless `forward_only`, over this replica's rows of one global batch.
 
         Args:
             batch: `response_tokens` int64 [rows, S] and `mask` float [rows, S - 1], on the CPU; other keys are ignored.
                 The rows are split in order into `get_num_microbatches()` micro-batches of `cfg.micro_batch_size`. With
-                packing, unless there are pipeline stages or the loss is per micro-batch, each replica makes do with as
-                few as hold its tokens; `_max_tokens_of_a_pack` says how many of these have room in one.
+                packing, unless there are pipeline stages or the loss is per micro-batch, each replica uses as few as
+                its tokens need, with at most `_max_tokens_of_a_pack` tokens each.
 
         Returns:
-            The loss over the global batch and {"loss": the same}, equal on all ranks. Gradients stay accumulated.
+            The loss over the global batch and {"loss": the same}, equal on all ranks. Gradients are left accumulated.
 
         Raises:
             ValueError: if the rows do not make up that many micro-batches.
@@ -208,8 +208,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             step = self.get_actor_forward_output_and_loss_func()
             self._counts_of_batch = None, 1
             rows = self.cfg.micro_batch_size
-        # Backward in this thread. Handing over to autograd's thread for the GPU and back, again and again, the host of
-        # an H100 took 0.17 to 0.20 s (medians) to launch what it launches in 0.14 s by itself (torch 2.11).
+        # Backward in this thread: repeatedly handing over to autograd's GPU thread and back, an H100 host took 0.17 to
+        # 0.20 s (medians) to launch what a single thread launches in 0.14 s (torch 2.11).
         with torch.autograd.set_multithreading_enabled(False):
             losses = get_forward_backward_func()(
                 forward_step_func=step,
@@ -229,7 +229,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return loss, {"loss": loss}
 
     def _is_packing(self) -> bool:
-        """Whether rows are trained on without their padding; where they cannot be, the log says so once."""
+        """Whether to train on packs instead of padded rows; logs once if packing is configured but unsupported."""
         if not self._training.packing:
             return False
         reason = self._why_not_packed()
@@ -240,7 +240,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
     def _why_not_packed(self) -> str | None:
         step = "get_actor_forward_output_and_loss_func"
-        own_way = getattr(getattr(self, step), "__func__", None)  # of a subclass or this object, or none
+        own_way = getattr(getattr(self, step), "__func__", None)  # overridden by a subclass or on this object
         if own_way is not getattr(MegatronGPTRSModel, step):
             return f"{type(self).__name__}.{step}"
         if any(self.resets.values()):
@@ -248,10 +248,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return unsupported_by_packing(self.get_model_module_list()[0])
 
     def _packs(self, batch: dict, num_microbatches: int) -> list[Pack]:
-        """The rows of `batch` as micro-batches, which a loss per micro-batch binds to their places.
+        """Pack the rows of `batch` into micro-batches; with a loss per micro-batch, rows keep their micro-batch.
 
-        Pipeline stages get all `num_microbatches`: with fewer they would wait longer for each other, and virtual stages
-        need a multiple of their number.
+        With pipeline stages there are always `num_microbatches`: fewer would enlarge the pipeline bubble, and virtual
+        stages need a multiple of the number of stages.
         """
         config = self.model_parallel_config
         has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
@@ -266,11 +266,11 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         )
 
     def _max_tokens_of_a_pack(self, width: int) -> int:
-        """As configured, else as many as a micro-batch of that width has padded, or twice that where layers are fused.
+        """As configured, else the size of a padded micro-batch of this width, or twice that if all layers are fused.
 
-        A token of a pack then takes about half of the memory that it took padded, and less with unfused attention or
-        all logits (benchmarks/train_step.py). The layers' own modules keep as much of a token as ever, and so does full
-        recomputation, which keeps the input of each layer.
+        With fused layers a token in a pack takes about half of the memory of a padded one, or less if the latter had
+        unfused attention or all logits (benchmarks/train_step.py). The layers' own modules save as much per token as
+        without packing, and so does full recomputation, which keeps the input of each layer.
         """
         if self._training.max_tokens_per_pack is not None:
             return self._training.max_tokens_per_pack
@@ -279,9 +279,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return self.cfg.micro_batch_size * (2 * width if takes_half else width)
 
     def _packed_forward_output_and_loss_func(self, num_loss_tokens: torch.Tensor, num_microbatches: int) -> Callable:
-        """As `get_actor_forward_output_and_loss_func`, over packs; the last stage's output are log-probabilities [R].
+        """As `get_actor_forward_output_and_loss_func`, over packs; the last stage's output is log-probabilities [R].
 
-        What it reports is this replica's share, as nobody needs the sum before the last micro-batch.
+        The reported loss is this replica's share, as the sum is not needed before the last micro-batch.
         """
 
         def forward_output_and_loss_func(data_iterator: Iterator[Pack], model):
@@ -326,15 +326,15 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         """Negative masked mean of the response tokens' log-probabilities, as an fp32 scalar."""
         logprobs = from_parallel_logits_to_logprobs(logits, batch["response_tokens"], higher_stability=True).float()
         mask = batch["mask"].float()
-        # where, not a product: a log-probability that is not trained on must not matter even if it is infinite
+        # where, not a product alone: an infinite log-probability outside the mask must not matter
         total = torch.where(mask > 0, logprobs * mask, 0.0).sum()
         return self._normalized_loss(total, mask, num_loss_tokens, num_microbatches)
 
     def _normalized_loss(self, total, mask, num_loss_tokens, num_microbatches) -> torch.Tensor:
-        """The loss of a micro-batch, of whose masked log-probabilities `total` is the sum.
+        """The loss of a micro-batch, given the sum `total` of its masked log-probabilities.
 
         Megatron divides it by the number of micro-batches, and gradients are averaged over the data-parallel ranks; the
-        factors here undo both, so that what remains is one mean over the tokens of the global batch.
+        factors here undo both, which leaves one mean over the tokens of the global batch.
         """
         if self._is_loss_per_micro_batch():
             return -total / mask.sum().clamp(min=1)
@@ -347,7 +347,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return self.cfg.rs.get("loss_normalization", "global_batch") == "micro_batch"
 
     def _stage_inputs(self, microbatch: dict) -> dict:
-        """What this pipeline stage needs of a micro-batch, on its device; the rest is None."""
+        """The inputs of a micro-batch that this pipeline stage needs, on its device; None for the rest."""
         tokens = microbatch["response_tokens"].to(current_device(), non_blocking=True)
         attention_mask, position_ids = attention_mask_and_position_ids(tokens, self.tokenizer.eos_id, **self.resets)
         is_first, is_last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
@@ -364,10 +364,11 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return iter(microbatches)
 
     def prepare_for_training(self) -> None:
-        """Set batch sizes for training and have the optimizer states back on the device.
+        """Set batch sizes for training and bring the optimizer states back to the device.
 
-        After `prefetch_adam_states` they may still be on their way: forward and backward need not wait for them, and
-        `finish_training_step` does. With `rs.training.stream_adam_states` they stay on the host, or go there.
+        After `prefetch_adam_states` the copies may still be in flight: only `finish_training_step` waits for them, so
+        that they overlap with forward and backward. With `rs.training.stream_adam_states` the states stay on the host,
+        or are offloaded to it.
         """
         configure_batch_sizes(
             mbs=self.cfg.micro_batch_size,
@@ -377,7 +378,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         if self._training.stream_adam_states:
             self.offload_adam_states()
         elif self._is_prefetching_states:
-            self.prefetch_adam_states()  # again: there may have been no room
+            self.prefetch_adam_states()  # retry: there may have been too little memory before
         else:
             self.onload_adam_states()
 
@@ -390,7 +391,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             self.onload_adam_states()
 
     def finish_training(self) -> None:
-        """Have all parameters in place. Optimizer states on the device stay there until inference needs its memory."""
+        """Finish parameter synchronization. Optimizer states stay on the device until inference needs the memory."""
         finish_param_sync(self)
 
     # Inference
@@ -401,7 +402,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self.offload_adam_states()
 
     def finish_inference(self) -> None:
-        """Restore what `prepare_for_inference` switched off, and give the memory of keys and values back.
+        """Restore what `prepare_for_inference` switched off, and free the KV caches.
 
         Optimizer states come back in `prepare_for_training`.
         """
@@ -409,10 +410,10 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._inference_mode.leave()
 
     def seed_step(self, step: int) -> None:
-        """Start every random generator of this process anew, as a function of the model's seed, the step and the rank.
+        """Reseed every random generator of this process from the model's seed, the step and the rank.
 
-        Dropout draws from them, and so may a user's reward function. With this a resumed run draws what an
-        uninterrupted one would have drawn, on any number of replicas, and no generator's state has to be saved.
+        Dropout uses them, and a user's reward function may. A resumed run thereby draws the same numbers as an
+        uninterrupted one, on any number of replicas, without saving generator states.
         """
         stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
         key = np.random.SeedSequence([self.cfg.get("seed", 1234), step, stage, replica])
@@ -423,9 +424,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         tensor_parallel.model_parallel_cuda_manual_seed(for_torch)
 
     def seed_sampling(self, *key: int) -> None:
-        """Start the random streams of `infer` anew as a function of the model's seed and `key`.
+        """Reseed the random streams of `infer` from the model's seed and `key`.
 
-        Called with the step, it lets a resumed run draw what an uninterrupted one would have drawn.
+        Called with the step, it makes a resumed run sample what an uninterrupted one would have sampled.
         """
         self._sampling_key = (self.cfg.get("seed", 1234), *key)
         self._num_rows_sampled = 0
@@ -447,9 +448,9 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         Args:
             inference_batch: `text` int64 [B, at least P], prompts right-padded with the end-of-document id, and
-                `length` int64 [B], on either device and left unmodified. Optionally `rollout_id` int64 [B, any], which
-                settles a row's random stream, wherever it is sampled; else the rows of a replica are counted. Other
-                keys are ignored. Neighbouring rows with the same prompt share its prefill.
+                `length` int64 [B], on either device and not modified. Optionally `rollout_id` int64 [B, any], which
+                determines a row's random stream on whichever rank it is sampled; else a row counter of the replica
+                does. Other keys are ignored. Consecutive rows with the same prompt share its prefill.
 
         Returns:
             On the device of every rank of the replica: `response_tokens` int64 [B, S], each row its prompt, response,
@@ -458,7 +459,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
         Raises:
             ValueError: if a prompt is empty, or if one and `max_length` more tokens exceed a learned position table.
-            FloatingPointError: if a row cannot be continued, as the weights give logits that are NaN or infinite.
+            FloatingPointError: if a row's logits are NaN or infinite.
         """
         (rollouts,) = self._rollout_generator.rollouts([self._prompt_batch(inference_batch)])
         return rollouts
@@ -469,13 +470,13 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         check: Callable[[], object] | None = None,
         on_last_rows: Callable[[], object] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """What `infer` returns, for each batch in order, as soon as it is complete.
+        """Yield the result of `infer` for each batch in order, as soon as the batch is complete.
 
-        Rows of later batches take the place of those that have ended: it costs what the tokens cost, not what the
-        longest row of each batch does. `check` is called every few dozen tokens; what it raises drops unfinished rows.
-        `on_last_rows` is called at most once, by the engine, when half of the rows that it has room for are left.
+        Rows of later batches take the slots of finished ones, so the cost follows the number of tokens, not the longest
+        row of each batch. `check` is called every few dozen tokens; an exception it raises drops unfinished rows.
+        `on_last_rows` is called at most once, by the engine, when rows occupy at most half of its slots.
         """
-        if type(self).infer is not MegatronGPTRSModel.infer:  # a subclass has its own way
+        if type(self).infer is not MegatronGPTRSModel.infer:  # overridden by a subclass
             return (self._with_ends(self.infer(batch)) for batch in inference_batches)
         prompt_batches = [self._prompt_batch(batch) for batch in inference_batches]
         return self._rollout_generator.rollouts(prompt_batches, check, on_last_rows)
@@ -514,7 +515,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             )
 
     def get_ltor_masks_and_position_ids(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mask of blocked positions bool [B, 1, S, S], loss mask of ones [B, S] and position ids int64 [B, S]."""
+        """Attention mask bool [B, 1, S, S] (True = blocked), loss mask of ones [B, S] and position ids int64 [B, S]."""
         mask, position_ids = attention_mask_and_position_ids(tokens, self.tokenizer.eos_id, **self.resets)
         if mask is None:
             width = tokens.size(1)
@@ -525,7 +526,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
     # Optimizer states
 
     def offload_adam_states(self) -> None:
-        """Send a distributed optimizer's states to the host. Without one, or if they are there already, do nothing."""
+        """Offload a distributed optimizer's states to the host. No-op without one, or if they are offloaded already."""
         if self.distributed_adam_offload_manager is None:
             self.distributed_adam_offload_manager = (
                 self._optimizer_offload if self._offloads() else contextlib.nullcontext()
@@ -534,13 +535,13 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._is_prefetching_states = False
 
     def prefetch_adam_states(self, beside_rollouts: bool = False) -> None:
-        """Begin to bring the optimizer states back, if they were sent away.
+        """Start copying offloaded optimizer states back to the device.
 
-        For when the last rollouts exist: the memory of keys and values goes first. If there still is no room for the
-        states, they stay where they are. Nobody may read them before `onload_adam_states` or `finish_training_step`.
+        To be called when rollouts are complete: the KV caches are freed first. If there still is too little memory, the
+        states stay on the host. They must not be read before `onload_adam_states` or `finish_training_step`.
 
         Args:
-            beside_rollouts: rollouts are still under way; only if there is room for both.
+            beside_rollouts: rollouts are still in flight; prefetch only if there is memory for both.
         """
         if self._training.stream_adam_states:
             return
@@ -554,7 +555,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
                 self._optimizer_offload.start_onload()
 
     def onload_adam_states(self) -> None:
-        """Have the optimizer states back on the device, if they were sent away."""
+        """Bring offloaded optimizer states back to the device."""
         if self.distributed_adam_offload_manager is not None:
             self.distributed_adam_offload_manager.__exit__(None, None, None)
             self.distributed_adam_offload_manager = None
@@ -565,13 +566,13 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
 
 
 def _mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
-    """Over the data-parallel group, all of whose ranks must call it; reduces `value` in place."""
+    """Mean over the data-parallel group, all of whose ranks must call it; reduces `value` in place."""
     torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
     return value / parallel_state.get_data_parallel_world_size()
 
 
 def _global_token_count(mask: torch.Tensor) -> torch.Tensor:
-    """Masked tokens over all replicas, fp32 scalar on the device."""
+    """Sum of the loss mask over all replicas, fp32 scalar on the device."""
     count = mask.sum(dtype=torch.float64).to(current_device())
     torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
     return count.float()

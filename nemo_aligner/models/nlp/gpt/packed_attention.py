@@ -15,17 +15,17 @@ from nemo_aligner.compat.sdpa import scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Where the sequences of a pack lie. It goes through megatron-core in the place of its `PackedSeqParams`.
+    """Sequence boundaries of a pack, passed through megatron-core in place of its `PackedSeqParams`.
 
     Attributes:
-        lengths: tokens of each sequence, in order; on the host, which so never waits for the GPU to know them.
-        cu_seqlens: their cumulative sum behind a 0, int32 [Q + 1].
+        lengths: tokens of each sequence, in order; on the host, so that reading them needs no synchronization.
+        cu_seqlens: their cumulative sum, starting with 0, int32 [Q + 1].
     """
 
     lengths: list[int]
     cu_seqlens: torch.Tensor
 
-    # megatron-core looks rotary positions up sequence by sequence if it finds lengths here. They are in place already.
+    # megatron-core would apply rotary positions per sequence if it found these; they are already per token.
     cu_seqlens_q = cu_seqlens_kv = None
 
     @classmethod
@@ -40,10 +40,10 @@ def packed_attention(
     sequences: PackedSequences,
     dropout: float,
 ) -> torch.Tensor:
-    """Causal attention of every sequence to itself, [T, N, D].
+    """Causal attention within each sequence, [T, N, D].
 
-    One kernel for all sequences where torch has one (half precision on a GPU, no dropout), else a call for each. Both
-    are deterministic where `torch.use_deterministic_algorithms(True)` is set.
+    One kernel for all sequences where torch has one (half precision on a GPU, no dropout), else one call per sequence.
+    Both are deterministic under `torch.use_deterministic_algorithms(True)`.
     """
     if dropout == 0 and varlen_attention.can_compute(query_TND):
         return varlen_attention.causal(query_TND, key_TGD, value_TGD, sequences.cu_seqlens, max(sequences.lengths))
@@ -56,13 +56,13 @@ def packed_attention(
 def packed_attention_and_gradient(
     query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, sequences: PackedSequences
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
-    """Attention without dropout for a function with a backward pass of its own.
+    """Attention without dropout, for use in a custom autograd function.
 
     Returns:
-        The context [T, N, D], detached, and the function from its gradient to those of query, key and value.
+        The context [T, N, D], detached, and a function from its gradient to those of query, key and value.
     """
     if varlen_attention.can_compute(query_TND):
-        # without a second call of autograd, within the backward pass: for the host 7 % of a layer, by cProfile
+        # avoids a nested autograd call in the backward pass: 7 % of a layer's host time, by cProfile
         cu_seqlens, longest = sequences.cu_seqlens, max(sequences.lengths)
         return varlen_attention.causal_and_gradient(query_TND, key_TGD, value_TGD, cu_seqlens, longest)
     with torch.enable_grad():

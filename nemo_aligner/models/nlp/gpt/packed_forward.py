@@ -1,8 +1,8 @@
-"""The forward pass of a model chunk over a pack, with log-probabilities instead of logits at its end.
+"""The forward pass of a model chunk over a pack, returning log-probabilities instead of logits.
 
-megatron-core's `GPTModel` is called as always, through all its wrappers. For the time of the call three of its parts
-are changed: word embeddings add their gradient in place where linear layers do, rotary positions are those of the rows
-in the pack, and the output layer returns the log-probabilities of the tokens of the loss.
+megatron-core's `GPTModel` is called as usual, through all its wrappers. Three of its parts are patched for the duration
+of the call: word embeddings accumulate their gradient in place where linear layers do, rotary positions are those
+within the pack's rows, and the output layer returns the log-probabilities of the loss tokens.
 
 Legend: as in packing.py, and H hidden size.
 """
@@ -23,7 +23,7 @@ from nemo_aligner.utils.target_logprobs import TargetLogprobs
 
 
 def unsupported_by_packing(gpt_model: torch.nn.Module) -> str | None:
-    """What of a model cannot run over packs, in words for the log; None if all can. The same on all pipeline stages."""
+    """What in a model does not support packs, for the log; None if all does. The same on all pipeline stages."""
     if not isinstance(gpt_model, GPTModel):
         return type(gpt_model).__name__
     config = gpt_model.config
@@ -67,7 +67,7 @@ def _embedding_gradient_in_place(gpt_model: GPTModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _rotary_positions(gpt_model: GPTModel, position_ids_T: torch.Tensor) -> Iterator[None]:
-    """The model's table of angles [T, 1, 1, D] becomes [T, 1, D], with the row of each token's position."""
+    """Replace the model's table of angles [T, 1, 1, D] by [T, 1, D], indexed by each token's position."""
     if gpt_model.position_embedding_type != "rope":
         yield
         return
@@ -89,7 +89,7 @@ def _logprobs_for_logits(gpt_model: GPTModel, pack: Pack) -> Iterator[None]:
 
     def forward(hidden_T1H, weight=None):
         logprobs_R = _target_logprobs(layer, hidden_T1H, layer.weight if weight is None else weight, pack)
-        return logprobs_R.unsqueeze(1), None  # [positions, rows], which GPTModel transposes
+        return logprobs_R.unsqueeze(1), None  # [positions, rows], transposed by GPTModel
 
     with _other_forward(layer, forward):
         yield
@@ -97,7 +97,7 @@ def _logprobs_for_logits(gpt_model: GPTModel, pack: Pack) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_forward(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """It is still called as a module: wrappers and optimizers wait for its parameters in its hooks."""
+    """Replace `forward` only: the module's hooks, in which wrappers and optimizers wait for parameters, still run."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

@@ -1,9 +1,9 @@
-"""Rows of a training batch without their padding, end to end in one long row per micro-batch.
+"""Sequence packing: the rows of a training batch without padding, concatenated into one long row per micro-batch.
 
-Only what a loss can depend on is computed: a row reaches up to the token that predicts its last masked one, and a row
-without a masked token is left out.
+Only what the loss depends on is computed: a row is cut after the token that predicts its last loss token, and a row
+without loss tokens is left out.
 
-Legend: B rows, S padded width, T tokens of a pack, R tokens of a pack that the loss is over, Q sequences of a pack.
+Legend: B rows, S padded width, T tokens of a pack, R loss tokens of a pack, Q sequences of a pack.
 """
 
 import heapq
@@ -18,14 +18,14 @@ from nemo_aligner.utils.tensors import to_device_async
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch. Tokens behind the rows, if any, are a sequence of their own, which nothing depends on.
+    """One micro-batch. Padding after the rows, if any, is a sequence of its own, on which nothing depends.
 
     Attributes:
-        tokens_1T, position_ids_1T: int64; positions count from 0 in every row.
-        sequences: where the rows lie.
-        loss_positions_R: int64, the places in the pack that predict a token of the loss.
-        targets_R: int64, those tokens.
-        weights_R: float32, the mask's entries for them.
+        tokens_1T, position_ids_1T: int64; positions start at 0 in every row.
+        sequences: boundaries of the rows.
+        loss_positions_R: int64, the indices in the pack that predict a loss token.
+        targets_R: int64, those loss tokens.
+        weights_R: float32, their mask entries.
     """
 
     tokens_1T: torch.Tensor
@@ -36,7 +36,7 @@ class Pack:
     weights_R: torch.Tensor
 
     def to(self, device: torch.device) -> "Pack":
-        """The same on `device`; the host does not wait for the copies."""
+        """Copy to `device` without blocking the host."""
         return Pack(
             tokens_1T=to_device_async(self.tokens_1T, device),
             position_ids_1T=to_device_async(self.position_ids_1T, device),
@@ -57,16 +57,16 @@ def pack_batch(
     equal_lengths: bool = False,
     multiple: int = 1,
 ) -> list[Pack]:
-    """Deal the rows of a batch to packs and join those of each.
+    """Assign the rows of a batch to packs and concatenate each pack's rows.
 
     Args:
         tokens_BS: int64 [B, S] on the CPU.
-        mask_BS: float [B, S - 1] on the CPU; where it is positive, the token behind counts, with that weight.
+        mask_BS: float [B, S - 1] on the CPU; where it is positive, the next token is a loss token with that weight.
         num_packs: divides B.
-        max_tokens: with it, as few packs as hold at most so many tokens each, and never more than `num_packs`.
+        max_tokens: if given, use as few packs as possible with at most this many tokens each, but at most `num_packs`.
         in_order: pack i gets the rows from i * B / num_packs on; otherwise packs are of about the same length.
-        equal_lengths: give all packs the length of the longest.
-        multiple: of what every pack's length has to be.
+        equal_lengths: pad all packs to the length of the longest.
+        multiple: every pack's length is padded to a multiple of this.
 
     Returns:
         The packs, each of at least one token, on the CPU.
@@ -88,9 +88,9 @@ def pack_batch(
 
 
 def deal_to_packs(lengths: list[int], num_packs: int) -> list[list[int]]:
-    """Row numbers for each pack: the longest row first, always to the pack with the fewest tokens (R. L. Graham 1969).
+    """Row indices of each pack: longest row first, each to the pack with the fewest tokens (R. L. Graham 1969).
 
-    Rows of length 0 go nowhere. Of equal rows, and of equal packs, the first comes first, so that all ranks agree.
+    Rows of length 0 are dropped. Ties between rows and between packs go to the first, so that all ranks agree.
     """
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     loads = [(0, number) for number in range(num_packs)]
@@ -102,11 +102,11 @@ def deal_to_packs(lengths: list[int], num_packs: int) -> list[list[int]]:
 
 
 def deal_to_fewest(lengths: list[int], most: int, max_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Row numbers for each of the fewest packs that `deal_to_packs` fills with at most `max_tokens`, with padding.
+    """Row indices of the fewest packs that `deal_to_packs` fills with at most `max_tokens` each, padding included.
 
-    At least one and at most `most`, into which rows are dealt even if a pack then has more tokens. It never has if no
+    At least one pack and at most `most`, which are used even if one then exceeds `max_tokens`. That cannot happen if no
     row is longer than r tokens, `max_tokens` is n * r, a multiple of `multiple`, and there are n * `most` rows: a pack
-    which a row makes too long had n rows before, and so had all others, which were no emptier.
+    that a row makes too long had n rows before, and so had all others, which were no emptier.
     """
     most = max(1, min(most, sum(length > 0 for length in lengths)))
     for num_packs in range(max(1, -(-sum(lengths) // max_tokens)), most):
@@ -128,7 +128,7 @@ def _round_up(length: int, multiple: int) -> int:
 def _join(rows: list[tuple[torch.Tensor, torch.Tensor, int]], width: int) -> Pack:
     lengths = [length for _, _, length in rows]
     num_behind = width - sum(lengths)
-    behind = [torch.zeros(num_behind, dtype=torch.int64)]  # at position 0 throughout: a table of positions has it
+    behind = [torch.zeros(num_behind, dtype=torch.int64)]  # padding; all at position 0, which every position table has
     sequence_lengths = lengths + [num_behind] * (num_behind > 0)
     weights_T = torch.cat([mask[:length] for _, mask, length in rows] + [torch.zeros(num_behind)]).float()
     targets_T = torch.cat([tokens[1 : length + 1] for tokens, _, length in rows] + behind)

@@ -1,6 +1,6 @@
-"""The trainer's side of a remote reward model.
+"""The trainer's client of a remote reward model.
 
-Only the source rank of each replica talks to the server; answers and failures are spread over the replica, so that no
+Only the source rank of each replica talks to the server; replies and errors are broadcast over the replica, so that no
 rank is left waiting for another. Symbols: B rollouts, S token width.
 """
 
@@ -24,17 +24,17 @@ from nemo_aligner.servers.http_communicator import (
 )
 from nemo_aligner.utils.server_utils import BackgroundResult, fail_on_all_ranks, is_replica_source, share_from_source
 
-# While the server comes up, the other ranks wait in one collective after the other, each no longer than this: their
-# process group gives up on a single one after some minutes.
+# While the server starts, the other ranks wait in a sequence of collectives of at most this duration each: a single one
+# would run into the timeout of their process group after some minutes.
 CONNECT_SLICE_S = 60.0
 
 
 def get_future_result(future: Any, *keys: str) -> torch.Tensor | list[torch.Tensor]:
-    """Wait for a reply and give it to the whole replica. Collective over the replica.
+    """Wait for a reply and broadcast it to the whole replica. Collective over the replica.
 
     Args:
         future: on the source rank an object whose `result()` is a dict of arrays, None on the others.
-        keys: which of the arrays are wanted.
+        keys: names of the requested arrays.
 
     Returns:
         The array as a tensor on this process's device, dtype kept; a list in the order of `keys` if there are several.
@@ -55,7 +55,7 @@ def _pick(reply: dict[str, np.ndarray], keys: tuple[str, ...]) -> list[np.ndarra
 
 
 class RMFutureResult(BackgroundResult):
-    """Rewards under way."""
+    """Pending rewards."""
 
     def __init__(self, rm_future: Future | None):
         """`rm_future`: what `HTTPCommunicator.send_data_to_server` returned; None on other ranks than the source."""
@@ -142,7 +142,7 @@ class RemoteGPTRMClient:
         return RMFutureResult(future)
 
     def close(self) -> None:
-        """Close the connections. Local; nothing happens on ranks that have none."""
+        """Close the connections. Local; no-op on ranks without connections."""
         self.communicator.close()
 
 
@@ -153,12 +153,12 @@ def _is_true_on_all_ranks(value: bool) -> bool:
 
 
 def check_rewards(reply: dict[str, np.ndarray], num_rows: int) -> None:
-    """Refuse a reply that is not one number for each of `num_rows` rollouts.
+    """Reject a reply that is not one number for each of `num_rows` rollouts.
 
-    A server may say with `judged` (bool [B, 1]) which rollouts it could not judge; only these may have NaN.
+    A server may mark in `judged` (bool [B, 1]) the rollouts that it could not judge; only these may be NaN.
 
     Raises:
-        ValueError: one line with what the reply holds.
+        ValueError: one line with the content of the reply.
     """
     if "rewards" not in reply:
         raise ValueError(f"the reply has no rewards, but {sorted(reply)}")

@@ -1,4 +1,4 @@
-"""Which class a configured kind of reward model is."""
+"""The classes of the configurable kinds of reward models."""
 
 from enum import Enum
 

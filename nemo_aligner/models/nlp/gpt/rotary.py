@@ -1,8 +1,8 @@
-"""Rotary positions (arXiv:2104.09864) of a whole query-key-value product, and of its gradient.
+"""Rotary position embedding (arXiv:2104.09864) of a whole QKV projection, and its gradient.
 
 Legend: T tokens, N heads, G key/value groups, Q query heads of a group, N = G * Q, X = Q + 2 heads of a group in the
-product (its queries, its key, its value), D channels per head, A turned channels, A <= D, P = G * X * D, Z parts of a
-sum.
+projection (its queries, its key, its value), D channels per head, A rotated channels, A <= D, P = G * X * D, Z partial
+sums.
 """
 
 import torch
@@ -11,13 +11,13 @@ from nemo_aligner.models.nlp.gpt.layer_ops import put_column_sums_
 
 
 def apply_rotary_(qkv_TGXD: torch.Tensor, angles_TA: torch.Tensor) -> None:
-    """Turn the queries and the key of every group where they are.
+    """Apply RoPE to the queries and the key of every group in place.
 
-    Channel i is turned against channel i + A/2, by the same angle.
+    Channel i is rotated with channel i + A/2, by the same angle.
 
     Args:
         qkv_TGXD: contiguous.
-        angles_TA: float32, both halves the same.
+        angles_TA: float32, both halves equal.
     """
     if qkv_TGXD.is_cuda:
         from nemo_aligner.models.nlp.gpt import rotary_kernels
@@ -34,9 +34,9 @@ def qkv_gradient(
     angles_TA: torch.Tensor | None,
     of_bias_ZP: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient [T, G, X, D] of the product, from those of queries and keys that were turned, and of the values.
+    """The gradient [T, G, X, D] of the QKV projection, from those of rotated queries and keys, and of values.
 
-    `of_bias_ZP` gets its sums over tokens, for `layer_ops.ColumnSums`.
+    `of_bias_ZP` receives its sums over tokens, for `layer_ops.ColumnSums`.
     """
     if query_TND.is_cuda and angles_TA is not None:
         from nemo_aligner.models.nlp.gpt import rotary_kernels

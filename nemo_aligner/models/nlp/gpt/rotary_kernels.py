@@ -1,4 +1,4 @@
-"""`rotary` as Triton kernels: one launch each, and every channel is read and written once."""
+"""`rotary` as Triton kernels: one launch each, every channel is read and written once."""
 
 import torch
 import triton
@@ -24,7 +24,7 @@ def _turn_kernel(
     inside = (n < num_turned) & (a < half)
     angle = tl.load(angles + token * angle_stride + a, mask=a < half, other=0.0).to(tl.float32)
     cos, sin = tl.cos(angle), tl.sin(angle)
-    head = n // TURNED_HEADS * (TURNED_HEADS + 1) + n % TURNED_HEADS  # over the values of the groups before
+    head = n // TURNED_HEADS * (TURNED_HEADS + 1) + n % TURNED_HEADS  # skip the value heads of earlier groups
     start = qkv + token * width + head * head_dim + a
     first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(start + half, mask=inside, other=0.0).to(tl.float32)
@@ -63,7 +63,7 @@ def _qkv_gradient_kernel(
     partner = tl.where(is_turned, tl.where(d < half, d + half, d - half), d)
     n, g = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_G)[:, None]
     is_query, is_group = (n < num_groups * Q) & (d < head_dim), (g < num_groups) & (d < head_dim)
-    # where they are in the product
+    # offsets in the QKV projection
     at_query = (n // Q * (Q + 2) + n % Q) * head_dim + d
     at_key = (g * (Q + 2) + Q) * head_dim + d
     at_value = at_key + head_dim
@@ -74,7 +74,7 @@ def _qkv_gradient_kernel(
         token = tl.cast(step, tl.int64)
         angle = tl.load(angles + token * angle_stride + d, mask=is_turned, other=0.0).to(tl.float32)
         cos = tl.cos(angle)
-        sin = tl.where(d < half, tl.sin(angle), -tl.sin(angle))  # backwards
+        sin = tl.where(d < half, tl.sin(angle), -tl.sin(angle))  # inverse rotation
         queries = _turned(query + (token * num_groups * Q + n) * head_dim, d, partner, is_query, cos, sin)
         keys = _turned(key + (token * num_groups + g) * head_dim, d, partner, is_group, cos, sin)
         values = tl.load(value + (token * num_groups + g) * head_dim + d, mask=is_group, other=0.0).to(tl.float32)

@@ -8,11 +8,11 @@ class TrainingSettings:
     """The section `model.rs.training`, which existing configurations may lack.
 
     Attributes:
-        packing: train on rows without their padding.
-        max_tokens_per_pack: None for twice as many as a padded micro-batch has, or as many where layers keep as much of
-            a token as they did padded.
-        stream_adam_states: while training, too, the optimizer state is on the host; it passes through the GPU in the
-            optimizer's step.
+        packing: train on packed rows, without padding.
+        max_tokens_per_pack: None for twice the tokens of a padded micro-batch, or the same number where layers save as
+            much per token as without packing.
+        stream_adam_states: keep the optimizer state on the host during training, too, and stream it through the GPU in
+            the optimizer step.
     """
 
     packing: bool = True
