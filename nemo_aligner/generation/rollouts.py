@@ -101,8 +101,10 @@ class RolloutGenerator:
             return False
         reason = self._why_not_engine()
         if reason is not None:
-            message = f"rollouts: {reason}, which the generation engine does not know: the slower way is taken"
-            logging.warning(message, mode=logging_mode.ONCE)
+            logging.warning(
+                f"rollouts: the generation engine does not support {reason}; falling back to NeMo's slower decoder",
+                mode=logging_mode.ONCE,
+            )
         return reason is None
 
     def _why_not_engine(self) -> str | None:

@@ -206,7 +206,7 @@ def test_what_the_engine_does_not_know_is_generated_for_in_nemos_way_with_one_li
     for _ in range(2):
         assert len(responses_of(tiny.infer(batch))) == len(RAGGED)
     (line,) = log_lines
-    assert "reset_position_ids" in line and "the slower way" in line
+    assert "reset_position_ids" in line and "falling back to NeMo's slower decoder" in line
 
 
 # Where responses end

@@ -234,7 +234,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
             return False
         reason = self._why_not_packed()
         if reason is not None:
-            message = f"training: {reason} goes with padded rows only: the slower way is taken"
+            message = f"training: packing does not support {reason}; falling back to padded rows, which are slower"
             logging.warning(message, mode=logging_mode.ONCE)
         return reason is None
 
