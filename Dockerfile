@@ -1,5 +1,5 @@
-# NVIDIA's PyTorch image brings CUDA, torch, Apex and Transformer Engine: none of these is compiled here, and the image's
-# own torch (2.7) satisfies pyproject.toml, so pip leaves it in place.
+# NVIDIA's PyTorch image includes CUDA, torch, Apex and Transformer Engine, so none of these is compiled here. Its
+# torch (2.7) satisfies pyproject.toml, so pip keeps it.
 FROM nvcr.io/nvidia/pytorch:25.03-py3
 
 WORKDIR /opt/megatron-rs-aligner

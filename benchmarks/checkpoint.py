@@ -1,10 +1,11 @@
-"""Saving and restoring a training checkpoint, beside the disk's own rate and a plain copy of the state.
+"""Saving and restoring a training checkpoint, compared with the disk's own rate and a plain copy of the state.
 
     python -m benchmarks.checkpoint
 
-A model with AdamW's state (weights, two moments, float32) is saved as in training, on one process. The disk writes and
-reads a plain file of the checkpoint's size in blocks of 4 MiB, before each save and each restore; every write ends with
-fsync, and before every read the system is told to drop the file from its cache. Medians, and in brackets the range.
+A single process saves a model with AdamW's state (weights and two moments in float32) as in training. The disk's rate
+comes from writing and reading a plain file of the checkpoint's size in 4 MiB blocks, before each save and each restore.
+Every write ends with fsync, and before every read the system is told to drop the file from its cache. The output gives
+medians, with the range in brackets.
 """
 
 import argparse
@@ -40,7 +41,7 @@ BLOCK = bytearray(os.urandom(4 * 2**20))
 
 
 def build(model_path: Path, folder: Path, overrides: list[str]):
-    """What the training script has before its loop begins: the trainer, the policy, and its checkpoint callback."""
+    """Everything the training script sets up before its loop: the trainer, the policy and the checkpoint callback."""
     (folder / "prompts.jsonl").write_text('{"text": "one"}\n' * 16)
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base=None):
@@ -90,7 +91,7 @@ def read_plainly(path: Path) -> None:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Whether the system obeys cannot be seen from here; a file that was synced can be dropped."""
+    """Ask the system to drop files from its cache. Synced files can be dropped; whether they are is not checked."""
     for file in [path, *path.rglob("*")]:
         if file.is_file():
             with open(file, "rb") as opened:
@@ -98,7 +99,7 @@ def drop_from_cache(path: Path) -> None:
 
 
 class Checkpoints:
-    """The save and the restore of a run."""
+    """Saves and restores a run."""
 
     def __init__(self, trainer, model, callback):
         self.trainer, self.model, self.callback, self.step = trainer, model, callback, 0
@@ -114,14 +115,14 @@ class Checkpoints:
         return Path(self.callback.last_model_path.removesuffix(self.callback.FILE_EXTENSION))
 
     def restore(self) -> None:
-        """As at the start of a run that continues."""
+        """Restore as at the start of a resumed run."""
         connector = self.trainer._checkpoint_connector
         connector._restore_modules_and_callbacks(str(self.path))
         connector.restore_training_state()
         connector.resume_end()
 
     def state(self) -> list[torch.Tensor]:
-        """The weights, and the optimizer's moments, themselves."""
+        """The weights and the optimizer's moments (not copies)."""
         optimizer = self.model.optimizers(use_pl_optimizer=False)
         moments = [tensor for tensor in nested_values(optimizer.state_dict()["state"]) if tensor.ndim > 0]
         return [parameter.detach() for parameter in self.model.parameters()] + moments
@@ -137,11 +138,11 @@ def copy_again(state: list[torch.Tensor], copies: list[torch.Tensor]) -> None:
 
 
 def measure(checkpoints: Checkpoints, folder: Path, repeats: int) -> tuple[int, dict[str, list[float]]]:
-    """Bytes of a checkpoint, and seconds of each thing, several times."""
+    """The bytes of a checkpoint, and the seconds of each operation, repeated."""
     seconds = defaultdict(list)
     plain = folder / "plain"
     with saving_in_background(checkpoints.callback):
-        time.sleep(5)  # in training rollouts are made meanwhile
+        time.sleep(5)  # training would generate rollouts meanwhile
         seconds["first block"].append(seconds_of(checkpoints.save))
     size = sum(file.stat().st_size for file in checkpoints.path.rglob("*"))
     for _ in range(repeats):
@@ -165,7 +166,7 @@ def measure(checkpoints: Checkpoints, folder: Path, repeats: int) -> tuple[int, 
 
 
 def report(size: int, seconds: dict[str, list[float]]) -> None:
-    """Print the rates against the disk's, and the times that training waits against that of a copy."""
+    """Print the rates relative to the disk's, and how long training waits relative to a plain copy."""
     medians = {what: statistics.median(times) for what, times in seconds.items()}
 
     def line(name: str, what: str, verdict: str = "") -> None:

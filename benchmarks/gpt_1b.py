@@ -1,6 +1,7 @@
-"""The models of the benchmarks, as actors with their optimizers.
+"""The benchmarks' models, as actors with their optimizers.
 
-On a GPU it is a GPT of 1.27 billion random parameters, on a CPU SmolLM2-135M from models/SmolLM2-135M-Instruct.nemo.
+On a GPU the model is a GPT with 1.27 billion random parameters. On a CPU it is SmolLM2-135M, from
+models/SmolLM2-135M-Instruct.nemo.
 """
 
 import contextlib
@@ -30,24 +31,24 @@ SIZES = {
 
 
 def build_actor(tokenizer_dir: Path, *, optimizer: str, precision: str = "bf16", **model_overrides) -> tuple:
-    """The actor on this process's GPU, and its raw optimizer.
+    """The actor on this process's GPU, and its unwrapped optimizer.
 
     Args:
-        tokenizer_dir: a Hugging Face tokenizer with at most `VOCABULARY` tokens.
+        tokenizer_dir: folder of a Hugging Face tokenizer with at most `VOCABULARY` tokens.
         optimizer: `model.optim.name`.
         precision: "bf16" (with `megatron_amp_O2`) or "32".
-        model_overrides: further keys of the section `model`, dotted.
+        model_overrides: further keys of the `model` section, dotted.
     """
     cfg = _config(tokenizer_dir, optimizer, precision)
     _update(cfg.model, model_overrides)
     torch.manual_seed(0)
-    destroy_num_microbatches_calculator()  # of an earlier model
+    destroy_num_microbatches_calculator()  # left by an earlier model
     trainer = MegatronTrainerBuilder(cfg).create_trainer()
     return _with_optimizer(MegatronGPTRSModel(cfg.model, trainer), trainer)
 
 
 def build_smollm2(**model_overrides) -> tuple:
-    """SmolLM2-135M in float32 on the CPU, with AdamW; `compat.cpu.enable` comes first. Otherwise as `build_actor`."""
+    """As `build_actor`, for SmolLM2-135M in float32 on the CPU with AdamW. Call `compat.cpu.enable` first."""
     cfg = _config(SMOLLM2, "adamw", "32")
     cfg.trainer.accelerator = "cpu"
     for key in DISTRIBUTED_OPTIMIZER_KEYS:
@@ -66,7 +67,7 @@ def build_smollm2(**model_overrides) -> tuple:
 
 
 def gpt_model(actor: MegatronGPTRSModel) -> GPTModel:
-    """The model inside what an optimizer and a precision have wrapped around it."""
+    """The GPT model without the wrappers of the optimizer and of mixed precision."""
     model = actor.get_model_module_list()[0]
     while not isinstance(model, GPTModel):
         model = model.module
@@ -74,21 +75,21 @@ def gpt_model(actor: MegatronGPTRSModel) -> GPTModel:
 
 
 class UnfusedAttention(DotProductAttention):
-    """megatron-core's local attention, in three steps over [S, S], with the full causal mask that NeMo gives it."""
+    """megatron-core's local attention: three steps over [S, S], with the full causal mask that NeMo passes to it."""
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None):
         num_queries, num_keys = query.size(0), key.size(0)
         if num_queries > 1:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             attention_mask = ones.triu(diagonal=1 + num_keys - num_queries)[None, None]
-        else:  # a token that is generated sees all that is in the cache
+        else:  # a generated token sees the whole cache
             attention_mask = None
         return super().forward(query, key, value, attention_mask, attn_mask_type, packed_seq_params)
 
 
 @contextlib.contextmanager
 def unfused_attention():
-    """Models built within have `UnfusedAttention`."""
+    """Models built in this context use `UnfusedAttention`."""
     with mock.patch.object(layer_spec, "ScaledDotProductAttention", UnfusedAttention):
         yield
 

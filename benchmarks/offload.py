@@ -1,9 +1,9 @@
-"""How fast the optimizer's state leaves the GPU and comes back, beside a plain copy of the same tensors.
+"""How fast the optimizer's state leaves the GPU and comes back, compared with a plain copy of the same tensors.
 
     python -m benchmarks.offload --optimizer distributed_fused_adam
 
-The model is that of `gpt_1b.py`, in bf16 with fp32 moments and master weights. The plain copy is what one would write
-first: `tensor.to("cpu", non_blocking=True)` and back. Rates count the state's bytes once per direction.
+The model is that of `gpt_1b.py`, in bf16 with fp32 moments and master weights. The plain copy is the obvious
+implementation: `tensor.to("cpu", non_blocking=True)` and back. Rates count the state's bytes once per direction.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GB = 1e9
 
 
 def seconds(function) -> float:
-    """Wall-clock time of `function` and all GPU work it starts."""
+    """Wall-clock time of `function` and all GPU work that it starts."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     function()
@@ -37,7 +37,7 @@ def seconds(function) -> float:
 
 
 def pinned_rates(num_bytes: int = 2 * 1024**3) -> tuple[float, float]:
-    """Bytes per second of one large copy to page-locked memory and back, the best of several."""
+    """Bytes per second of one large copy to page-locked memory and back; the best of several."""
     host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     gpu = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     out = min(seconds(lambda: host.copy_(gpu, non_blocking=True)) for _ in range(REPEATS))
@@ -56,13 +56,13 @@ def plain_copy(tensors: list[torch.Tensor]) -> tuple[list[float], list[float]]:
 
 
 def training_step_wait(actor) -> float:
-    """Seconds that the GPU's main stream waits for states which were called back while it was generating."""
+    """Seconds that the GPU's main stream waits for state whose copy back began while it was generating."""
     actor.offload_adam_states()
     torch.cuda.synchronize()
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     actor.prefetch_adam_states()
-    for _ in range(600):  # about 0.9 s on an H100: less than generating the last rollouts takes
+    for _ in range(600):  # about 0.9 s on an H100, less than generating the last rollouts
         matrix @ matrix
     before.record()
     actor.onload_adam_states()
@@ -72,7 +72,7 @@ def training_step_wait(actor) -> float:
 
 
 def another_copy_takes(move, copy) -> float:
-    """Seconds that `copy` of a few bytes takes on the main stream, right after `move` has sent the state on its way."""
+    """Seconds that `copy`, of a few bytes, takes on the main stream right after `move` has started moving the state."""
     torch.cuda.synchronize()
     move()
     start = time.perf_counter()
@@ -97,7 +97,7 @@ def main() -> None:
     pinning_rest_s = time.perf_counter() - start
     tensors = list(state_tensors(actor))
     num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    for t in tensors:  # anything but zeros
+    for t in tensors:  # any values but zeros
         t.view(torch.uint8).random_(1, 120)
     checksums = [t.view(torch.uint8).sum(dtype=torch.int64) for t in tensors]
     host_bytes = sum(piece.numel() for piece in actor._optimizer_offload._host.pieces)

@@ -1,11 +1,11 @@
-"""Rollouts over pipeline stages: the engine on all of them, NeMo's way on the same, and the engine on one device.
+"""Rollouts over pipeline stages: the engine and NeMo's generation over all stages, and the engine on one device.
 
     python -m benchmarks.pipelined_rollouts             # two GPUs: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
-    python -m benchmarks.pipelined_rollouts --cpu       # SmolLM2-135M in float32 and in small: checks the script itself
+    python -m benchmarks.pipelined_rollouts --cpu       # SmolLM2-135M in float32, reduced: checks the script itself
 
-Every row has a prompt of its own and generates exactly `--new-tokens` tokens. A stage holds a part of the layers, and
-all work at once, on different rows. Weights are read once for the rows of a stage's turn, so that with few rows stages
-add memory, not speed.
+Every row has its own prompt and generates exactly `--new-tokens` tokens. Each stage holds part of the layers, and all
+stages work at once on different rows. A stage reads its weights once per turn, whatever the number of rows, so with few
+rows additional stages add memory but no speed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tests.tiny import save_tokenizer
 
 
 def measure_backend(args, folder: Path, backend: str, row_counts: list[int]) -> dict[str, dict]:
-    """In the processes of a launch, each a stage."""
+    """Measure one backend. Runs in every process of a launch; each process is a stage."""
     overrides = {
         "pipeline_model_parallel_size": int(os.environ.get("WORLD_SIZE", "1")),
         "rs.generation": {"backend": backend, "max_rows_in_flight": max(row_counts)},

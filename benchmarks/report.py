@@ -1,4 +1,4 @@
-"""What the benchmarks print: the machine, and how what was measured stands to its targets."""
+"""What the benchmarks print: the machine, and the measurements against their targets."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def hardware() -> dict:
 
 
 def measured_by(num_processes: int, module: str, *arguments: str, env: dict[str, str] | None = None) -> dict:
-    """What `python -m module`, or as many processes of it under torchrun, save as JSON where `--save` says."""
+    """Run `python -m module` (under torchrun for several processes) and return the JSON that it writes to `--save`."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [sys.executable]
@@ -45,13 +45,14 @@ def compare_replicas(
     rollouts_of_one: int,
     save: Path | None,
 ) -> None:
-    """Rollouts per second of some replicas and of one alone, in turns, each time in processes of their own.
+    """Compare the rollouts per second of several replicas with those of one replica alone.
 
-    In turns, as machines are faster and slower for minutes. `--devices 0` says to a script to measure as launched.
+    The two alternate, each time in new processes, because a machine can be faster or slower for minutes. `--devices 0`
+    tells the script to measure as launched.
 
     Args:
-        steps_of: takes what a run has saved, gives the seconds of its steps, case by case.
-        rollouts_of_one: that a replica has in a step.
+        steps_of: maps what a run has saved to the seconds of its steps, for each case.
+        rollouts_of_one: number of rollouts of one replica per step.
     """
     seconds = {1: {}, num_replicas: {}}
     for number in (1, num_replicas, 1, num_replicas):

@@ -1,9 +1,9 @@
-"""What the reward client costs, against a server on the loopback that does nothing, beside a naive client.
+"""The overhead of the reward client, against a no-op server on the loopback device, compared with a naive client.
 
     python -m benchmarks.reward_client
 
-The client sends micro-batches, as the trainer does; the naive one sends one rollout a request and waits for its answer.
-Bytes are what the loopback device counts, both directions, headers and handshakes included.
+The client sends micro-batches, as the trainer does. The naive client sends one rollout per request and waits for each
+answer. Bytes are counted by the loopback device, in both directions, including headers and handshakes.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
 
 
 def serve(port: int, seconds_per_request: float, max_rows: int) -> None:
-    """Answers 0 for every row."""
+    """Run a server that answers 0 for every row."""
     from pytriton.decorators import batch
     from pytriton.model_config import ModelConfig, Tensor
     from pytriton.triton import Triton, TritonConfig
 
-    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")  # which libpython Triton's worker is to load
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")  # where Triton's worker finds libpython
 
     @batch
     def infer(tokens, sequence_lengths):
@@ -56,7 +56,7 @@ def serve(port: int, seconds_per_request: float, max_rows: int) -> None:
 
 
 class Server:
-    """The server in a process of its own."""
+    """The server, in its own process."""
 
     def __init__(self, seconds_per_request: float, max_rows: int):
         with socket.socket() as probe:
@@ -104,7 +104,7 @@ def score_naively(port: int, batches: list[dict]) -> None:
 
 
 def measure(function, repeats: int) -> tuple[float, float]:
-    """Median seconds and bytes of a call, after one to warm up."""
+    """Median seconds and bytes of a call, after one warm-up call."""
     function()
     seconds, sent = [], []
     for _ in range(repeats):

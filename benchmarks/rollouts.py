@@ -1,14 +1,14 @@
-"""Rollouts per second: the engine, NeMo's `generate` and transformers' `generate` on one machine, size and prompts.
+"""Rollout throughput: the engine, NeMo's and transformers' `generate`, on the same machine, model size and prompts.
 
     python -m benchmarks.rollouts                # on a GPU: a random 1.27-billion-parameter GPT in bf16
     python -m benchmarks.rollouts --cpu          # SmolLM2-135M in float32, models/SmolLM2-135M-Instruct.nemo
 
-"NeMo's generate" computes as NeMo and megatron-core come. On a CPU, where the library has their layers multiply through
-oneDNN, which is twice as fast (`nemo_aligner.compat.cpu_linear`), it is measured with that, too.
+"NeMo's generate" uses NeMo and megatron-core unmodified. On a CPU, this library makes their layers multiply through
+oneDNN, which is twice as fast (`nemo_aligner.compat.cpu_linear`); there it is also measured that way.
 
 Every row generates exactly `--new-tokens` tokens, except under "geometric", where each token ends its row with
-probability 1 / 64. The roofline is what memory allows: weights and the filled part of the cache are read once a step,
-at the bandwidth of a large copy measured here. What is printed goes to benchmarks/results/ with `--save`.
+probability 1 / 64. The roofline is the memory-bandwidth limit: each step reads the weights and the filled part of the
+cache once, at the bandwidth of a large copy, measured here. `--save` writes the results to a file, as JSON.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def rs_section(new_tokens: int, max_rows: int, backend: str) -> dict:
 
 
 def random_actor(args, folder: Path):
-    """The GPT of `GPU_MODEL` with random weights in bf16, without an archive."""
+    """The GPT of `GPU_MODEL`, with random weights in bf16; needs no archive."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +111,7 @@ def trainer() -> Trainer:
 
 
 def of_transformers(args):
-    """The same size, and where there are weights to read the same weights, in transformers."""
+    """A transformers model of the same size and, on a CPU, with the same weights."""
     from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
     if args.cpu:
@@ -131,7 +131,7 @@ def of_transformers(args):
 
 
 def prompt_batch(args, eos_id: int, num_ids: int = NUM_IDS) -> dict[str, torch.Tensor]:
-    """`--prompts` ragged prompts of tokens below `num_ids`, `--rollouts` neighbouring rows of each."""
+    """`--prompts` prompts of various lengths, with token ids below `num_ids`, each in `--rollouts` adjacent rows."""
     generator = torch.Generator().manual_seed(0)
     shortest, longest = (args.prompt_tokens + 1) // 2, args.prompt_tokens
     lengths = torch.randint(shortest, longest + 1, (args.prompts,), generator=generator)
@@ -143,7 +143,7 @@ def prompt_batch(args, eos_id: int, num_ids: int = NUM_IDS) -> dict[str, torch.T
 
 @contextlib.contextmanager
 def inference(actor):
-    """A phase of rollouts: memory for keys and values is taken in it, and graphs are captured."""
+    """A rollout phase, in which memory for keys and values is allocated and graphs are captured."""
     actor.prepare_for_inference()
     yield
     actor.finish_inference()
@@ -155,7 +155,7 @@ def run_engine(actor, batch) -> int:
 
 
 def run_geometric(actor, engine, batch, args) -> int:
-    """Through the engine itself, as no tokenizer has 500 end tokens."""
+    """Call the engine directly, because no tokenizer has 500 end tokens."""
     from nemo_aligner.generation.ends import EndStrings
     from nemo_aligner.generation.rows import Decoding, Row
     from nemo_aligner.generation.sampling import SamplingParams, random_streams
@@ -203,7 +203,7 @@ def run_transformers(model, batch, args, eos_id: int) -> int:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, read and written bytes both counted."""
+    """Bytes per second of a large copy, counting both bytes read and bytes written."""
     source = torch.empty(2**28 if device.on_cpu() else 2**31, dtype=torch.uint8, device=device.current_device())
     target = torch.empty_like(source)
     seconds = []
@@ -218,7 +218,7 @@ def copy_bandwidth() -> float:
 
 
 def roofline(actor, batch, args, in_flight: int, bandwidth: float) -> float:
-    """Tokens per second if each step read the weights and the filled cache once and nothing else took time."""
+    """Tokens per second if each step only read the weights and the filled part of the cache once."""
     gpt_model, config = actor.get_model_module_list()[0], actor.get_model_module_list()[0].config
     size = next(gpt_model.parameters()).element_size()
     weights = sum(parameter.numel() for parameter in gpt_model.parameters()) * size
@@ -228,7 +228,7 @@ def roofline(actor, batch, args, in_flight: int, bandwidth: float) -> float:
 
 
 def verdicts(runs: dict[str, dict], num_rows: int, on_cpu: bool) -> list[tuple[str, float, str, bool]]:
-    """(what, value, target, whether it is met) of what was measured."""
+    """(name, value, target, whether it is met) for each measurement."""
     found = []
 
     def at_least(what: str, value: float, target: float) -> None:
@@ -259,7 +259,7 @@ def verdicts(runs: dict[str, dict], num_rows: int, on_cpu: bool) -> list[tuple[s
 
 
 def measure(work, repeats: int) -> dict:
-    """Seconds of the first call, and tokens per second of the later ones: the median and how far they spread."""
+    """Seconds of the first call, and tokens per second of the later ones: median and spread."""
     seconds, num_tokens = [], 0
     if not device.on_cpu():
         torch.cuda.reset_peak_memory_stats()

@@ -1,13 +1,15 @@
-"""A whole RS step, 16 prompts x 4 rollouts, by phases: the library as it is, and NeMo's generate with plain training.
+"""A whole RS step, 16 prompts x 4 rollouts, by phases: this library, and NeMo's generate with plain training.
 
     python -m benchmarks.rs_step                # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
-    python -m benchmarks.rs_step --devices 2    # rollouts per second of two replicas, beside one of them alone
-    python -m benchmarks.rs_step --cpu          # SmolLM2-135M in float32 and in small: checks the script itself
+    python -m benchmarks.rs_step --devices 2    # rollouts per second of two replicas, compared with one alone
+    python -m benchmarks.rs_step --cpu          # SmolLM2-135M in float32, reduced: checks the script itself
 
-A step rolls out responses of up to 256 tokens to prompts of 64 to 128, scores them by a Python function, selects the
-best of each prompt, trains on these 16 and steps the optimizer, through `RSTrainer` itself. "ours" generates with the
-engine and trains on packed rows; "NeMo" is `rs.generation.backend=nemo` and the plain path of train_step.py. Weights,
-prompts and random numbers are the same; about one token in 107 ends a response, so that lengths are geometric.
+A step generates responses of up to 256 tokens to prompts of 64 to 128 tokens, scores them with a Python function,
+selects the best response to each prompt, trains on these 16, and steps the optimizer. `RSTrainer` itself runs it.
+
+"ours" generates with the engine and trains on packed rows. "NeMo" uses `rs.generation.backend=nemo` and the plain path
+of train_step.py. Weights, prompts and random numbers are the same. About one token in 107 ends a response, so lengths
+are geometrically distributed.
 """
 
 import argparse
@@ -42,18 +44,18 @@ from nemo_aligner.utils.phases import TOTAL, phase_table
 from nemo_aligner.utils.train_script_utils import FakeCheckpointCallback, FakeScheduler
 
 NUM_ROLLOUTS = 4
-NUM_IDS = 320  # of the tokenizer's
+NUM_IDS = 320  # token ids of the tokenizer
 TARGET = 10
 REWARD = f"{__file__}:closeness_to_100_characters"
 
 
 def closeness_to_100_characters(prompts, responses):
-    """A reward that costs nothing and prefers something."""
+    """A reward that costs no time but has a preference."""
     return [-abs(len(response) - 100.0) for response in responses]
 
 
 class RandomPrompts(torch.utils.data.Dataset):
-    """Prompts of random tokens, the longest with `longest` of them, the shortest with half."""
+    """Prompts of random tokens, of `longest` / 2 to `longest` tokens."""
 
     def __init__(self, count: int, longest: int):
         generator = torch.Generator().manual_seed(0)
@@ -71,7 +73,7 @@ class RandomPrompts(torch.utils.data.Dataset):
 
 
 class Log:
-    """Takes the place of the trainer's logger and keeps the metrics by their prefix."""
+    """Replaces the trainer's logger; keeps the metrics by prefix."""
 
     def __init__(self):
         self.metrics: dict[str, list[dict]] = {}
@@ -87,9 +89,9 @@ class Log:
 
 
 def run(args, folder: Path, kind: str, num_steps: int) -> dict:
-    """The phases of the median step of `num_steps`, after one of warm-up."""
+    """The phases of the median of `num_steps` steps, after one warm-up step."""
     memory_before = allocated()
-    # With the tokenizer's own end, three tokens of 320; SmolLM2 has learned to use these.
+    # GPU: with the tokenizer's own end, three tokens of 320. CPU: tokens that SmolLM2 has learned to use.
     ends = [",", ".", " ", "\n", " and", " of", " the"] if args.cpu else ["A", "B"]
     overrides = {
         "rs.rollout_micro_batch_size": args.prompts,
@@ -152,7 +154,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, new_tokens="at most: 256, on a CPU 16")
     parser.add_argument("--prompts", type=int, help="of a step: 16, on a CPU 4")
-    # more of them teach the random weights not to end any response
+    # with more steps, the random weights learn never to end a response
     parser.add_argument("--steps", type=int, choices=range(1, 9), default=5, help="of ours, after one of warm-up")
     parser.add_argument("--nemo-steps", type=int, default=1, help="of NeMo's way, after one of warm-up")
     args = parse_and_fill_in(parser, prompts=(16, 4))

@@ -1,21 +1,24 @@
-"""One pass of training over 64 rollouts: the packed path beside the plain one, and what the machine's matmuls allow.
+"""One training pass over 64 rollouts: the packed path against the plain one and against the machine's matmul rate.
 
     python -m benchmarks.train_step                  # one GPU: the 1.27-billion-parameter GPT of gpt_1b.py in bf16
-    python -m benchmarks.train_step --devices 2      # rollouts per second of two replicas, beside one of them alone
-    python -m benchmarks.train_step --cpu            # SmolLM2-135M in float32 and in small: checks the script itself
+    python -m benchmarks.train_step --devices 2      # rollouts per second of two replicas, compared with one alone
+    python -m benchmarks.train_step --cpu            # SmolLM2-135M in float32, reduced: checks the script itself
 
-"packed" is the library as it is: `model.rs.training.packing`, gradients accumulated in place. "streamed" has
-`model.rs.training.stream_adam_states` besides: the optimizer's state is on the host but for its step. "plain" is what
-the library replaces: rows padded to the longest, megatron-core's unfused attention, log-probabilities of the full
-logits, gradients copied. Prompts have 64 to 128 tokens. Responses have 256, or lengths drawn uniformly from 1 to 256.
+"packed"    this library: `model.rs.training.packing`, with gradients accumulated in place
+"streamed"  "packed" with `model.rs.training.stream_adam_states`: optimizer state on the host except during its step
+"plain"     what this library replaces: rows padded to the longest, megatron-core's unfused attention,
+            log-probabilities of the full logits, gradients copied
 
-A pass is forward and backward over all rollouts; a step is a pass with the gradients' reduction, clipping and the
-optimizer. FLOPs are those of the model over the tokens that the loss depends on, counted as in PaLM, appendix B
-(https://arxiv.org/abs/2204.02311): 6 for each parameter of a matrix and token, and attention; but of attention only the
-causal pairs, and of the output layer only the positions that predict a response token. Recomputed or padded work does
-not count.
-Peak memory is what torch's allocator had in use at most while the measured steps ran, weights, gradients and the
-optimizer's state included.
+Prompts have 64 to 128 tokens. Responses have 256 tokens, or lengths drawn uniformly from 1 to 256.
+
+A pass is forward and backward over all rollouts. A step is a pass plus gradient reduction, clipping and the optimizer.
+
+FLOPs are those of the model over the tokens that the loss depends on, counted as in PaLM, appendix B
+(https://arxiv.org/abs/2204.02311): 6 per matrix parameter and token, plus attention. Attention counts only causal
+pairs, and the output layer only positions that predict a response token. Recomputation and padding do not count.
+
+Peak memory is the maximum that torch's allocator had in use during the measured steps, including weights, gradients and
+the optimizer's state.
 """
 
 import argparse
@@ -54,7 +57,7 @@ GIB = 2**30
 
 
 def rollouts(args, lengths: str, vocabulary: int, replica: int) -> dict[str, torch.Tensor]:
-    """`--rows` rollouts of random tokens, padded; `lengths` is "full" or "uniform"."""
+    """`--rows` padded rollouts of random tokens; `lengths` is "full" or "uniform"."""
     generator = torch.Generator().manual_seed(replica)
     prompts = torch.randint(args.prompt_tokens // 2, args.prompt_tokens + 1, (args.rows,), generator=generator)
     drawn = torch.randint(1, args.new_tokens + 1, (args.rows,), generator=generator)
@@ -70,7 +73,7 @@ def rollouts(args, lengths: str, vocabulary: int, replica: int) -> dict[str, tor
 
 
 def model_flops(actor, batch: dict[str, torch.Tensor]) -> float:
-    """Floating-point operations of the model's forward and backward over this replica's real tokens; see the head."""
+    """FLOPs of the model's forward and backward over this replica's real tokens; see the module's docstring."""
     model = gpt_model(actor)
     config, layers = model.config, model.decoder.layers
     in_layers = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
@@ -83,7 +86,7 @@ def model_flops(actor, batch: dict[str, torch.Tensor]) -> float:
 
 
 def matmul_rate(size: int) -> float:
-    """FLOP per second of a square product, in bf16 on a GPU and float32 on a CPU: the median of several batches."""
+    """FLOP/s of a square matrix product, in bf16 on a GPU and float32 on a CPU; the median of several batches."""
     dtype = torch.float32 if device.on_cpu() else torch.bfloat16
     a, b = (torch.randn(size, size, dtype=dtype, device=device.current_device()) for _ in range(2))
     out, rates = torch.empty_like(a), []
@@ -111,7 +114,7 @@ def build(args, folder: Path, kind: str, **overrides) -> tuple:
         "rs.training.packing": kind != "plain",
         "rs.training.stream_adam_states": kind == "streamed",
         "gradient_accumulation_fusion": kind != "plain" and args.fusion,
-        "masked_softmax_fusion": False,  # asks for kernels of Apex that few have built, and only in unfused attention
+        "masked_softmax_fusion": False,  # would need Apex kernels that few have built, in unfused attention only
         **overrides,
     }
     with unfused_attention() if kind == "plain" else contextlib.nullcontext():
@@ -124,11 +127,11 @@ def build(args, folder: Path, kind: str, **overrides) -> tuple:
 
 
 def measure(actor, optimizer, batch: dict[str, torch.Tensor], repeats: int, memory_before: int) -> dict:
-    """Median seconds of passes and of whole steps after one of warm-up, and the peak memory above `memory_before`."""
+    """Median seconds of passes and of whole steps after a warm-up step, and peak memory above `memory_before`."""
     passes, steps, loss = [], [], 0.0
     for number in range(repeats + 1):
         if number == 1 and not device.on_cpu():
-            torch.cuda.reset_peak_memory_stats()  # of the first step, in front of which a streamed state is on the GPU
+            torch.cuda.reset_peak_memory_stats()  # exclude the first step: before it, a streamed state is on the GPU
         optimizer.zero_grad()
         actor.prepare_for_training_step()
         torch.cuda.synchronize()
@@ -145,7 +148,7 @@ def measure(actor, optimizer, batch: dict[str, torch.Tensor], repeats: int, memo
         steps.append(time.perf_counter() - start)
     actor.finish_training()
     optimizer.zero_grad()
-    # active, not allocated: memory that copies still read from counts
+    # active, not allocated, to include memory that copies still read from
     peak = 0 if device.on_cpu() else torch.cuda.memory_stats()["active_bytes.all.peak"] - memory_before
     return {
         "pass_s": statistics.median(passes[1:]), "passes_s": passes, "step_s": statistics.median(steps[1:]),
@@ -157,7 +160,7 @@ def measure(actor, optimizer, batch: dict[str, torch.Tensor], repeats: int, memo
 
 
 def allocated() -> int:
-    """Bytes that live on the GPU once nobody's garbage does; peaks are counted anew."""
+    """Bytes allocated on the GPU after garbage collection. Resets the peak statistics."""
     gc.collect()
     if device.on_cpu():
         return 0
@@ -167,7 +170,7 @@ def allocated() -> int:
 
 
 def release(actor) -> None:
-    """Give the memory of a model and its optimizer back, although hooks inside autograd keep the objects alive."""
+    """Free the memory of a model and its optimizer, even though autograd hooks keep the objects alive."""
     tensors = list(actor.parameters())
     gradients = [getattr(p, name, None) for p in tensors for name in ("grad", "main_grad")]
     tensors += [gradient for gradient in gradients if gradient is not None]
@@ -179,7 +182,7 @@ def release(actor) -> None:
 
 
 def measure_kind(args, folder: Path, kind: str, cases: tuple[str, ...], rate: float, **overrides) -> dict[str, dict]:
-    """Build one kind of model, measure the cases, print a line for each, and let go of it."""
+    """Build one kind of model, measure each case, print a line for it, and free the model."""
     memory_before = allocated()
     start = time.perf_counter()
     actor, optimizer = build(args, folder, kind, **overrides)
@@ -206,7 +209,7 @@ def measure_kind(args, folder: Path, kind: str, cases: tuple[str, ...], rate: fl
 
 
 def with_common_width(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As the trainer has it: the same on all replicas."""
+    """Pad the batch to the same width on all replicas, as the trainer does."""
     width = torch.tensor(batch["response_tokens"].size(1), device=device.current_device())
     torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
     missing = width.item() - batch["response_tokens"].size(1)
@@ -214,7 +217,7 @@ def with_common_width(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def attempt(name: str, function, *args, **kwargs) -> dict:
-    """What the function returns, or nothing if it fails, so that one failure does not cost the rest of the run."""
+    """The function's result, or {} if it fails, so that one failure does not end the whole run."""
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -227,7 +230,7 @@ def attempt(name: str, function, *args, **kwargs) -> dict:
 
 
 def verdicts(found: dict) -> list[tuple[str, float, str, bool]]:
-    """(what, value, target, whether it is met) of what was measured."""
+    """(name, value, target, whether it is met) for each measurement."""
     lines = []
     packed, plain = found.get("packed", {}), found.get("plain", {})
     if "full" in packed:
@@ -248,7 +251,7 @@ def verdicts(found: dict) -> list[tuple[str, float, str, bool]]:
 
 
 def measured_steps(results: dict) -> dict[str, list[float]]:
-    """Of the packed path, behind the first one."""
+    """Seconds of the packed path's steps, without the first one."""
     return {case: measured["steps_s"][1:] for case, measured in results["kinds"]["packed"].items()}
 
 
@@ -264,7 +267,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, new_tokens: str) -> No
 
 
 def parse_and_fill_in(parser: argparse.ArgumentParser, **sizes: tuple[int, int]) -> argparse.Namespace:
-    """The arguments, of which `sizes`, and those that both scripts have, are by default what they give: (GPU, CPU)."""
+    """Parse the arguments and fill in the defaults for sizes, given as (on a GPU, on a CPU)."""
     args = parser.parse_args()
     sizes |= {"micro_batch": (8, 2), "prompt_tokens": (128, 16), "new_tokens": (256, 16)}
     for key, (on_gpu, on_cpu) in sizes.items():

@@ -1,4 +1,4 @@
-"""What a run changed: a table of held-out scores before and after training, and a picture of the way there.
+"""Show what a run changed: a table of held-out scores before and after training, and a plot of the rewards.
 
 python examples/quickstart/report.py runs/quickstart-...
 """
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def read_rollouts(run: Path, split: str) -> pd.DataFrame:
-    """The rollouts of one split, of all replicas; a step that was done twice, after a kill, counts once."""
+    """The rollouts of one split from all replicas. A step that was repeated after a kill counts once."""
     paths = sorted((run / "rollouts").glob(f"{split}_rank*.jsonl"))
     return pd.concat(pd.read_json(path, lines=True) for path in paths).drop_duplicates()
 

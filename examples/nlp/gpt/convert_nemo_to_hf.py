@@ -7,7 +7,7 @@ python examples/nlp/gpt/convert_nemo_to_hf.py --input base.nemo --lora adapters.
 import argparse
 import sys
 
-import nemo_aligner.compat.quiet_imports  # noqa: F401  first, so that what follows is imported in silence
+import nemo_aligner.compat.quiet_imports  # noqa: F401  must come first: it silences the imports below
 
 # isort: split
 from nemo_aligner.convert.nemo_to_hf import PRECISIONS, export

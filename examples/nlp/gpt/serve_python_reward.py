@@ -2,8 +2,8 @@
 
     python examples/nlp/gpt/serve_python_reward.py reward.target=rewards.py:exact_match tokenizer=policy.nemo
 
-What a function is called with stands in nemo_aligner/rewards/python_reward.py. Neither a GPU nor a model is needed.
-Training finds the server through `remote_rm.reward_model`; a trainer on another machine needs
+nemo_aligner/rewards/python_reward.py documents the arguments that the function receives. The server needs neither a GPU
+nor a model. The trainer finds the server through `remote_rm.reward_model`. If the trainer runs on another machine, set
 inference.address=0.0.0.0 here.
 """
 

@@ -2,8 +2,8 @@
 
     python examples/nlp/gpt/serve_reward_model.py rm_model_file=reward.nemo trainer.devices=1 inference.port=5555
 
-Ranks beyond one model copy serve as further replicas. Training finds the server through `remote_rm.reward_model`; a
-trainer on another machine needs inference.address=0.0.0.0 here.
+Ranks beyond those of one model copy serve further replicas. The trainer finds the server through
+`remote_rm.reward_model`. If the trainer runs on another machine, set inference.address=0.0.0.0 here.
 """
 
 from functools import partial

@@ -4,12 +4,12 @@
         "model.data.data_prefix={train: [train.jsonl], validation: [val.jsonl], test: [val.jsonl]}" \
         model.rs.reward.target=rewards.py:reward
 
-With `--profile` one RS step after one of warm-up is traced, with `--profile 3` three of them: `trainer.rs.profile`.
+`--profile` traces one RS step after a warm-up step; `--profile 3` traces three (`trainer.rs.profile`).
 """
 
 import sys
 
-import nemo_aligner.compat.quiet_imports  # noqa: F401  first, so that what follows is imported in silence
+import nemo_aligner.compat.quiet_imports  # noqa: F401  must come first: it silences the imports below
 
 # isort: split
 import torch
@@ -65,7 +65,7 @@ def train(cfg) -> None:
     join_started_processes(trainer)
     known_dir = cfg.exp_manager.get("explicit_log_dir")
     if known_dir is not None:
-        hold_log_dir(known_dir)  # before NeMo moves an earlier run's files in it
+        hold_log_dir(known_dir)  # must come before NeMo moves an earlier run's files within it
     log_dir = exp_manager(trainer, cfg.exp_manager)
     if known_dir is None:
         hold_log_dir(log_dir)
@@ -78,7 +78,7 @@ def train(cfg) -> None:
 
     train_ds, train_dataloader, val_dataloader = build_data(cfg, model, resumed_state)
     init_using_ptl(trainer, model, dummy_dataloader(cfg, train_ds), train_ds)
-    del model._train_dl  # the dummy has served its purpose
+    del model._train_dl  # the dummy is no longer needed
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
     ckpt_callback = add_custom_checkpoint_callback(trainer, model)
     logger.log_hyperparams(OmegaConf.to_container(cfg))
@@ -114,7 +114,7 @@ def train(cfg) -> None:
 
 
 def build_data(cfg, model, resumed_state):
-    """The training prompts, their dataloader and the validation prompts' dataloader."""
+    """The training prompts, their dataloader, and the dataloader of the validation prompts."""
     rs = cfg.model.rs
     train_ds, validation_ds, _ = build_train_valid_test_rlhf_datasets(
         cfg=cfg.model,
@@ -152,7 +152,7 @@ def build_data(cfg, model, resumed_state):
 
 
 def dummy_dataloader(cfg, train_ds):
-    """Stands in where Lightning's set-up wants a loader of training rows, which rollouts have yet to make."""
+    """A placeholder: Lightning's setup needs a loader of training rows, but only rollouts will create these."""
     batch_size = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
     return torch.utils.data.DataLoader(train_ds, batch_size=batch_size)
 
