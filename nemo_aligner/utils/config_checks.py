@@ -260,7 +260,7 @@ def _check_optimizer(cfg: DictConfig) -> None:
         )
     if optim.get("overlap_param_gather_with_optimizer_step", False):
         raise ConfigError("model.optim.overlap_param_gather_with_optimizer_step=True is not supported; set it to False")
-    if optim.name not in OPTIMIZERS_OF_MEGATRON and "args" not in optim:  # NeMo removes some keys of Megatron's optimizers itself
+    if optim.name not in OPTIMIZERS_OF_MEGATRON and "args" not in optim:  # NeMo drops some of their keys
         passed_over = {"name", "sched", *DISTRIBUTED_OPTIMIZER_KEYS}
         _check_taken("model.optim", optim, optim.name, AVAILABLE_OPTIMIZERS[optim.name], passed_over)
     if optim.name == "distributed_fused_adam" and optim.get("contiguous_param_buffer", False):

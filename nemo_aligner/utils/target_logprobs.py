@@ -132,7 +132,7 @@ def piece_gradient(
 
 
 def _pieces(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """For each piece, its slice of this rank's vocabulary and its logits [R, C], at most `MAX_CHUNK_ENTRIES` entries."""
+    """For each piece, its slice of this rank's vocabulary and its logits [R, C]; R * C <= `MAX_CHUNK_ENTRIES`."""
     size = max(1, logprobs.MAX_CHUNK_ENTRIES // max(1, len(hidden_RH)))
     if size > 128:
         size -= size % 128  # aligned for tensor cores

@@ -139,7 +139,7 @@ class UnscoredRollouts:
 
 
 def _without_rewards(rollouts: dict) -> dict | None:
-    """The rollouts with their rewards removed; None if scoring made rows unfit, as those can no longer be identified."""
+    """The rollouts without rewards; None if scoring marked rows as unfit, as those can no longer be identified."""
     if "rewards" not in rollouts:
         return rollouts
     if rollouts["rewards"].isnan().any():
