@@ -237,7 +237,7 @@ def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
 
 @contextlib.contextmanager
 def _keeping_optimizer_settings(ptl_trainer: Trainer):
-    """Context manager in which restoring keeps the optimizers' and schedules' settings, and restores only their state."""
+    """Context manager: restoring sets the optimizers' state and schedules' step counts, but no settings of either."""
     groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key not in OPTIMIZER_STATE} for group in groups]
     schedules = [config.scheduler for config in ptl_trainer.lr_scheduler_configs]
