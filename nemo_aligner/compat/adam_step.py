@@ -42,7 +42,7 @@ def apply() -> None:
 
 
 def restore_on_load(optimizer: torch.optim.Optimizer) -> None:
-    """Make `load_state_dict` of the optimizer, or of the one that NeMo wraps, read the steps from where `apply` put them."""
+    """Make `load_state_dict` of the optimizer, or of the one that NeMo wraps, read `step` from the parameter groups."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         optimizer.register_load_state_dict_pre_hook(_move_steps_to_state)

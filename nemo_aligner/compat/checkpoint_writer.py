@@ -112,7 +112,7 @@ def _write_in_threads(write_buckets: list, all_results: queue.SimpleQueue) -> No
 
 
 def _root(error: BaseException) -> BaseException:
-    """The first exception of a chain: torch's writer may fail again on closing the file, which hides the disk's error."""
+    """The first exception of a chain: torch's writer may fail again on closing the file, hiding the disk's error."""
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
     return error

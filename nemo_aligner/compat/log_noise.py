@@ -1,4 +1,4 @@
-"""Suppression of log lines and warnings of NeMo and megatron-core that are irrelevant to users and bury relevant ones."""
+"""Suppression of log lines and warnings of NeMo and megatron-core that tell users nothing and bury relevant ones."""
 
 import functools
 import logging

@@ -88,7 +88,7 @@ def _hide_steps_from(cls, name: str) -> None:
 
 
 def _give_each_parameter_its_own_step(cls) -> None:
-    """Restoring shares one `step` tensor among all parameters, which torch would increment in place for each of them."""
+    """Restoring shares one `step` tensor among all parameters, and torch increments it in place for each of them."""
     load_state_dict = cls.load_state_dict
 
     @functools.wraps(load_state_dict)

@@ -20,7 +20,7 @@ def apply() -> None:
 
 
 def _allow_strategies(nlp_overrides) -> None:
-    """`NLPDDPStrategy` and the gradient scaler only check that Apex is present; optimizer classes are imported with it."""
+    """`NLPDDPStrategy` and the gradient scaler only check for Apex; its optimizers are imported along with it."""
     from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
     class MegatronDistributedFusedAdam(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""Imported before NeMo, megatron-core and torch, suppresses the warnings that they raise about each other and themselves.
+"""Suppresses warnings of NeMo, megatron-core and torch about each other and themselves; import it before them.
 
 They concern deprecated names and packages that `compat` replaces, which a user cannot act on. Warnings about a run's
 own settings are kept.

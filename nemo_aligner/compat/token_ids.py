@@ -5,7 +5,7 @@ The wrapper splits text into tokens and looks up the id of each. For special tok
 is not in the vocabulary: its id becomes the unknown token's, or None if there is none, and `ids_to_text` fails.
 
 In decoding, it requests the list of special tokens, which transformers rebuilds each time, once per token of a text:
-four fifths of the time to decode a response, during which the interpreter is blocked.
+four fifths of the time to decode a response, during which the interpreter does nothing else.
 
 Removal: with a NeMo whose wrapper requests ids directly, and special tokens once.
 """

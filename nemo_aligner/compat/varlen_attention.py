@@ -37,7 +37,7 @@ def causal(
 
     Args:
         cu_seqlens: int32 [sequences + 1] on the device; sequence i is at cu_seqlens[i] .. cu_seqlens[i + 1].
-        max_length: length of the longest sequence.
+        max_length: maximum sequence length.
     """
     return _kernel(query_TND, key_TGD, value_TGD, cu_seqlens, max_length)[0]
 
@@ -45,7 +45,7 @@ def causal(
 def causal_and_gradient(
     query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
-    """`causal` without autograd, and its VJP: a function from the output's gradient to those of query, key and value."""
+    """`causal` without autograd, and its VJP, from the output's gradient to those of query, key and value."""
     with torch.no_grad():
         context_TND, *state, _ = _kernel(query_TND, key_TGD, value_TGD, cu_seqlens, max_length)
     logsumexp, *random_state = state
