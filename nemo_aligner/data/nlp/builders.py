@@ -353,6 +353,6 @@ def build_dataloader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=not device.on_cpu(),
-        # A loader draws a seed at every iteration; a separate generator keeps that from changing generation's RNG state.
+        # A loader draws a seed at every iteration; a separate generator leaves the RNG state of generation unchanged.
         generator=torch.Generator(),
     )

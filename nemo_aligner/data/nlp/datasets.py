@@ -36,7 +36,7 @@ class RLHFDataset(Dataset):
             data: rows by number, each a record with a string under "text" (`PromptFile`) or an array of token ids
                 (`IndexedDataset`)
             seq_length: limit of prompt and response together, in tokens
-            data_prefix, seed: unused; part of the signature shared by all dataset classes. The sampler sets the order.
+            data_prefix, seed: part of the signature shared by all dataset classes; the sampler determines the order
 
         Raises:
             AssertionError: the longest response leaves no room for a prompt
