@@ -83,7 +83,7 @@ def load_reward_function(target: str, kwargs: Mapping | None = None, key: str = 
     Returns:
         A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on only the arguments that
         the function takes, which its attribute `columns` lists. Its attribute `description` identifies the function,
-        including the contents of its file.
+        its constant arguments and the contents of its file.
 
     Raises:
         ConfigError: (a ValueError) one line with the key, its value and the fix, if the target is
@@ -268,7 +268,7 @@ def _call(function: Callable, prompts: list, responses: list, columns: dict[str,
 
 
 def _as_float(value) -> float:
-    """One returned reward as a number that float32 can hold, NaN for None; otherwise raise ValueError."""
+    """One returned reward as a number that float32 can hold, NaN for None; otherwise a ValueError describing it."""
     if value is None:
         return float("nan")
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:

@@ -246,7 +246,7 @@ class PersistentClient:
         return reply
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
-        if state.attempt_number & (state.attempt_number - 1):  # log only attempts 1, 2, 4, 8, ...
+        if state.attempt_number & (state.attempt_number - 1):  # only attempts 1, 2, 4, ...: an outage has thousands
             return
         logging.warning(
             f"{self._server()}: {state.outcome.exception()}; attempt {state.attempt_number} failed, next one in "

@@ -1,4 +1,4 @@
-"""Errors caused from outside this library, by a configuration or a reward; their messages are written for the user."""
+"""Errors whose message tells the user what to do: fix the configuration or its files, or the source of the reward."""
 
 
 class ConfigError(ValueError):

@@ -95,9 +95,9 @@ def check_model(weights: Weights, model, strict: bool, may_hold_more: bool = Fal
 
     Args:
         model: a NeMo GPT model; with a distributed checkpoint, in an initialised process group.
-        strict: whether a distributed checkpoint must hold no tensors beyond the model's parameters. Neither it nor a
-            single file may ever hold fewer: NeMo cannot load them.
-        may_hold_more: whether it may hold more nevertheless.
+        strict: whether a distributed checkpoint must hold no tensors beyond the model's parameters, as a single file
+            always must. Neither may ever hold fewer: NeMo cannot load them.
+        may_hold_more: whether they may hold more nevertheless.
 
     Raises:
         ConfigError: on every rank, naming the first parameter that does not fit and why.

@@ -38,8 +38,8 @@ class OptimizerOffload:
     As a context manager, keeps them on the host within the context.
 
     Methods may be called in any state, and again after an exception: a tensor's GPU memory is freed only once its copy
-    to the host is enqueued, and the host copy is needed only until the memory is back. The exception: while an iterator
-    of `passing_through` is active, no other method may be called.
+    to the host is enqueued, and its host copy is dropped only once the copy back is enqueued. However, no other method
+    may be called while an iterator of `passing_through` is active.
 
     Args:
         find_tensors: returns the current tensors of the state. Tensors on a CPU are left in place.

@@ -99,7 +99,7 @@ class _Watch(threading.Thread):
             _leave(self._exit_code)
 
     def finish(self) -> None:
-        """Stop watching. Rank 0, which may host the store, tells the other ranks first."""
+        """Stop watching. Rank 0, which may host the store, also tells the other ranks."""
         self.is_over.set()
         if _has_peers() and torch.distributed.get_rank() == 0:
             with contextlib.suppress(KeyError, RuntimeError):

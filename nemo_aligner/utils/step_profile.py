@@ -13,7 +13,7 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.phases import phase_table
 
 MAX_STEPS = 5
-# Limit for trace viewers, and for the host memory of eight ranks.
+# A size that trace viewers can still open, and that hosts can still hold for eight ranks.
 MAX_TRACE_BYTES = 500_000_000
 
 
