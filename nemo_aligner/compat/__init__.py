@@ -1,9 +1,9 @@
 """The one place where NeMo 2.0.0, megatron-core 0.9.0 and torch are adapted to each other and to this machine.
 
-`apply()` closes the gaps that a missing Apex or Transformer Engine and a newer torch leave, each only if it is there,
-and mends what is wrong in NeMo and megatron-core wherever they run. `cpu.enable()` redirects CUDA names to the CPU for
-a run that asks for the CPU, whether it is called before NeMo is imported or after. `checkpoint_pickles` changes
-nothing: it reads the pickles of an archive before the libraries do, which would run what is in them.
+`apply()` works around a missing Apex or Transformer Engine and a newer torch, each only where it applies, and fixes
+bugs of NeMo and megatron-core everywhere. `cpu.enable()` redirects CUDA names to the CPU for a run that asks for the
+CPU; it may be called before or after NeMo is imported. `checkpoint_pickles` patches nothing: it checks the pickles of
+an archive before the libraries load them, which would run their contents.
 """
 
 

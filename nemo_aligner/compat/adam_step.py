@@ -1,8 +1,8 @@
-"""Checkpoints of torch's Adam and AdamW, whose state holds a scalar beside the moments.
+"""Checkpoints of torch's Adam and AdamW, whose state holds the scalar `step` in addition to the moments.
 
-megatron-core 0.9 shards every tensor of the optimizer's state like the parameter it belongs to, and the number of
-steps taken has no such shape. Apex keeps it in the parameter group; so do these checkpoints. Removal: with a
-megatron-core whose `optim_state_to_sharding_state` leaves `step` alone.
+megatron-core 0.9 shards every tensor of the optimizer's state like the parameter it belongs to, which fails for the
+scalar. Apex keeps the step count in the parameter group; so do these checkpoints. Removal: with a megatron-core whose
+`optim_state_to_sharding_state` leaves `step` alone.
 """
 
 import torch
@@ -16,7 +16,7 @@ def apply() -> None:
         return
 
     def optim_state_to_sharding_state(optim_state_dict, id_to_sharded_param_map, exclude_keys=()):
-        # torch hands out the optimizer's own dicts
+        # copied, as torch returns the optimizer's own dicts
         states_of = {param_id: dict(state) for param_id, state in optim_state_dict["state"].items()}
         optim_state_dict["state"] = states_of
         for group in optim_state_dict["param_groups"]:
@@ -32,7 +32,7 @@ def apply() -> None:
     init_states = nlp_overrides.init_optimizer_states
 
     def init_optimizer_states(optimizer):
-        """Before the first step NeMo makes up the moments, and Adam then takes the step for counted."""
+        """NeMo creates the moments before the first step; Adam then expects `step` to exist as well."""
         init_states(optimizer)
         if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             for state in optimizer.state.values():
@@ -42,7 +42,7 @@ def apply() -> None:
 
 
 def restore_on_load(optimizer: torch.optim.Optimizer) -> None:
-    """Let `load_state_dict` of the optimizer, or of the one that NeMo wraps, find the steps where `apply` put them."""
+    """Make `load_state_dict` of the optimizer, or of the one that NeMo wraps, read `step` from the parameter groups."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         optimizer.register_load_state_dict_pre_hook(_move_steps_to_state)

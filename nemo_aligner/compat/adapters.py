@@ -1,7 +1,7 @@
 """NeMo 2.0.0's LoRA adapters without Transformer Engine and Apex.
 
-Both are asked for at import and not used: the layers that adapters are added to, ours included, are megatron-core's,
-and LoRA has no norm. Removal: with a NeMo whose adapters import without them.
+Both are required at import but not used: adapters are added to layers derived from megatron-core's, and LoRA has no
+norm. Removal: with a NeMo whose adapters import without them.
 """
 
 import sys
@@ -23,7 +23,7 @@ def apply() -> None:
 
 
 def _import_mixins():
-    """The module wants one name of Transformer Engine and itself says what to do where that is None."""
+    """The module imports one name of Transformer Engine, but handles that name being None."""
     name = "megatron.core.extensions.transformer_engine"
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].SplitAlongDim = None

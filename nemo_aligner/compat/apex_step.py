@@ -1,8 +1,8 @@
-"""The step of Apex's DistributedFusedAdam, bucket by bucket, while the state of the others is on the host.
+"""Bucket-by-bucket step of Apex's DistributedFusedAdam, with the state of the other buckets on the host.
 
-For Apex 25.04, which steps through all buckets in one or two calls of a method of its own and has no hook between them.
-To be deleted once it has one. What would show that the method has changed: tests/gpu/test_training_script.py, where the
-losses of a state that passes through the GPU are those of one that stays there.
+For Apex 25.04, which steps all buckets in one or two calls of a private method, without a hook in between. Removal:
+once it has one. tests/gpu/test_training_script.py detects a change of that method: it compares the losses with a
+streamed state to those with a resident one.
 """
 
 from contextlib import closing
@@ -11,9 +11,9 @@ from nemo_aligner.utils.optimizer_offload import OptimizerOffload, bucket_tensor
 
 
 def step_bucket_by_bucket(optimizer, offload: OptimizerOffload) -> None:
-    """Have buckets that are away pass through the GPU in the optimizer's step.
+    """Stream offloaded buckets through the GPU in the optimizer's step.
 
-    Its parameters must have memory of their own beside the state, as in bf16 with `megatron_amp_O2`.
+    Parameters must have storage separate from the state, as in bf16 with `megatron_amp_O2`.
 
     Raises:
         ValueError: it is another optimizer.

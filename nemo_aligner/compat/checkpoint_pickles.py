@@ -1,11 +1,10 @@
-"""The pickles in a checkpoint, read without running anything of theirs.
+"""Reads the pickles in a checkpoint without running code from them.
 
 torch (up to 2.13 at least) reads the `.metadata` of a distributed checkpoint with `pickle.load` and its objects with
 `weights_only=False`; megatron-core 0.9 and NeMo 2.0 leave `weights_only` to torch, whose default was False before 2.6;
-Transformer Engine unpickles the states that it stores as bytes. Each of these runs what the file tells it to run. So
-every pickle of an archive is read here before any of them sees it: into inert records, and only if it names nothing
-but the classes that such files need. Removal: when all of them load with `weights_only=True` and `.metadata` is no
-longer a pickle.
+Transformer Engine unpickles the states that it stores as bytes. Each of these can run arbitrary code from the file. So
+every pickle of an archive is first read here, into inert records, and refused if it names anything but the classes that
+such files need. Removal: when all of them load with `weights_only=True` and `.metadata` is no longer a pickle.
 """
 
 import collections
@@ -18,7 +17,7 @@ from typing import BinaryIO, ClassVar
 
 import torch
 
-# Classes and functions that may be called. None of them does more than keep what it is given.
+# Classes and functions that may be called. None of them does more than store its arguments.
 _CALLED = {
     "_io": {"BytesIO"},
     "pathlib": {"PosixPath"},
@@ -32,7 +31,7 @@ _CALLED = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "transformer_engine.common.recipe": {"DelayedScaling", "Format", "_FormatHelper"},
 }  # fmt: skip
-# Names that are only mentioned: a storage that could be called would allocate any size.
+# Names that may be referenced but not called: calling a storage could allocate any size.
 _MENTIONED = {"torch.storage.UntypedStorage", "torch.storage.TypedStorage"}
 _MENTIONED |= {
     f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype) or name.endswith("Storage")
@@ -41,11 +40,11 @@ _ZIP = b"PK\x03\x04"
 
 
 class PickleRefused(Exception):
-    """Says why a pickle must not, or cannot, be loaded."""
+    """A pickle must not, or cannot, be loaded; the message says why."""
 
 
 class Record:
-    """What a pickle says of an object: its class's name, the arguments it is made with and the state it is given."""
+    """An object as described by a pickle: the name of its class, its constructor arguments and its state."""
 
     def __new__(cls, *args):
         self = super().__new__(cls)
@@ -53,7 +52,7 @@ class Record:
         return self
 
     def __setstate__(self, state) -> None:
-        if self.args or self.state is not None:  # what the real object holds would depend on its class
+        if self.args or self.state is not None:  # the result would depend on the real class
             raise PickleRefused(f"it is damaged: {type(self).__name__} is given its state twice")
         self.state = state
 
@@ -68,7 +67,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# `bytes` could be told to allocate any size; pickles only ask for empty ones.
+# `bytes` could be made to allocate any size; legitimate pickles only create empty ones.
 _REPLACED = {
     "collections.OrderedDict": collections.OrderedDict,
     "_codecs.encode": _latin1,
@@ -77,7 +76,7 @@ _REPLACED = {
 
 
 class _InertUnpickler(pickle._Unpickler):
-    """Python's own, because the one written in C allocates memo slots for any index that a file names."""
+    """Derived from the pure-Python unpickler, because the C one allocates memo slots for any index in a file."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
@@ -87,7 +86,7 @@ class _InertUnpickler(pickle._Unpickler):
         self.classes = {}
 
     def find_class(self, module: str, name: str):
-        module = "builtins" if module == "__builtin__" else module  # as protocol 2 calls it
+        module = "builtins" if module == "__builtin__" else module  # its name in protocol 2
         if f"{module}.{name}" in _MENTIONED:
             return f"{module}.{name}"
         if f"{module}.{name}" in _REPLACED:
@@ -121,12 +120,12 @@ def read_pickle(content: bytes):
         return _InertUnpickler(content).load()
     except PickleRefused:
         raise
-    except Exception as error:  # an unpickler raises whatever a damaged file leads it to
+    except Exception as error:  # damaged files can raise anything
         raise PickleRefused(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
 def read_torch_file(file: BinaryIO):
-    """What `torch.save` wrote, tensors as the `Record` of the call that rebuilds them. No tensor's data is read.
+    """The contents of a `torch.save` file, with tensors as the `Record` of their rebuild call. Reads no tensor data.
 
     Raises:
         PickleRefused: as in `read_pickle`.
@@ -135,9 +134,9 @@ def read_torch_file(file: BinaryIO):
 
 
 def check_object(content: bytes) -> None:
-    """Refuse what `torch.save` wrote of a sharded object, if a pickle in it must not be loaded.
+    """Refuse the `torch.save` file of a sharded object if a pickle in it must not be loaded.
 
-    Transformer Engine nests its own torch files and pickles in there, as a BytesIO or a tensor of bytes.
+    Transformer Engine nests its own torch files and pickles in it, as a BytesIO or a byte tensor.
 
     Raises:
         PickleRefused: as in `read_pickle`.
@@ -151,7 +150,7 @@ def check_object(content: bytes) -> None:
 
 
 def _read_records(file: BinaryIO) -> tuple:
-    """The object that `torch.save` wrote, and torch's reader of the file: other readers may see another zip."""
+    """The object in a `torch.save` file, and torch's reader of it: other zip readers may parse the file differently."""
     if file.read(len(_ZIP)) != _ZIP:
         raise PickleRefused("it is not a file that torch.save wrote (in its format since torch 1.6)")
     file.seek(0)
@@ -165,7 +164,7 @@ def _read_records(file: BinaryIO) -> tuple:
 
 
 class PartOfFile(io.RawIOBase):
-    """`length` bytes of a file from `offset` on, as a file."""
+    """File object over `length` bytes of a file, starting at `offset`."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int):
         self.file, self.offset, self.length, self.position = file, offset, length, 0
@@ -193,7 +192,7 @@ class PartOfFile(io.RawIOBase):
 
 
 def _records_in(tree) -> Iterator[Record]:
-    """Every record in a tree of containers and records; a container that contains itself is entered once."""
+    """Every record in a tree of containers and records; cycles are entered once."""
     pending, seen = [tree], set()
     while pending:
         node = pending.pop()
@@ -217,7 +216,7 @@ def _bytes_of(record: Record) -> bytes:
 
 
 def _bytes_in_tensor(tensor: Record, reader) -> bytes:
-    """The data of a tensor of bytes that is no view of others."""
+    """The data of a byte tensor that covers its whole storage."""
     try:
         (kind, dtype, name, _, size), *view = tensor.args[:4]
         if (kind, dtype, view) != ("storage", "torch.ByteStorage", [0, (size,), (1,)]):

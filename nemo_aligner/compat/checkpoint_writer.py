@@ -1,9 +1,9 @@
 """megatron-core 0.9.0's writer of `torch_dist` checkpoints.
 
-It writes from forked processes and collects their results through a manager, a further process that imports everything
-anew: seconds for each first save, and a fork of a process with threads can hang for good. Writing releases the
-interpreter's lock, so threads do as well. And where one rank could not write, on a full disk, say, all others wait for
-it forever. Removal: with a megatron-core whose saves neither fork nor hang.
+It writes from forked processes and collects their results through a manager, another process that imports everything
+again: this adds seconds to the first save, and forking a process with threads can deadlock. Writing releases the GIL,
+so threads are as fast. Moreover, if one rank cannot write, on a full disk for example, all others wait for it forever.
+Removal: with a megatron-core whose saves neither fork nor hang.
 """
 
 import queue
@@ -25,7 +25,7 @@ def apply() -> None:
 
 
 def _make_request(self, writer, planned: tuple):
-    """In the place of the request that is finalized by rank 0 while the others wait."""
+    """Replaces the request that rank 0 finalizes while the other ranks wait."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
     _, metadata, _ = planned
@@ -33,16 +33,16 @@ def _make_request(self, writer, planned: tuple):
 
 
 class Finalization:
-    """What is left to do when every rank has written its files: rank 0 writes where in them each tensor is."""
+    """Final step after every rank has written its files: rank 0 writes the metadata with the tensors' locations."""
 
     def __init__(self, writer, metadata):
         self._writer, self._metadata, self._results = writer, metadata, None
 
     def __call__(self) -> None:
-        """All of it. Collective over the job.
+        """Gather and finish. Collective over all ranks.
 
         Raises:
-            OSError: on every rank, if one of them could not write.
+            OSError: on every rank, if any rank could not write.
         """
         self.gather()
         failure = None
@@ -54,7 +54,7 @@ class Finalization:
         raise_on_all_ranks(failure)
 
     def gather(self) -> None:
-        """Bring together on rank 0 what the ranks have written. Collective over the job; raises as a call does."""
+        """Gather the ranks' write results on rank 0. Collective over all ranks; raises like `__call__`."""
         results = failure = None
         try:
             results = self._writer.retrieve_write_results()
@@ -66,12 +66,12 @@ class Finalization:
         torch.distributed.gather_object(results, self._results)
 
     def finish(self) -> None:
-        """Write the table of contents. On rank 0."""
+        """Write the checkpoint metadata. On rank 0 only."""
         self._writer.finish(self._metadata, self._results)
 
 
 def raise_on_all_ranks(failure: Exception | None) -> None:
-    """Let every rank know that one of them, or none, could not write. Collective over the job.
+    """Raise on every rank if any rank could not write. Collective over all ranks.
 
     Raises:
         OSError: on every rank: the first rank's failure, with its error number.
@@ -89,7 +89,7 @@ def raise_on_all_ranks(failure: Exception | None) -> None:
 
 
 def _call_in_thread(self, async_fn, save_args: tuple) -> None:
-    """In the place of a forked process; `process` is asked no more than what a thread can answer."""
+    """Replaces the forked process; callers use only those methods of `process` that a thread has as well."""
     if async_fn is not None:
         torch.cuda.synchronize()
         self.start_time = time.time()
@@ -98,7 +98,7 @@ def _call_in_thread(self, async_fn, save_args: tuple) -> None:
 
 
 def _write_in_threads(write_buckets: list, all_results: queue.SimpleQueue) -> None:
-    """Write one file per bucket; puts {bucket number: results} into `all_results`, or the first exception."""
+    """Write one file per bucket; put {bucket number: results}, or the first exception, into `all_results`."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     results, tokens = queue.Queue(), queue.Queue()
@@ -112,7 +112,7 @@ def _write_in_threads(write_buckets: list, all_results: queue.SimpleQueue) -> No
 
 
 def _root(error: BaseException) -> BaseException:
-    """The first of a chain; where torch's writer fails once more, on closing a file, the disk's own error."""
+    """The first exception of a chain: torch's writer may fail again on closing the file, hiding the disk's error."""
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
     return error

@@ -1,9 +1,10 @@
 """No NCCL communicators for process groups of a single rank.
 
-Lightning 2.5.6 binds the process group to a device, whereupon torch connects every group as it is created. Megatron
-creates some two dozen of them; most have one rank in a given layout and never send anything, but each connected one
-takes a few hundred megabytes of the GPU. They connect with their first collective instead. Groups of several ranks stay
-as they are: where ranks come to their first collectives in different orders, connecting them there could deadlock.
+Lightning 2.5.6 binds the process group to a device, which makes torch initialize the communicator of every group at
+creation. Megatron creates some two dozen groups; in a given layout most have one rank and never communicate, but each
+communicator takes a few hundred megabytes of GPU memory. Here they are initialized lazily, at their first collective.
+Groups of several ranks stay eager: lazy initialization could deadlock where ranks reach their first collectives in
+different orders.
 
 Removal: with a Lightning that binds to no device, or a Megatron that creates only the groups its layout uses.
 """

@@ -1,11 +1,11 @@
 """Run megatron-core 0.9 and NeMo 2.0 on a CPU.
 
-Both libraries name CUDA outright: `torch.cuda.current_device()`, `.cuda()`, `device="cuda"`, `torch.cuda.LongTensor`,
-CUDA streams and CUDA random states. `enable()` points those names at the CPU. It is called when, and only when, a
-configuration asks for `trainer.accelerator: cpu`; nothing here is a fallback for a missing GPU.
+Both libraries hard-code CUDA: `torch.cuda.current_device()`, `.cuda()`, `device="cuda"`, `torch.cuda.LongTensor`,
+CUDA streams and CUDA RNG states. `enable()` redirects those names to the CPU. It is called only when a configuration
+asks for `trainer.accelerator: cpu`; it is not a fallback for a missing GPU.
 
-`torch.cuda.is_available()` and `device_count()` keep telling the truth, so that code which asks before it acts is not
-misled. Removal: when megatron-core takes its device from the process group instead of from `torch.cuda`.
+`torch.cuda.is_available()` and `device_count()` are unchanged, so that code which checks them behaves correctly.
+Removal: when megatron-core takes its device from the process group instead of from `torch.cuda`.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from nemo_aligner.compat import cpu_linear, device
 
 
 def enable() -> None:
-    """Let megatron-core and NeMo compute on the CPU in this process. Calling it again changes nothing."""
+    """Make megatron-core and NeMo compute on the CPU in this process. Idempotent."""
     if device.on_cpu():
         return
-    # First, because megatron-core compiles functions when imported, and torch.compile then looks torch over.
+    # First, because megatron-core compiles functions at import, and torch.compile then inspects torch.
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
 
@@ -30,14 +30,14 @@ def enable() -> None:
     _redirect_optimizers()
     schedules.torch = _TorchWithoutCudaDevice()
     cpu_linear.use_in_megatron()
-    # Random states of the tracker are those of the CPU's generator.
+    # The RNG tracker uses the CPU's generator.
     random._set_cuda_rng_state = lambda state, device=-1: torch.set_rng_state(state)
     if "nemo.core.classes.modelPT" in sys.modules:
-        compat.apply()  # again, if it was before: what is there for a GPU only may be missing now
+        compat.apply()  # possibly again: GPU-only packages may count as missing now
 
 
 def redirect_nemo() -> None:
-    """NeMo's models move themselves with `.cuda()`, and its random states are seeded only where a GPU is seen."""
+    """NeMo's models move themselves with `.cuda()`, and seed the RNG tracker only if a GPU is visible."""
     from megatron.core import tensor_parallel
     from nemo.collections.nlp.modules.common.megatron import megatron_init
     from nemo.core.classes import modelPT
@@ -55,7 +55,7 @@ def redirect_nemo() -> None:
 
 
 def _redirect_optimizers() -> None:
-    """megatron-core's optimizers tell dtypes by the names of CUDA's tensor types."""
+    """megatron-core's optimizers identify dtypes by the names of CUDA tensor types."""
     from megatron.core.optimizer import optimizer
 
     optimizer.torch = _TorchWithoutCudaDevice()
@@ -100,7 +100,7 @@ class _TorchWithoutCudaDevice:
 
 
 class _NoStream:
-    """Stands in for CUDA streams and events, which order work that on a CPU is in order already."""
+    """Replaces CUDA streams and events; work on a CPU is ordered already."""
 
     def __init__(self, *args, **kwargs):
         pass

@@ -1,9 +1,9 @@
 """Float32 matrix products on a CPU through oneDNN.
 
-torch gives them to MKL, which computes half as fast on processors that are not Intel's (AVX-512 EPYC, 32 rows, torch
-2.13: 60-100 against 125-180 GFLOP/s; 240 rows, as in training: 55-110 against 190-240). The operator is the one that
-torch.compile takes, and reads the weight where it is. Removal: when `torch.nn.functional.linear` is as fast;
-`python -m nemo_aligner.compat.cpu_linear` shows both.
+torch uses MKL, which is half as fast on processors other than Intel's (AVX-512 EPYC, 32 rows, torch 2.13: 60-100
+against 125-180 GFLOP/s; 240 rows, as in training: 55-110 against 190-240). The operator is the one that torch.compile
+uses, and reads the weight without a copy. Removal: when `torch.nn.functional.linear` is as fast;
+`python -m nemo_aligner.compat.cpu_linear` measures both.
 
 Legend: M rows, I inputs, O outputs.
 """
@@ -14,8 +14,8 @@ import time
 import torch
 from torch.nn import functional as F
 
-# oneDNN brings its second operand into another order first, which costs as much as the product if the first has few
-# rows: then the two change places.
+# oneDNN first reorders its second operand, which costs as much as the product if the first has few rows: then the two
+# are swapped.
 _FEW_ROWS = range(16, 65)
 
 
@@ -40,7 +40,7 @@ def matmul(left_MI: torch.Tensor, right_IO: torch.Tensor) -> torch.Tensor:
 
 
 class _LinearWithGradients(torch.autograd.Function):
-    """`linear` as an operation that can be trained: the gradients are products of the same kind."""
+    """Differentiable `linear`, whose gradients use the same operator."""
 
     @staticmethod
     def forward(ctx, x, weight_OI, bias_O):
@@ -58,7 +58,7 @@ class _LinearWithGradients(torch.autograd.Function):
 
 
 def use_in_megatron() -> None:
-    """Let the linear layers of megatron-core train through oneDNN where they compute in float32 and send nothing."""
+    """Use oneDNN in megatron-core's linear layers where they compute in float32 without communication."""
     from megatron.core.tensor_parallel import layers
 
     megatron_linear = layers.linear_with_grad_accumulation_and_async_allreduce

@@ -1,4 +1,4 @@
-"""Which device this process computes on: its GPU, or the CPU where that was asked for."""
+"""The device of this process: its GPU, or the CPU if the configuration asks for it."""
 
 import torch
 

@@ -1,9 +1,9 @@
-"""Transformer Engine's modules restored from weights that another version of it wrote, or megatron-core's own modules.
+"""Restoring Transformer Engine's modules from weights written by another version of it, or by megatron-core's modules.
 
-A module of Transformer Engine keeps the scales of FP8 in an extra state, which is empty without FP8. Its attention has
-one since 1.8 (NeMo 2.0.0 makes an exception for the name that 1.6 and 1.7 gave it), and by 2.9 its norms have. Weights
-that were written without these do not hold them, and megatron-core 0.9 fails at the first that is missing. Removal:
-with a megatron-core that leaves an extra state as it is where a checkpoint has none.
+A module of Transformer Engine keeps FP8 scales in an extra state, which is empty without FP8. Its attention has one
+since 1.8 (NeMo 2.0.0 makes an exception for the name used in 1.6 and 1.7), and by 2.9 its norms have one. Weights
+written without them lack these keys, and megatron-core 0.9 fails at the first missing one. Removal: with a
+megatron-core that leaves an extra state unchanged if a checkpoint has none.
 """
 
 import re
@@ -12,15 +12,15 @@ from collections.abc import Collection
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 
-# Those of linear layers are always there: megatron-core's own layers write them, too.
+# Linear layers always have them: megatron-core's own layers write them, too.
 _NOT_ALWAYS_WRITTEN = re.compile(r".*\.(core_attention|\w*layernorm)\._extra_state")
 
 
 def keep_where_missing(model, stored: Collection[str]) -> None:
-    """From now on `model.sharded_state_dict()` does not ask for empty extra states that a checkpoint does not hold.
+    """Patch `model.sharded_state_dict()` to omit empty extra states that are missing in a checkpoint.
 
     Args:
-        model: a NeMo GPT model; `del model.sharded_state_dict` lets it ask for everything again.
+        model: a NeMo GPT model; `del model.sharded_state_dict` removes the patch.
         stored: names of the objects in the checkpoint, each with its shard (`unique_key`).
     """
     everything = model.sharded_state_dict

@@ -1,9 +1,9 @@
 """megatron-core 0.9's `gradient_accumulation_fusion` without Apex.
 
-A linear layer then adds its weight's gradient to the float32 buffer of the optimizer in the product itself: no gradient
-in half precision is written, cast and added. megatron-core calls Apex's extension for that, and torch can do the same
-(see `float32_accumulation`). Nothing is changed where the extension is installed. Removal: with a megatron-core whose
-linear layers do not need it.
+A linear layer then accumulates its weight gradient in the optimizer's float32 buffer within the matmul: no gradient in
+half precision is written, cast and added. megatron-core calls Apex's extension for that; torch can do the same (see
+`float32_accumulation`). Nothing is patched where the extension is installed. Removal: with a megatron-core whose linear
+layers do not need it.
 """
 
 import types
@@ -18,7 +18,7 @@ def apply() -> None:
 
     if layers._grad_accum_fusion_available:
         return
-    # The one is called for buffers in float32, the other for those in half precision.
+    # The first is called for buffers in float32, the second for buffers in half precision.
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
         wgrad_gemm_accum_fp32=_accumulate_, wgrad_gemm_accum_fp16=_accumulate_
     )

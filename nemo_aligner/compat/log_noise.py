@@ -1,4 +1,4 @@
-"""Log lines and warnings of NeMo and megatron-core that say nothing to a user and bury those that do."""
+"""Suppression of log lines and warnings of NeMo and megatron-core that tell users nothing and bury relevant ones."""
 
 import functools
 import logging
@@ -24,10 +24,10 @@ class _DropNoise(logging.Filter):
 
 
 def _leave_out_what_linear_layers_warn_of() -> None:
-    """megatron-core 0.9's linear layers give a deprecated argument, which nobody reads, and so warn of themselves.
+    """megatron-core 0.9's linear layers pass a deprecated, unused argument and so trigger their own warning.
 
-    They do in every forward pass, 768 times in a training pass over 8 micro-batches and 24 layers, which takes the host
-    a millisecond even if no warning is shown. Removal: with megatron-core 0.10, which drops the argument.
+    They do so in every forward pass, 768 times in a training pass over 8 micro-batches and 24 layers, which costs a
+    millisecond of host time even if no warning is shown. Removal: with megatron-core 0.10, which drops the argument.
     """
     from megatron.core.tensor_parallel import layers
 

@@ -1,7 +1,7 @@
-"""megatron-core 0.9's distributed optimizer under NeMo 2.0.0, stepped by a loop of one's own and without Apex.
+"""megatron-core 0.9's distributed optimizer under NeMo 2.0.0, with a custom training loop and without Apex.
 
-Removal: with a NeMo whose wrapper can be stepped without a closure and saves in a form that other layouts can read, and
-a megatron-core that takes torch's Adam.
+Removal: with a NeMo whose wrapper can be stepped without a closure and saves in a format that other parallel layouts
+can read, and a megatron-core that accepts torch's Adam.
 """
 
 import functools
@@ -23,23 +23,23 @@ def apply() -> None:
 
 
 def _step(self, closure=None):
-    """NeMo's wants the closure that Lightning's loop would pass."""
+    """NeMo's version requires the closure that Lightning's loop would pass."""
     loss = None if closure is None else closure()
     _, grad_norm, num_zeros_in_grad = self.mcore_optimizer.step()
     return loss, grad_norm, num_zeros_in_grad
 
 
 def _sharded_state_dict(self, model_sharded_state_dict, optimizer_state_dict=None, is_loading=False, **_):
-    """NeMo's default binds a checkpoint to the tensor and pipeline parallel sizes that it was written with."""
+    """NeMo's default ties a checkpoint to the tensor and pipeline parallel sizes that it was written with."""
     return self.mcore_optimizer.sharded_state_dict(
         model_sharded_state_dict, is_loading=is_loading, sharding_type="fully_sharded_model_space"
     )
 
 
 def _match_groups(cls) -> None:
-    """Parameter groups come in the order in which a stage's parameters happen to, and are restored by their number.
+    """Match parameter groups by weight decay. Their order depends on a stage's parameters, but they load by index.
 
-    Those of the first stage, where matrices come first, would then lend their weight decay to the norms of another.
+    The groups of the first stage, where matrices come first, would then apply their weight decay to another's norms.
     """
     load_state_dict = cls.load_state_dict
 
@@ -53,7 +53,7 @@ def _match_groups(cls) -> None:
 
 
 def _allow_torch_adam(distrib_optimizer) -> None:
-    """The class knows how to work with torch's Adam and then refuses to, in an assertion of its constructor."""
+    """The class supports torch's Adam, but an assertion in its constructor rejects it."""
     construct = distrib_optimizer.DistributedOptimizer.__init__
 
     @functools.wraps(construct)
@@ -71,7 +71,7 @@ def _allow_torch_adam(distrib_optimizer) -> None:
 
 
 def _hide_steps_from(cls, name: str) -> None:
-    """torch counts steps per parameter; the class keeps them in its groups and then takes them for shards, too."""
+    """torch stores the step per parameter; the class keeps it in its groups and would also treat it as a shard."""
     method = getattr(cls, name)
 
     @functools.wraps(method)
@@ -88,7 +88,7 @@ def _hide_steps_from(cls, name: str) -> None:
 
 
 def _give_each_parameter_its_own_step(cls) -> None:
-    """Restoring puts one tensor into the state of all parameters, and torch increments it in place for each of them."""
+    """Restoring shares one `step` tensor among all parameters, and torch increments it in place for each of them."""
     load_state_dict = cls.load_state_dict
 
     @functools.wraps(load_state_dict)
@@ -101,10 +101,10 @@ def _give_each_parameter_its_own_step(cls) -> None:
 
 
 def complete(optimizer) -> None:
-    """Give a new `McoreDistributedOptimizer` what Megatron's own training loop would give it later.
+    """Set up on a new `McoreDistributedOptimizer` what Megatron's own training loop would set up later.
 
-    Its scheduler, which NeMo does without, keeps weight decay off biases and norms. The moments would come with the
-    first step; but a checkpoint may be written before, and how much is to be moved to the host is known from the start.
+    Megatron's scheduler, which NeMo does not use, exempts biases and norms from weight decay. The moments would be
+    created in the first step; but a checkpoint may be written before, and the offload needs the state's size up front.
     """
     inner = optimizer.mcore_optimizer.optimizer
     for group in inner.param_groups:

@@ -1,8 +1,8 @@
 """NeMo 2.0.0 without Apex.
 
-NeMo imports a handful of names from Apex at the top of its modules and refuses, or fails with a NameError, without
-them. megatron-core 0.9 has an equivalent of each that this library needs. Every function below fills in one module;
-none does anything if NeMo found Apex. Removal: with a NeMo whose Megatron models no longer import Apex.
+NeMo imports a few names from Apex at module level and refuses to run, or fails with a NameError, without them.
+megatron-core 0.9 has an equivalent of each that this library needs. Every function below patches one module; all are
+no-ops if NeMo found Apex. Removal: with a NeMo whose Megatron models no longer import Apex.
 """
 
 import torch
@@ -20,11 +20,11 @@ def apply() -> None:
 
 
 def _allow_strategies(nlp_overrides) -> None:
-    """`NLPDDPStrategy` and the gradient scaler only ask whether Apex is there; its optimizers are imported with it."""
+    """`NLPDDPStrategy` and the gradient scaler only check for Apex; its optimizers are imported along with it."""
     from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
     class MegatronDistributedFusedAdam(torch.optim.Optimizer):
-        """Stands for Apex's optimizer in `isinstance` tests: without Apex, no optimizer is one."""
+        """Placeholder for Apex's optimizer in `isinstance` tests, which are always false without Apex."""
 
     nlp_overrides.HAVE_APEX = True
     nlp_overrides.McoreDistributedOptimizer = McoreDistributedOptimizer
@@ -32,7 +32,7 @@ def _allow_strategies(nlp_overrides) -> None:
 
 
 def _allow_main_params() -> None:
-    """The optimizer with fp32 master weights asks for Apex and uses it for fp16 alone, which is refused anyway."""
+    """The optimizer with fp32 master weights requires Apex, but uses it only for fp16, which is refused anyway."""
     from nemo.core.optim import optimizer_with_main_params
 
     optimizer_with_main_params.HAVE_APEX = True
@@ -48,7 +48,7 @@ def _fill_build_model() -> None:
 
 
 def _fill_weight_decay_groups() -> None:
-    """NeMo keeps weight decay off Apex's norms; without Apex megatron-core falls back to torch's."""
+    """NeMo exempts Apex's norms from weight decay; without Apex megatron-core falls back to torch's norms."""
     from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
     from nemo.collections.nlp.modules.common.megatron import utils
 

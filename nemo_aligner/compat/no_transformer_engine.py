@@ -1,4 +1,4 @@
-"""NeMo 2.0.0 without Transformer Engine: where it is not installed, and on a CPU, where its modules refuse to be built.
+"""NeMo 2.0.0 without Transformer Engine: where it is not installed, and on a CPU, where its modules cannot be built.
 
 Removal: with a NeMo whose GPT model can be built from megatron-core's local modules alone.
 """
@@ -23,14 +23,14 @@ def apply() -> None:
 
 
 def _skip_bert_models() -> None:
-    """`NLPModel.__init__` lists BERT checkpoints, and that list imports a layer spec that needs Transformer Engine."""
+    """`NLPModel.__init__` lists BERT checkpoints, which imports a layer spec that needs Transformer Engine."""
     from nemo.collections.nlp.models import nlp_model
 
     nlp_model.get_megatron_pretrained_bert_models = lambda: []
 
 
 def _keep_weight_decay_off_own_norm() -> None:
-    """NeMo tells norms from other modules by their classes, in an `isinstance` test that takes a tuple as well."""
+    """NeMo identifies norms by an `isinstance` test, which also accepts a tuple of classes."""
     from nemo.collections.nlp.modules.common.megatron import utils
 
     from nemo_aligner.models.nlp.gpt.layer_spec import Norm
@@ -40,7 +40,7 @@ def _keep_weight_decay_off_own_norm() -> None:
 
 
 def _use_own_layer_spec(megatron_gpt_model) -> None:
-    """NeMo's `get_specs` builds every spec it knows, whichever is asked for, and some need Transformer Engine."""
+    """NeMo's `get_specs` builds all specs, whichever is requested, and some need Transformer Engine."""
     from nemo_aligner.models.nlp.gpt.layer_spec import get_block_spec
 
     def get_specs(spec_name, transformer_config=None, use_te=True, hyena_cfg=None):

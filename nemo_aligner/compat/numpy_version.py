@@ -1,4 +1,4 @@
-"""megatron-core 0.9.0 with numpy 2, which a GPU host may bring though our own pins keep it out.
+"""megatron-core 0.9.0 with numpy 2, which a GPU host may have although this library's pins exclude it.
 
 Removal: with a megatron-core that does not call `numpy.product`.
 """
@@ -7,6 +7,6 @@ import numpy as np
 
 
 def apply() -> None:
-    """Sharded states of its distributed optimizer are measured with a name that numpy 2 has dropped."""
+    """The sharded state of its distributed optimizer uses `numpy.product`, which numpy 2 has removed."""
     if not hasattr(np, "product"):
         np.product = np.prod

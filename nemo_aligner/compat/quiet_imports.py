@@ -1,7 +1,7 @@
-"""Imported before NeMo, megatron-core and torch, hides the warnings that they raise about each other and themselves.
+"""Suppresses warnings of NeMo, megatron-core and torch about each other and themselves; import it before them.
 
-They concern names that some later release will drop and packages whose place `compat` takes, which nobody who starts a
-run can act on. Warnings about a run's own settings are left alone.
+They concern deprecated names and packages that `compat` replaces, which a user cannot act on. Warnings about a run's
+own settings are kept.
 """
 
 import os
@@ -12,5 +12,5 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # checkpoints are writ
 for category in (DeprecationWarning, FutureWarning):
     warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron|nemo|pytorch_lightning|hydra)\.")
 warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|hydra)\.")
-with warnings.catch_warnings(record=True):  # torch shows the one about this name, which megatron-core uses, regardless
+with warnings.catch_warnings(record=True):  # torch warns of this name, used by megatron-core, despite filters
     import torch.distributed._sharded_tensor  # noqa: F401

@@ -1,4 +1,4 @@
-"""Resuming with NeMo 2.0 and a torch that is newer than it."""
+"""Resuming with NeMo 2.0 and a newer torch."""
 
 import collections
 import typing
@@ -11,9 +11,9 @@ def apply() -> None:
 
 
 def _allow_configs_in_checkpoints() -> None:
-    """torch 2.6 and newer load nothing but tensors and plain containers, and Lightning stores the model's config.
+    """By default, torch 2.6 and newer load only tensors and plain containers, but Lightning stores the model's config.
 
-    megatron-core 0.9 leaves `weights_only` to that default. Removal: with a NeMo that stores a plain dict.
+    megatron-core 0.9 uses the default of `weights_only`. Removal: with a NeMo that stores a plain dict.
     """
     import torch
     from omegaconf import DictConfig, ListConfig, base, nodes
@@ -27,11 +27,11 @@ def _allow_configs_in_checkpoints() -> None:
 
 
 def _resume_after_a_kill() -> None:
-    """NeMo refuses to resume if its only last checkpoint is half written, or if there are two of them.
+    """NeMo refuses to resume if its only last checkpoint is incomplete, or if there are two of them.
 
-    The first is what a kill in the middle of the first save leaves, the second what it leaves between the end of a save
-    and the removal of the checkpoint before. Here the newest complete one is found for it, and a new run in the folder
-    of another one refused. Removal: with the first NeMo that does so itself.
+    The first results from a kill during the first save, the second from a kill between the end of a save and the
+    removal of the previous checkpoint. This patch finds the newest complete one, and refuses a new run in the folder
+    of another one. Removal: with the first NeMo that does so itself.
     """
     from nemo.utils import exp_manager, logging
 

@@ -1,13 +1,13 @@
-"""Ids of a text and the text of ids, by NeMo 2.0.0's wrapper of a Hugging Face tokenizer.
+"""Encoding and decoding with NeMo 2.0.0's wrapper of a Hugging Face tokenizer.
 
-It makes text into tokens and looks up the id of each. Special tokens that take the blanks beside them along (`lstrip`,
-`rstrip`), as those of Phi-3 do, a fast tokenizer (4.49 at least) gives with these blanks, and as that they are not in
-the vocabulary: their ids become the unknown token's, or None where there is none, at which `ids_to_text` fails.
+The wrapper splits text into tokens and looks up the id of each. For special tokens that strip adjacent blanks
+(`lstrip`, `rstrip`), as those of Phi-3 do, a fast tokenizer (4.49 at least) returns the token with these blanks, which
+is not in the vocabulary: its id becomes the unknown token's, or None if there is none, and `ids_to_text` fails.
 
-And it asks for the list of special tokens, which transformers puts together each time, once for each token of a text:
-four fifths of the time that a response takes to become a text, in which the interpreter does nothing else.
+In decoding, it requests the list of special tokens, which transformers rebuilds each time, once per token of a text:
+four fifths of the time to decode a response, during which the interpreter does nothing else.
 
-Removal: with a NeMo whose wrapper asks for ids, and for special tokens once.
+Removal: with a NeMo whose wrapper requests ids directly, and special tokens once.
 """
 
 

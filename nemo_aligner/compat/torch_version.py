@@ -1,4 +1,4 @@
-"""megatron-core 0.9.0 with a torch that is newer than itself."""
+"""megatron-core 0.9.0 with a newer torch."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ def apply() -> None:
 def _adapt_checkpoint_writer() -> None:
     """megatron-core writes `torch_dist` checkpoints through torch's private `_write_item`, which gained two arguments.
 
-    torch 2.7 put `transforms` first and 2.9 appended `serialization_format`. Removal: with megatron-core 0.12.
+    torch 2.7 prepended `transforms` and 2.9 appended `serialization_format`. Removal: with megatron-core 0.12.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import filesystem
@@ -29,10 +29,10 @@ def _adapt_checkpoint_writer() -> None:
 
 
 def _keep_what_megatron_core_adds_to_metadata() -> None:
-    """The shapes of flattened optimizer states stand in an attribute that torch does not know.
+    """megatron-core stores the shapes of flattened optimizer states in an attribute unknown to torch.
 
-    torch 2.11 writes a copy of the metadata, which lacks it; torch 2.13 writes the object itself. Removal: when that is
-    the oldest, or with a megatron-core that stores them elsewhere.
+    torch 2.11 writes a copy of the metadata, which lacks it; torch 2.13 writes the object itself. Removal: when torch
+    2.13 is the oldest supported, or with a megatron-core that stores the shapes elsewhere.
     """
     from torch.distributed.checkpoint import filesystem
 
@@ -41,7 +41,7 @@ def _keep_what_megatron_core_adds_to_metadata() -> None:
 
 
 class _ReplaceKeepsAttributes:
-    """The module `dataclasses`, but copies have the attributes that are no fields, too."""
+    """The module `dataclasses`, but with a `replace` that also copies attributes that are not fields."""
 
     def __getattr__(self, name):
         return getattr(dataclasses, name)

@@ -1,10 +1,10 @@
-"""Flash attention over sequences of different lengths, through torch's operator itself.
+"""Flash attention over variable-length sequences, calling torch's private operator directly.
 
-`torch.nn.attention.varlen.varlen_attn` is the public way to it, from torch 2.10 on. It is an operator in Python with a
-gradient in Python, which took the host of an H100 about 350 us a call, hundreds of times a training step (torch 2.11).
-The operator below it has its gradient in C++, takes grouped queries in all versions and has had the same first ten
-arguments, and the same five results, since torch 2.3 (read up to 2.13). The gradient is deterministic where
-`torch.use_deterministic_algorithms` asks for it. Removal: when the public way costs the host as little.
+The public API, `torch.nn.attention.varlen.varlen_attn` (torch 2.10 and later), is an operator in Python with a gradient
+in Python, which takes about 350 us of host time per call on an H100, hundreds of times per training step (torch 2.11).
+The underlying operator has its gradient in C++, supports grouped queries in all versions and has had the same first ten
+arguments, and the same five results, since torch 2.3 (checked up to 2.13). The gradient is deterministic if
+`torch.use_deterministic_algorithms` asks for it. Removal: when the public API costs the host as little.
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch
 
 
 def can_compute(query_TND: torch.Tensor) -> bool:
-    """Whether the kernel is there and takes such queries."""
+    """Whether the kernel is available and supports such queries."""
     return (
         query_TND.is_cuda
         and query_TND.dtype in (torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def causal(
 
     Args:
         cu_seqlens: int32 [sequences + 1] on the device; sequence i is at cu_seqlens[i] .. cu_seqlens[i + 1].
-        max_length: of a sequence.
+        max_length: maximum sequence length.
     """
     return _kernel(query_TND, key_TGD, value_TGD, cu_seqlens, max_length)[0]
 
@@ -45,7 +45,7 @@ def causal(
 def causal_and_gradient(
     query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
-    """`causal` without autograd, and the function from its gradient to those of query, key and value."""
+    """`causal` without autograd, and its VJP, from the output's gradient to those of query, key and value."""
     with torch.no_grad():
         context_TND, *state, _ = _kernel(query_TND, key_TGD, value_TGD, cu_seqlens, max_length)
     logsumexp, *random_state = state

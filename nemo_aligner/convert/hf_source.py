@@ -1,4 +1,4 @@
-"""Read a Hugging Face model tensor by tensor: from a folder of safetensors or .bin files, or from a GGUF file."""
+"""Reads a Hugging Face model tensor by tensor, from a folder of safetensors or .bin files, or from a GGUF file."""
 
 import contextlib
 import json
@@ -29,10 +29,10 @@ GGUF_NAMES = {
 
 
 class HFFolder:
-    """A model folder as `save_pretrained` writes it. Weights stay on disk until they are asked for.
+    """A model folder as `save_pretrained` writes it. Weights are loaded lazily.
 
     Attributes:
-        generation_config: what is in `generation_config.json`, None if there is no such file.
+        generation_config: contents of `generation_config.json`, None if there is no such file.
     """
 
     def __init__(self, path: Path):
@@ -48,7 +48,7 @@ class HFFolder:
         """The tensor of that Hugging Face name, in the dtype it is stored in.
 
         Raises:
-            ValueError: if the folder has no such tensor, or its file is not whole.
+            ValueError: if the folder has no such tensor, or its file is incomplete.
         """
         if name not in self._file_of:
             raise ValueError(f"{self.path}: the checkpoint has no tensor {name!r}")
@@ -61,12 +61,12 @@ class HFFolder:
         return self._open_files[file][name]
 
     def tensors_beside(self, names: set[str]) -> list[str]:
-        """Those of the folder that are not among `names`, but for tables that follow from the config."""
+        """Tensors of the folder that are not in `names`, except tables that follow from the config."""
         return sorted(name for name in set(self._file_of) - names if not name.endswith("rotary_emb.inv_freq"))
 
 
 class GGUFFile:
-    """A Llama model in llama.cpp's format. Each tensor is dequantized to float32 when it is asked for."""
+    """A Llama model in llama.cpp's format. Tensors are dequantized to float32 on access."""
 
     generation_config = None
 
@@ -108,11 +108,11 @@ class GGUFFile:
         return tensor
 
     def tensors_beside(self, names: set[str]) -> list[str]:
-        """Those of the file that are not among the Hugging Face `names`."""
+        """Tensors of the file that are not in `names` (Hugging Face names)."""
         return sorted(set(self._tensors) - set(map(_gguf_name, names)))
 
     def _restore_special_tokens(self) -> None:
-        """transformers 4.49 takes special tokens from the vocabulary's order, not from the ids the file states."""
+        """transformers 4.49 infers special tokens from the vocabulary's order instead of the ids in the file."""
         for role in ("bos", "eos"):
             token_id = self._field(f"tokenizer.ggml.{role}_token_id")
             setattr(self.tokenizer, f"{role}_token", self.tokenizer.convert_ids_to_tokens(token_id))
@@ -153,7 +153,7 @@ def require_fast_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
 
 
 def check_config(config: PretrainedConfig, path: str | Path) -> None:
-    """Refuse what megatron-core's GPTModel, or the layout this converter writes, cannot represent.
+    """Refuse a model that megatron-core's GPTModel, or the layout this converter writes, cannot represent.
 
     Raises:
         ValueError: naming the setting of the model's config and its value.
@@ -264,6 +264,6 @@ def _unpermute_heads(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Undo llama.cpp's reordering of a [heads * D, H] projection.
 
     llama.cpp rotates neighbouring channels (0, 1), (2, 3), ...; Hugging Face rotates channel d with channel d + D/2. So
-    its converter interleaves the two halves of each head, and this puts them back.
+    llama.cpp's converter interleaves the two halves of each head, and this undoes it.
     """
     return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)

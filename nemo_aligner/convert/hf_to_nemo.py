@@ -1,4 +1,4 @@
-"""Llama-family Hugging Face models to `.nemo` archives: language models, and sequence classifiers as reward models."""
+"""Converts Llama-family Hugging Face models to `.nemo`: language models, and sequence classifiers as reward models."""
 
 import tempfile
 from pathlib import Path
@@ -29,7 +29,7 @@ from nemo_aligner.models.nlp.gpt.reward_model_classes import RewardModelType
 compat.apply()
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
-# What an archive keeps of the Hugging Face config, as training has its own values of these or none.
+# Settings of the Hugging Face config kept in the archive, because training has its own values of these or none.
 KEPT_SETTINGS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -44,7 +44,7 @@ MODEL_CLASSES = {CAUSAL_LM: ConvertedGPTModel, SEQUENCE_CLASSIFICATION: Megatron
 
 
 def convert(source_path: str | Path, output_path: str | Path, precision: str = "32", dist_ckpt_format="torch_dist"):
-    """Write the model at `source_path` (a folder or a GGUF file) as the archive `output_path`.
+    """Convert the model at `source_path` (a folder or a GGUF file) to the archive `output_path`.
 
     A LlamaForCausalLM becomes a GPT model, a LlamaForSequenceClassification a reward model. Tensors are read one at a
     time into the Megatron model, so memory holds one copy of the weights. `precision` ("32" or "bf16") is the dtype
@@ -62,23 +62,23 @@ def convert(source_path: str | Path, output_path: str | Path, precision: str = "
     require_fast_tokenizer(source.tokenizer)
     cpu.enable()
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    # beside the output, so that a finished archive is moved into place and an interrupted one leaves nothing behind
+    # Next to the output, so that a complete archive is renamed into place and an interrupted one leaves nothing behind.
     with tempfile.TemporaryDirectory(dir=output_path.parent) as folder:
         source.tokenizer.save_pretrained(folder)
         cfg = model_config(source.config, tokenizer_config(folder), precision, dist_ckpt_format)
         cfg.hf_config = {key: getattr(source.config, key) for key in KEPT_SETTINGS}
         cfg.hf_generation_config = source.generation_config
-        destroy_num_microbatches_calculator()  # an earlier model's sizes, on which NeMo would insist
+        destroy_num_microbatches_calculator()  # NeMo would enforce an earlier model's batch sizes
         model = MODEL_CLASSES[source.config.architectures[0]](cfg, cpu_trainer())
         _copy_weights(source, model.get_model_module_list()[0])
-        with open_dict(model.cfg):  # these two were for the conversion only
+        with open_dict(model.cfg):  # these two settings are for the conversion only
             model.cfg.use_cpu_initialization, model.cfg.perform_initialization = False, True
         model.save_to(str(Path(folder, output_path.name)))
         Path(folder, output_path.name).replace(output_path)
 
 
 def cpu_trainer() -> Trainer:
-    """What NeMo wants beside a model, for one process on the CPU."""
+    """The trainer that NeMo requires for a model, for one process on the CPU."""
     return Trainer(
         devices=1, num_nodes=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False, enable_checkpointing=False
     )
@@ -92,7 +92,7 @@ def model_config(
     return OmegaConf.create(
         {
             "mcore_gpt": True,
-            # Where Transformer Engine is missing, our own layers take its place under the same checkpoint keys.
+            # Without Transformer Engine, this library's own layers replace it under the same checkpoint keys.
             "transformer_engine": True,
             "megatron_amp_O2": precision == "bf16",
             "precision": precision if precision == "bf16" else int(precision),
@@ -146,7 +146,7 @@ def model_config(
 
 
 def _head_config(hf: PretrainedConfig) -> dict:
-    """What the model ends in: a vocabulary, or one score per label."""
+    """Config of the model's head: a vocabulary, or one score per label."""
     if hf.architectures[0] == CAUSAL_LM:
         return {"share_embeddings_and_output_weights": hf.tie_word_embeddings}
     if hf.num_labels == 1:
@@ -163,7 +163,7 @@ def _head_config(hf: PretrainedConfig) -> dict:
 def _copy_weights(source, gpt_model: torch.nn.Module) -> None:
     num_groups = source.config.num_key_value_heads
     parameters = [(name, hf_names(name), parameter) for name, parameter in gpt_model.named_parameters()]
-    # a head: tied, it is the embeddings once more; a reward model has no use for it
+    # lm_head is not left over: if tied, it equals the embeddings; a reward model does not use it
     left = source.tensors_beside({hf_name for _, taken, _ in parameters for hf_name in taken} | {"lm_head.weight"})
     if left:
         raise ValueError(f"{source.path}: a Llama model has no tensor {left[0]!r} ({len(left)} such); it would be lost")

@@ -1,4 +1,4 @@
-"""LoRA adapters folded into the weights they adapt."""
+"""Merges LoRA adapters into the weights they adapt."""
 
 import torch
 from megatron.core import parallel_state
@@ -11,8 +11,8 @@ from nemo_aligner.models.nlp.gpt.lora import adapters_of
 def merge_lora_(model) -> None:
     """Add every adapter to its layer's weight, W + (alpha / dim) * linear_out @ linear_in, and remove it.
 
-    What is left is an ordinary model, all of which `save_to` saves. All ranks call this together. An optimizer built
-    before knows nothing of the weights that may be trained from here on.
+    The result is an ordinary model, which `save_to` saves completely. Collective over all ranks. An optimizer built
+    before does not know the weights that are trainable afterwards.
     """
     for adapter in list(adapters_of(model)):
         weight = adapter.linear.weight
@@ -26,9 +26,9 @@ def merge_lora_(model) -> None:
 
 
 def _delta(adapter: torch.nn.Module) -> torch.Tensor:
-    """What the adapter adds to this rank's part of the weight, float32 and of its shape."""
+    """The adapter's update of this rank's shard of the weight, float32 and of its shape."""
     linear_in, linear_out = adapter.linear_in.weight, adapter.linear_out.weight
-    # The layer's weight is split along one dimension, the adapter's two along both.
+    # The layer's weight is sharded along one dimension, the adapter's two weights along both.
     if adapter.input_is_parallel:
         linear_out = _gather_rows(linear_out)
     else:
@@ -37,7 +37,7 @@ def _delta(adapter: torch.nn.Module) -> torch.Tensor:
 
 
 def _gather_rows(weight: torch.Tensor) -> torch.Tensor:
-    """The rows of all tensor-parallel ranks, in their order."""
+    """The rows of all tensor-parallel ranks, in rank order."""
     shards = [torch.empty_like(weight) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
     torch.distributed.all_gather(shards, weight.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return torch.cat(shards)

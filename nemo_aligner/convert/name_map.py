@@ -1,4 +1,4 @@
-"""Which Hugging Face Llama tensor is which megatron-core parameter, and how the fused ones are packed and unpacked.
+"""Mapping between Hugging Face Llama tensors and megatron-core parameters, and packing of the fused ones.
 
 Shapes: H hidden size, N query heads, G key/value groups, D channels per head, F FFN size, V vocabulary size.
 """
@@ -30,7 +30,7 @@ MODEL_NAMES = {
     "rm_head.weight": ("score.weight",),  # LlamaForSequenceClassification
     "rm_head.bias": (),  # zero: the Hugging Face head has none
 }
-# Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
+# Transformer Engine fuses a norm into the linear layer that follows it and names it after that layer.
 _TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -38,7 +38,7 @@ _TRANSFORMER_ENGINE_NAMES = {
 
 
 def hf_names(megatron_name: str) -> tuple[str, ...]:
-    """The Hugging Face tensors that make up a parameter of megatron-core's GPTModel or of our GPTRewardModel.
+    """The Hugging Face tensors that make up a parameter of megatron-core's GPTModel or of GPTRewardModel.
 
     Raises:
         KeyError: for a parameter that a Llama-family model does not have.
@@ -53,10 +53,10 @@ def hf_names(megatron_name: str) -> tuple[str, ...]:
 
 
 def pack(tensors: list[torch.Tensor], num_groups: int) -> torch.Tensor:
-    """One megatron-core parameter out of the Hugging Face tensors that `hf_names` lists for it.
+    """Build one megatron-core parameter from the Hugging Face tensors that `hf_names` lists for it.
 
     Three tensors are query [N*D, H], key [G*D, H] and value [G*D, H], packed group by group; two are the gate and the
-    up projection [F, H] of a gated MLP, stacked; one is taken as it is.
+    up projection [F, H] of a gated MLP, stacked; a single one is used unchanged.
     """
     if len(tensors) == 3:
         return pack_qkv(*tensors, num_groups)

@@ -1,4 +1,4 @@
-"""`.nemo` archives of Llama-family language models back to Hugging Face folders."""
+"""Exports `.nemo` archives of Llama-family language models to Hugging Face folders."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from nemo_aligner.utils.nemo_archive import CONFIG_FILE, opened
 from nemo_aligner.utils.peft_checks import check_same_model, stored_lora_config
 from nemo_aligner.utils.utils import load_from_nemo
 
-# Model key, what NeMo takes where it is missing, and what a Llama has.
+# Model key, NeMo's default if it is missing, and the values that a Llama may have.
 LLAMA_VALUES = (
     ("mcore_gpt", False, (True,)),
     ("name", "", ("", "te_gpt")),
@@ -48,7 +48,7 @@ LLAMA_VALUES = (
 class ExportedGPTModel(NLPAdapterModelMixin, ConvertedGPTModel):
     """The model in an archive, to which adapters can be added."""
 
-    def __init__(self, cfg: DictConfig, trainer: Trainer):  # NeMo looks at the names of the arguments
+    def __init__(self, cfg: DictConfig, trainer: Trainer):  # NeMo inspects the argument names
         super().__init__(cfg, trainer=trainer)
 
 
@@ -57,12 +57,12 @@ def export(
 ) -> None:
     """Write the language model in a `.nemo` archive, or the folder it was extracted to, as a Hugging Face folder.
 
-    The folder appears at `output_path` when it is complete. `precision` ("32" or "bf16") is the dtype of the written
-    weights. The parallel layout of the training does not matter. Memory holds the model in float32 and in that dtype.
-    With `lora_path`, an archive of LoRA adapters that were trained on this model, they are merged into it.
+    The folder appears at `output_path` once it is complete. `precision` ("32" or "bf16") is the dtype of the written
+    weights. Any parallel layout of the training is supported. Memory holds the model in float32 and in that dtype.
+    With `lora_path`, an archive of LoRA adapters trained on this model, the adapters are merged into it.
 
     Raises:
-        ConfigError: the input is not a complete archive of a Llama with its tokenizer, the adapters are not ones of
+        ConfigError: the input is not a complete archive of a Llama with its tokenizer, the adapters do not belong to
             this model, or the output exists.
     """
     archive_path, output_path = Path(archive_path), Path(output_path)
@@ -94,7 +94,7 @@ def export(
 
 
 def check_is_llama(cfg: DictConfig, path: Path) -> None:
-    """Refuse what is not a whole language model that `LlamaForCausalLM` can represent.
+    """Refuse anything but a complete language model that `LlamaForCausalLM` can represent.
 
     Raises:
         ConfigError: naming the key of the model's config and its value.
@@ -123,7 +123,8 @@ def check_is_llama(cfg: DictConfig, path: Path) -> None:
 def llama_config(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """The Hugging Face config that describes the NeMo model config `cfg`; the inverse of `model_config`.
 
-    An archive of an older converter keeps no `hf_config`: its context is the training's, its tokens the tokenizer's.
+    Archives of older converters have no `hf_config`; the context length is then that of training, and the special
+    tokens are the tokenizer's.
     """
     num_heads = cfg.num_attention_heads
     kept = {
@@ -151,7 +152,7 @@ def llama_config(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaCo
 
 @torch.no_grad()
 def to_llama(gpt_model: torch.nn.Module, config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The Hugging Face model of megatron-core's GPT model on the CPU, its vocabulary cut to `config.vocab_size`."""
+    """Convert megatron-core's GPT model, on the CPU, to Hugging Face; the vocabulary is cut to `config.vocab_size`."""
     tensors = {}
     for name, parameter in gpt_model.named_parameters():
         names = hf_names(name)
@@ -159,7 +160,7 @@ def to_llama(gpt_model: torch.nn.Module, config: LlamaConfig, dtype: torch.dtype
         for hf_name, tensor in zip(names, parts, strict=True):
             if hf_name in ("model.embed_tokens.weight", "lm_head.weight"):
                 tensor = tensor[: config.vocab_size]
-            # copied, because safetensors refuses tensors that share memory
+            # Copied, because safetensors refuses tensors that share memory.
             tensors[hf_name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -171,7 +172,7 @@ def to_llama(gpt_model: torch.nn.Module, config: LlamaConfig, dtype: torch.dtype
 
 
 def _restore(path: Path, cfg: DictConfig, hf_config: LlamaConfig, tokenizer_size: int) -> ExportedGPTModel:
-    """The model in float32, with the vocabulary that the archive has."""
+    """The model in float32, with the archive's vocabulary size."""
     cpu.enable()
     restored_cfg = model_config(hf_config, cfg.tokenizer, precision="32")
     if cfg.get("override_vocab_size") is None:

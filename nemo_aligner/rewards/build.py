@@ -1,4 +1,4 @@
-"""What scores rollouts, as the configuration says: a Python function, a server, or a weighted sum of such."""
+"""Builds the configured reward: a Python function, a server, or a weighted sum of these."""
 
 import math
 import numbers
@@ -34,13 +34,13 @@ _RULES_OF_ITS_REQUESTS = {
     "retry_deadline_s": _SECONDS,
     "pad_to_length": Rule(COUNT_OR_NULL.holds, "a number of tokens, or null"),
 }
-# A server that is not there is reported after this long, whether or not the run goes on waiting for it.
+# An unreachable server is reported after this long, whether or not the run keeps waiting for it.
 PROBE_S = 5.0
 
 
 @dataclass(frozen=True)
 class RewardSource:
-    """One reward of the configuration: a Python function (`target`) or a server (`remote_rm`, its section)."""
+    """One configured reward: a Python function (`target`) or a server (`remote_rm`, its section)."""
 
     key: str
     target: str | None
@@ -57,7 +57,7 @@ class RewardSource:
 
 
 def build_reward(cfg: DictConfig, tokenizer) -> PythonRewardModel | RemoteGPTRMClient | WeightedSum:
-    """Connect to servers, load functions. Collective over the job."""
+    """Connect to servers, load functions. Collective over all ranks."""
     sources = reward_sources(cfg)
     end_strings = cfg.model.rs.sampling_params.end_strings
     if "" in sources:
@@ -68,7 +68,7 @@ def build_reward(cfg: DictConfig, tokenizer) -> PythonRewardModel | RemoteGPTRMC
 
 
 def reward_sources(cfg: DictConfig) -> dict[str, RewardSource]:
-    """Every configured reward by its name; a single one has the name "".
+    """Every configured reward by name; a single one has the name "".
 
     Raises:
         ConfigError: if none, or both one and several, are configured, or an entry is neither function nor server.
@@ -111,7 +111,7 @@ def _part(name: str, entry) -> RewardSource:
 
 
 def check_reward_config(cfg: DictConfig) -> list[str]:
-    """Refuse rewards that cannot work: functions are imported, servers are asked for; returns warnings.
+    """Refuse rewards that cannot work: import functions and probe servers; returns warnings.
 
     Raises:
         ConfigError: one line with the key and the fix.
@@ -145,7 +145,7 @@ def _check_remote(key: str, remote: DictConfig) -> None:
 
 
 def _ask_for_server(key: str, remote: DictConfig) -> list[str]:
-    """Raises if the server is not there and would not be waited for; else what there is to warn of."""
+    """Raise if the server is unreachable and the run would not wait for it; otherwise return warnings."""
     server, patience = remote.reward_model, remote.get("wait_for_server_s", INIT_TIMEOUT_S)
     waited = min(patience, PROBE_S)
     if HTTPCommunicator.is_ready(server.name, server.ip, server.port, waited):

@@ -1,28 +1,28 @@
-"""Rewards from a function that the user wrote.
+"""Rewards from a user-defined function.
 
     model.rs.reward:
       target: package.module.function     # or path/to/file.py:function
-      kwargs: {weight: 0.5}               # optional, passed on as they are
+      kwargs: {weight: 0.5}               # optional, passed unchanged
 
 The function is called with a batch and returns one number per response:
 
     def reward(prompts, responses, *, records, weight):
         return [weight * (record["answer"] in response) for response, record in zip(responses, records)]
 
-The first two positional arguments are always the prompt and the response texts: prompts as they stand in the prompt
-file, responses decoded without special tokens. Beyond them a function names what it wants, and gets only that (a
-function that ends in `**kwargs` gets everything):
+The first two positional arguments are always the prompt and the response texts: prompts as in the prompt file,
+responses decoded without special tokens. Any further arguments are passed only if the function names them (a function
+with `**kwargs` gets all):
 
     response_tokens  list[list[int]]  ids of the response alone, including the token(s) that ended it
     records          list[dict]       the prompt's line of the JSONL file; rollouts of one prompt share one dict
     finished         list[bool]       False if the response was cut off at the length limit
 
-It returns a list or tuple of B numbers, or a 1-D tensor or array. `None` in a list says "cannot be judged": that
-rollout is counted, never selected and never trained on. NaN, infinity, a wrong count, something that is no number, and
-an exception stop the run with a `RewardError` that names the prompt.
+It returns a list or tuple of B numbers, or a 1-D tensor or array. `None` in a list means "cannot be judged": that
+rollout is counted, but never selected or trained on. NaN, infinity, a wrong count, a non-number and an exception stop
+the run with a `RewardError` that names the prompt.
 
 The function runs in one background thread on the source rank of each replica, on that replica's rollouts, while the
-next ones are generated; calls never overlap each other. Gradients are off.
+next ones are generated; calls never overlap. Gradients are disabled.
 """
 
 import copy
@@ -62,7 +62,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the configuration names a function; `key` is the section of `target` and `kwargs`."""
+    """The place in the configuration that names a function; `key` is the section of `target` and `kwargs`."""
 
     key: str
     target: str
@@ -72,22 +72,22 @@ class _Source:
 
 
 def load_reward_function(target: str, kwargs: Mapping | None = None, key: str = "model.rs.reward") -> Callable:
-    """Find the user's function and settle what it is called with. Needs no model and no process group.
+    """Find the user's function and determine its arguments. Needs no model and no process group.
 
     Args:
-        target: `package.module.function` or `path/to/file.py:function`; a relative path starts at the working
+        target: `package.module.function` or `path/to/file.py:function`; a relative path is relative to the working
             directory.
         kwargs: constant keyword arguments of the function.
         key: the section of the configuration that they come from, for messages.
 
     Returns:
-        A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on what the function takes,
-        which its attribute `columns` names; its attribute `description` tells it from others, and from what it was
-        before its file was edited.
+        A callable `(prompts, responses, *, response_tokens, records, finished)` that passes on only the arguments that
+        the function takes, which its attribute `columns` lists. Its attribute `description` identifies the function,
+        its constant arguments and the contents of its file.
 
     Raises:
-        ConfigError: (a ValueError) one line with the key, its value and the remedy, if the target is
-            malformed, cannot be found or imported, is no function, or cannot be called with these arguments.
+        ConfigError: (a ValueError) one line with the key, its value and the fix, if the target is
+            malformed, cannot be found or imported, is not a function, or cannot be called with these arguments.
     """
     source = _Source(key, target)
     function = _resolve(source)
@@ -106,7 +106,7 @@ def _digest_of_file(function: Callable) -> str | None:
     """SHA-256 of the file that defines the function, if there is one."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # of an object, or built in
+    except TypeError:  # a callable object, or a built-in
         return None
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file is not None and Path(file).is_file() else None
 
@@ -155,10 +155,10 @@ def _import_file(source: _Source, file: Path) -> ModuleType:
 
 @functools.cache
 def _execute_file(file: Path) -> ModuleType:
-    """Once per process, like an import: the check before the run and the run itself both ask for it."""
+    """Execute the file once per process, like an import: the check before the run and the run itself both need it."""
     spec = importlib.util.spec_from_file_location(f"rs_reward_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    sys.modules[spec.name] = module  # dataclasses and pickle look up a class's module there
     spec.loader.exec_module(module)
     return module
 
@@ -220,15 +220,15 @@ def score(
 ) -> torch.Tensor:
     """Call a loaded reward function and check what it returns.
 
-    All arguments have B entries. `function` takes them as `load_reward_function` describes.
+    All arguments have B entries. `function` takes them as described in `load_reward_function`.
 
     Returns:
-        [B] float32 on the CPU; NaN stands for, and only for, a response that the function could not judge (`None`).
-        An empty batch is answered without a call.
+        [B] float32 on the CPU; NaN means, and only means, that the function could not judge a response (`None`).
+        The function is not called for an empty batch.
 
     Raises:
-        RewardError: one line naming the prompt, chained to the exception if the function raised one. For an exception
-            the rows are tried again one by one, to name the first that fails.
+        RewardError: one line naming the prompt, chained to the exception if the function raised one. After an exception
+            the rows are retried one by one to name the first that fails.
     """
     if not prompts:
         return torch.empty(0)
@@ -262,13 +262,13 @@ def score(
 
 
 def _call(function: Callable, prompts: list, responses: list, columns: dict[str, list]):
-    """With copies, as the batch is looked at again: in a message, a log, by the next reward."""
+    """Call with copies, because the batch is used again: in messages, in the log, by the next reward."""
     with torch.no_grad():
         return function(*copy.deepcopy((prompts, responses)), **copy.deepcopy(columns))
 
 
 def _as_float(value) -> float:
-    """One returned reward as a number that float32 can hold, NaN for None; else a ValueError that says what it is."""
+    """One returned reward as a number that float32 can hold, NaN for None; otherwise a ValueError describing it."""
     if value is None:
         return float("nan")
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
@@ -305,7 +305,7 @@ def _name_row(row: int, prompts: list[str], records: list[dict]) -> str:
 
 
 def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str] = ()) -> dict[str, list]:
-    """Cut rollouts into what a reward function sees.
+    """Decode rollouts to the inputs of a reward function.
 
     Args:
         rollout_batch: CPU tensors `response_tokens` [B, S] int64 (prompt, response, padding), `response_lengths` and
@@ -313,11 +313,11 @@ def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str
             row is finished if its last token is the end-of-document id. Optionally `records`, B dicts; see
             `prompt_text`.
         tokenizer: has `eos_id` and `ids_to_text`.
-        end_strings: a finished response that ends in one of them loses it in its text.
+        end_strings: stripped from the text of a finished response that ends in one of them.
 
     Returns:
-        `prompts`, `responses` (texts; a response is without special tokens, a finished one without its ending),
-        `response_tokens` (ids, with the ending) and `finished`; lists of B entries.
+        `prompts`, `responses` (texts; responses without special tokens, finished ones without their ending),
+        `response_tokens` (ids, including the ending) and `finished`; lists of B entries.
     """
     rows = rollout_batch["response_tokens"].tolist()
     prompt_lengths, ends = rollout_batch["prompt_lengths"].tolist(), rollout_batch["response_lengths"].tolist()
@@ -341,7 +341,7 @@ def decode_rollouts(rollout_batch: Mapping, tokenizer, end_strings: Sequence[str
 
 
 def prompt_text(record: dict, ids: list[int], tokenizer) -> str:
-    """The prompt as it stands in its file, special tokens and all; where `record` has no text, its ids decoded."""
+    """The prompt as in its file, including special tokens; if `record` has no text, its decoded ids."""
     text = record.get("text")
     return text if isinstance(text, str) else tokenizer.ids_to_text(ids)
 
@@ -357,7 +357,7 @@ def _response_text(ids: list[int], is_finished: bool, tokenizer, end_strings: Se
 
 
 class PythonRewardModel:
-    """Scores rollouts with a Python function; takes the place of `RemoteGPTRMClient` as `rm` of `RSTrainer`."""
+    """Scores rollouts with a Python function; replaces `RemoteGPTRMClient` as `rm` of `RSTrainer`."""
 
     def __init__(self, function: Callable, tokenizer, end_strings: Sequence[str] = ()):
         """
@@ -369,7 +369,7 @@ class PythonRewardModel:
         self.description = getattr(function, "description", None)
         self._tokenizer = tokenizer
         self._end_strings = tuple(end_strings)
-        # The current GPU is a property of the thread: without this, all processes of a node would score on GPU 0.
+        # The current GPU is per thread: without this, all processes of a node would score on GPU 0.
         self._executor = ThreadPoolExecutor(
             1, "reward", initializer=torch.cuda.set_device, initargs=(current_device(),)
         )
@@ -377,8 +377,8 @@ class PythonRewardModel:
     def infer_rm(self, rollout_batch: Mapping) -> "PythonRewardFuture":
         """Start scoring and return at once. Local; every rank of a replica calls it with the same rollouts.
 
-        `rollout_batch` is as for `decode_rollouts`, on any device, plus `records`, a list of B dicts. What is wrong in
-        it is raised by `result()`: raised here, it would stop the source rank alone.
+        `rollout_batch` is as for `decode_rollouts`, on any device, plus `records`, a list of B dicts. Errors in it are
+        raised by `result()`: raised here, they would stop only the source rank.
         """
         if not is_replica_source():
             return PythonRewardFuture(None)
@@ -386,7 +386,7 @@ class PythonRewardModel:
         return PythonRewardFuture(self._executor.submit(self._score_rollouts, batch))
 
     def close(self) -> None:
-        """Stop the background thread after the call it is in; calls not yet begun are dropped."""
+        """Stop the background thread after its current call; pending calls are dropped."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _score_rollouts(self, batch: dict) -> torch.Tensor:
@@ -395,18 +395,18 @@ class PythonRewardModel:
 
 
 def _host_copy(value):
-    """A copy that the background thread can read while the trainer goes on changing its own tensors."""
+    """A copy that the background thread can read while the trainer modifies its own tensors."""
     return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 class PythonRewardFuture(BackgroundResult):
-    """Rewards under way; its future gives float32 [B]."""
+    """Rewards in flight; the future's result is float32 [B]."""
 
     def result(self) -> torch.Tensor:
         """Wait for the rewards. Collective over the replica, in the order of the `infer_rm` calls.
 
         Returns:
-            float32 [B, 1] on this process's device, the same on every rank of the replica; NaN: could not be judged.
+            float32 [B, 1] on this process's device, equal on all ranks of the replica; NaN: could not be judged.
 
         Raises:
             RewardError: on every rank of the replica, with the same message.

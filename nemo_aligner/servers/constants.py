@@ -1,4 +1,4 @@
-"""The commands that rank 0 of a server job gives to its other ranks."""
+"""Commands that rank 0 of a server job sends to its other ranks."""
 
 from enum import IntEnum
 
@@ -8,7 +8,7 @@ from nemo_aligner.compat.device import current_device
 
 
 class ServerSignal(IntEnum):
-    """What the other ranks do next."""
+    """The next action of the other ranks."""
 
     FORWARD = 1
     TRAIN = 2

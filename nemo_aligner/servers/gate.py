@@ -1,8 +1,8 @@
-"""The HTTP door of a server: passes on to Triton what Triton survives, and answers everything else with an error.
+"""HTTP reverse proxy in front of Triton that rejects requests which would crash it.
 
-The Triton server inside PyTriton 0.7.0 (2.51) allocates whatever size a JSON header declares and parses JSON by
-recursion, so a hundred bytes can end the process and with it the requests of every other client. Here headers are
-parsed, bounded and written anew before Triton reads them. To be deleted once Triton survives the requests in
+The Triton server inside PyTriton 0.7.0 (2.51) allocates whatever size a JSON header declares and parses JSON
+recursively, so a hundred bytes can crash the process and with it the requests of every other client. Here headers are
+parsed, bounded and re-serialized before Triton reads them. Removal: once Triton survives the requests in
 tests/distributed/test_reward_server.py by itself.
 """
 
@@ -26,7 +26,7 @@ HEADER_SIZE = "Inference-Header-Content-Length"
 
 
 class Refused(Exception):
-    """A request that does not reach Triton."""
+    """A request that is not forwarded to Triton."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -36,7 +36,7 @@ class Refused(Exception):
 class Gate(ThreadingTCPServer):
     """Serves the health, model and inference routes of one model, whose Triton server listens on a loopback port.
 
-    The constructor takes hold of the public port; connections are refused until `running`.
+    The constructor binds the public port; connections are refused until `running`.
     """
 
     allow_reuse_address = True
@@ -64,7 +64,7 @@ class Gate(ThreadingTCPServer):
             thread.join()
 
     def handle_error(self, request, client_address) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._linger()
 
     def _linger(self) -> None:
-        """Take what the client is still sending: closing at once would destroy the answer on its way."""
+        """Drain what the client is still sending: closing at once would discard the answer in flight."""
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(LINGER_S)
@@ -152,10 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def split_body(body: bytes, header_size: str | None) -> tuple[bytes, bytes]:
-    """The JSON header and the binary tensors behind it; without `header_size` all of the body is header.
+    """The JSON header and the binary tensors after it; without `header_size` the whole body is the header.
 
     Raises:
-        Refused: the size is no number or does not fit.
+        Refused: the size is not a number or exceeds the body.
     """
     if header_size is None:
         header_size = str(len(body))
@@ -168,7 +168,7 @@ def split_body(body: bytes, header_size: str | None) -> tuple[bytes, bytes]:
 
 
 def check_header(text: bytes, body_size: int) -> bytes:
-    """Refuse a header that declares more than the body can hold; return it in one unambiguous spelling.
+    """Refuse a header that declares more than the body can hold; return it re-serialized unambiguously.
 
     Raises:
         Refused: it is not JSON, or declares no inputs, or one that is empty or larger than `body_size` elements.

@@ -1,7 +1,7 @@
-"""Named connections to Triton inference servers, whose failures are outlasted as far as the caller's patience goes.
+"""Named connections to Triton inference servers, with retries.
 
-Requests are idempotent, so one that failed is sent again: as long as the server gives no answer, until a deadline; when
-its answers are bad, a few times. What came back, and where from, is in the error that ends the attempts.
+Requests are idempotent, so failed ones are retried: until a deadline if the server does not answer, a few times if its
+answers are bad. The error that ends the attempts contains the server's address and its last answer.
 """
 
 import logging as python_logging
@@ -26,17 +26,17 @@ from nemo_aligner.utils.server_utils import RewardError, one_line
 INIT_TIMEOUT_S = 6000
 REQUEST_TIMEOUT_S = 600
 RETRY_DEADLINE_S = 3600
-# An answered request that failed will most likely fail again; these attempts take about 20 seconds.
+# A request answered with an error will most likely fail again; these attempts take about 20 seconds.
 MAX_BAD_ANSWERS = 6
-# What proxies in front of a server answer while it is away.
+# Answers of a proxy in front of a server that is down.
 UNAVAILABLE_STATUS = ("502", "503", "504")
 MAX_REQUESTS_AT_ONCE = 8
 
 Check = Callable[[dict[str, np.ndarray]], None]
 
-# What it logs as an error is tried again, and reported if that does not help.
+# Failures that it logs as errors are retried, and reported if retries do not help.
 python_logging.getLogger("pytriton.client.client").setLevel(python_logging.CRITICAL)
-# PyTriton finds it strange that an answer may take longer than the server's start.
+# PyTriton warns if the inference timeout exceeds the init timeout.
 warnings.filterwarnings("ignore", category=NotSupportedTimeoutWarning)
 
 
@@ -45,17 +45,17 @@ class NoAnswer(Exception):
 
 
 class TooSlow(NoAnswer):
-    """The server took the request, but the answer did not come in time."""
+    """The server accepted the request, but did not answer in time."""
 
 
 class BadAnswer(Exception):
-    """The server answered with an error, or with something else than was asked for."""
+    """The server answered with an error, or with an unexpected reply."""
 
 
 class HTTPCommunicator:
     """Sends batches to servers that speak the KServe v2 protocol over HTTP with binary tensors.
 
-    Requests are under way in threads of their own until `close()`.
+    Each request runs in its own thread until `close()`.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class HTTPCommunicator:
         """
         Args:
             init_timeout_s: how long `add_server_by_name` waits for a server to come up, in seconds.
-            request_timeout_s: how long the first attempt waits for its answer. Each time that this was too short, the
-                next waits twice as long, lest requests that are sent again keep a slow server from catching up.
-            retry_deadline_s: how long after its first attempt a request without an answer is still sent again.
+            request_timeout_s: timeout of the first attempt. It doubles after each timeout, so that retries do not keep
+                a slow server from catching up.
+            retry_deadline_s: how long after its first attempt an unanswered request is still retried.
         """
         self.init_timeout_s = init_timeout_s
         self.request_timeout_s = request_timeout_s
@@ -86,10 +86,10 @@ class HTTPCommunicator:
         return communicator
 
     def add_server_by_name(self, server_name: str, ip: str = "localhost", port: int = 5555) -> None:
-        """Wait until the server has loaded the model `server_name`, and keep a client for it.
+        """Wait until the server has loaded the model `server_name`, and create a client for it.
 
         Raises:
-            TimeoutError: it did not come up in `init_timeout_s` seconds.
+            TimeoutError: it did not come up within `init_timeout_s` seconds.
         """
         if not self.is_ready(server_name, ip, port, self.init_timeout_s):
             raise TimeoutError(not_there(server_name, ip, port, self.init_timeout_s))
@@ -98,13 +98,13 @@ class HTTPCommunicator:
 
     @staticmethod
     def is_ready(server_name: str, ip: str, port: int, wait_s: float) -> bool:
-        """Whether the server answers and has the model, asked again and again for up to about `wait_s` seconds."""
+        """Whether the server answers and has the model; polls for up to about `wait_s` seconds."""
         with ModelClient(_url(ip, port), server_name, init_timeout_s=wait_s, inference_timeout_s=wait_s) as client:
             try:
                 client.wait_for_model(wait_s)
             except PyTritonClientTimeoutError:
                 return False
-            except (InferenceServerException, OSError):  # it went away between two questions
+            except (InferenceServerException, OSError):  # it went down between two polls
                 time.sleep(min(wait_s, 1.0))
                 return False
         return True
@@ -126,27 +126,28 @@ class HTTPCommunicator:
         """Send arrays and return at once; the future's `result()` is a dict of arrays.
 
         Args:
-            batching: False sends a single sample, without a batch dimension, and its answer has none either.
-            further: arrays for servers that take them; each is left out where the server does not declare its name.
-            check: raises `ValueError` for an answer that is of no use.
+            batching: False sends a single sample without a batch dimension; its answer has none either.
+            further: optional arrays; each is omitted if the server does not declare its name.
+            check: raises `ValueError` for an invalid answer.
 
-        The future raises `RewardError`, one line with the address, what was asked and what came back.
+        The future raises `RewardError`, one line with the address, the request and the answer.
         """
         _, _, client = self.connections[server_name]
         return client.send(data, batching, further or {}, check or (lambda reply: None))
 
     def close(self) -> None:
-        """Close every client and return at once. Requests under way end unheard."""
+        """Close every client and return at once. Answers to requests in flight are discarded."""
         for _, _, client in self.connections.values():
             client.close()
         self.connections.clear()
 
 
 class PersistentClient:
-    """Requests to one model, each in a thread and over a connection of its own, sent again until they succeed.
+    """Requests to one model, each in its own thread and over its own connection, with retries.
 
-    PyTriton's `FuturesModelClient` has threads too, but a process that fails without closing it never ends: they wait
-    for more work. A connection per request costs a millisecond and cannot go stale during a training phase.
+    PyTriton's `FuturesModelClient` uses threads too, but a process that fails without closing it never exits: the
+    threads wait for more work. A connection per request costs a millisecond and cannot go stale during a training
+    phase.
     """
 
     def __init__(self, url: str, model_name: str, request_timeout_s: float, retry_deadline_s: float):
@@ -160,12 +161,12 @@ class PersistentClient:
     def send(self, data: Mapping[str, np.ndarray], batching: bool, further: Mapping, check: Check) -> Future:
         """Start a request; see `HTTPCommunicator.send_data_to_server`."""
         future = Future()
-        # A daemon, so that a server that hangs cannot keep this process from ending.
+        # A daemon, so that a hanging server cannot keep this process from exiting.
         threading.Thread(target=self._fulfil, args=(future, data, batching, further, check), daemon=True).start()
         return future
 
     def close(self) -> None:
-        """Send nothing again."""
+        """Stop retrying."""
         self._closed.set()
 
     def _fulfil(self, future: Future, data, batching: bool, further: Mapping, check: Check) -> None:
@@ -175,7 +176,7 @@ class PersistentClient:
         except BaseException as error:
             future.set_exception(error)
         finally:
-            gevent.get_hub().destroy(destroy_loop=True)  # tritonclient made one for this thread
+            gevent.get_hub().destroy(destroy_loop=True)  # created by tritonclient for this thread
 
     def _request_until_answered(self, data, batching: bool, further: Mapping, check: Check) -> dict[str, np.ndarray]:
         first_sent = time.monotonic()
@@ -217,9 +218,9 @@ class PersistentClient:
         """One attempt.
 
         Raises:
-            NoAnswer, BadAnswer: with what happened, in one line.
+            NoAnswer, BadAnswer: with the failure in one line.
         """
-        # A new client asks whether the model is ready; the patience for that is in the repetition.
+        # A new client checks whether the model is ready; its timeout is short because the request is retried.
         with ModelClient(self.url, self.model_name, init_timeout_s=1, inference_timeout_s=timeout_s) as client:
             try:
                 declared = {spec.name for spec in client.model_config.inputs}
@@ -232,7 +233,7 @@ class PersistentClient:
                 status, message = error.__cause__.status(), error.__cause__.message()
                 kind = NoAnswer if status in UNAVAILABLE_STATUS else BadAnswer
                 raise kind(f"the server's error {status}, {_last_error(message)}") from error
-            except InferenceServerException as error:  # while asking whether the model is ready
+            except InferenceServerException as error:  # while checking whether the model is ready
                 raise NoAnswer(one_line(str(error))) from error
             except PyTritonClientTimeoutError as error:
                 if isinstance(error.__cause__, TimeoutError):
@@ -240,12 +241,12 @@ class PersistentClient:
                 raise NoAnswer(_reason(error)) from error
             except OSError as error:
                 raise NoAnswer(one_line(f"{type(error).__name__}: {error}")) from error
-            except Exception as error:  # whatever a server that speaks another protocol makes the client stumble over
+            except Exception as error:  # a server with another protocol can cause any error in the client
                 raise BadAnswer(one_line(f"{type(error).__name__}: {error}")) from error
         return reply
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
-        if state.attempt_number & (state.attempt_number - 1):  # an hour of outage is not worth thousands of lines
+        if state.attempt_number & (state.attempt_number - 1):  # only attempts 1, 2, 4, ...: an outage has thousands
             return
         logging.warning(
             f"{self._server()}: {state.outcome.exception()}; attempt {state.attempt_number} failed, next one in "
@@ -257,20 +258,20 @@ class PersistentClient:
 
 
 def _last_error(server_message: str) -> str:
-    """The line of a server's answer, tracebacks and all, that says what went wrong."""
+    """The line with the last error in a server's answer, which may contain tracebacks."""
     errors = re.findall(r"^[\w.]+(?:Error|Exception): .*$", server_message, flags=re.MULTILINE)
     return errors[-1] if errors else one_line(server_message)
 
 
 def _reason(error: PyTritonClientTimeoutError) -> str:
-    """PyTriton calls every trouble of the network a timeout."""
+    """PyTriton reports every network error as a timeout."""
     if isinstance(error.__cause__, OSError):
         return one_line(f"{type(error.__cause__).__name__}: {error.__cause__}")
     return "no server answers there, or it has not loaded the model"
 
 
 def not_there(server_name: str, ip: str, port: int, waited_s: float, key: str = "remote_rm") -> str:
-    """One line for a server that did not come up; `key` is the section of the configuration that names it."""
+    """One-line message for a server that did not come up; `key` is the section of the configuration that names it."""
     return (
         f"no model {server_name!r} at {_url(ip, port)} after {waited_s:.0f} s; start the server, or correct "
         f"{key}.reward_model.name, .ip and .port"

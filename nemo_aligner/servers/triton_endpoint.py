@@ -1,6 +1,6 @@
-"""Runs one scoring function behind an HTTP endpoint that speaks the KServe v2 protocol: PyTriton with our settings.
+"""Serves one scoring function at an HTTP endpoint that speaks the KServe v2 protocol, through PyTriton.
 
-Triton's batcher merges requests that arrive together. Each of them is answered by itself, with a result or an error.
+Triton's batcher merges requests that arrive together. Each of them is answered separately, with a result or an error.
 """
 
 import os
@@ -42,16 +42,16 @@ def serve(
     max_queue_delay_microseconds: int,
     preferred_batch_sizes: list[int] | None = None,
 ) -> None:
-    """Answer requests at `http://<address>:<port>` until SIGINT or SIGTERM. To be called in the main thread.
+    """Answer requests at `http://<address>:<port>` until SIGINT or SIGTERM. Call it in the main thread.
 
     Args:
         answer: takes the inputs of all merged requests, returns outputs or an exception for each of them, in order. A
             `ValueError` is the client's fault (400), any other exception the server's (500). Called in one thread.
         inputs, outputs: the tensors, without the batch dimension. Inputs of different widths are merged too.
-        preferred_batch_sizes: rows that the batcher tries to collect.
+        preferred_batch_sizes: numbers of rows that the batcher tries to collect.
 
     Raises:
-        RuntimeError: Triton ended without being asked to.
+        RuntimeError: Triton exited on its own.
     """
     _let_triton_find_python()
     batcher = DynamicBatcher(
@@ -60,7 +60,7 @@ def serve(
     with (
         _stop_signals() as received,
         Gate(address, port, model_name) as gate,
-        _reserved_loopback_port() as triton_port,  # once the gate holds its own
+        _reserved_loopback_port() as triton_port,  # after the gate has bound its port
     ):
         endpoint = TritonConfig(
             allow_http=True, allow_grpc=False, allow_metrics=False, http_address=LOOPBACK, http_port=triton_port
@@ -81,7 +81,7 @@ def serve(
                     logging.info(f"serving {model_name!r} at http://{address}:{port}")
                     triton.serve()
         except KeyboardInterrupt:
-            pass  # while starting; once it serves, Triton catches it
+            pass  # during start-up; later, Triton catches it
     if not received:
         raise RuntimeError("the Triton server ended by itself; its log is above")
     logging.info(f"{model_name!r} at http://{address}:{port} has stopped")
@@ -105,16 +105,16 @@ def _stop_signals():
 
 
 def _let_triton_find_python() -> None:
-    """Triton's worker loads the first libpython on the path of libraries, which can belong to another Python."""
+    """Triton's worker loads the first libpython on the library path, which may belong to another Python."""
     folders = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
     os.environ["LD_LIBRARY_PATH"] = ":".join(folder for folder in folders if folder)
 
 
 @contextmanager
 def _reserved_loopback_port():
-    """A port that, within the context, only this user's sockets with SO_REUSEPORT can take.
+    """A port that, within the context, only this user's sockets with SO_REUSEPORT can bind.
 
-    Triton needs seconds until it listens. A port that was merely found free can meanwhile be given to any connection.
+    Triton needs seconds until it listens. A port that was merely found free may meanwhile be taken by any connection.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -122,10 +122,10 @@ def _reserved_loopback_port():
         yield holder.getsockname()[1]
 
 
-# PyTriton 0.7.0 answers a merged batch as a whole: one request that fails fails them all. Triton itself can answer each
-# request with an error, so the code that PyTriton hands to Triton's worker is given a way to say so: an output named
-# "error" that holds the kind of the error and its message. It also never marks inputs as ragged, without which Triton
-# merges only requests of equal widths. Both can go when PyTriton offers them.
+# PyTriton 0.7.0 answers a merged batch as a whole: one failing request fails them all. Triton itself supports an error
+# per request, so the code that PyTriton passes to Triton's worker is patched to signal one through an output named
+# "error", with the kind of the error and its message. PyTriton also never marks inputs as ragged, without which Triton
+# merges only requests of equal widths. Removal: when PyTriton supports both.
 _ERROR_ANSWERS = b"""
 
 _wrap_outputs = _wrap_response
@@ -168,12 +168,12 @@ def _as_outputs(answer: Request | Exception) -> Request:
     if not isinstance(answer, Exception):
         return answer
     kind = "INVALID_ARG" if isinstance(answer, ValueError) else "INTERNAL"
-    is_told = isinstance(answer, (ValueError, RewardError))  # by this library, so it needs no name of an exception
+    is_told = isinstance(answer, (ValueError, RewardError))  # a message of this library needs no exception name
     message = one_line(str(answer) if is_told else f"{type(answer).__name__}: {answer}", limit=1000)
     return {"error": np.array([[kind.encode(), message.encode()]], dtype=np.object_)}
 
 
-# Of the section `inference`.
+# Keys of the section `inference`.
 _REQUIRED = {
     "port": PORT,
     "model_name": Rule(
@@ -189,13 +189,13 @@ _OPTIONAL = {
 
 
 def check_inference_config(section: DictConfig | None, further_keys: Mapping[str, Rule] | None = None) -> dict:
-    """The section `inference` of a server's configuration as a plain dict, once it is found to be in order.
+    """Check the section `inference` of a server's configuration and return it as a plain dict.
 
     Args:
-        further_keys: those that the section must have beside the endpoint's own.
+        further_keys: required keys in addition to the endpoint's own.
 
     Raises:
-        ConfigError: one line naming a key that is unknown, missing or has a value that cannot be served with.
+        ConfigError: one line naming a key that is unknown, missing or has an invalid value.
     """
     required = {**_REQUIRED, **(further_keys or {})}
     known = (*required, *_OPTIONAL)
@@ -209,7 +209,7 @@ def check_inference_config(section: DictConfig | None, further_keys: Mapping[str
 
 
 def check_port_is_free(address: str, port: int) -> None:
-    """Find out now, not after a model was loaded.
+    """Check the port early, before a model is loaded.
 
     Raises:
         ConfigError: one line, if this process cannot listen there.

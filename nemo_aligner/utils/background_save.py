@@ -1,7 +1,8 @@
-"""A checkpoint on its way to the disk while training goes on.
+"""Asynchronous checkpoint writes.
 
-Training waits only while the state is copied to host memory. A thread of each rank writes and syncs its part; once all
-have, a thread of rank 0 completes the checkpoint and moves it to its place. Threads call no collectives.
+Training blocks only while the state is copied to host memory. A thread on each rank writes and syncs its shard; once
+all ranks are done, a thread on rank 0 completes the checkpoint and renames it to its final path. Threads call no
+collectives.
 """
 
 import contextlib
@@ -30,16 +31,16 @@ from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 from nemo_aligner.compat.checkpoint_writer import raise_on_all_ranks
 from nemo_aligner.utils.optimizer_offload import state_tensors
 
-# Of a checkpoint's files, this one is written last.
+# The file of a checkpoint that is written last.
 LAST_FILE = "metadata.json"
-# Beside the checkpoints, the folder of those in the making. In it, once these are complete, the list of those that go,
-# and then those themselves.
+# Folder of incomplete checkpoints, next to the final ones. Once they are complete, it also holds the list of obsolete
+# checkpoints, and then those checkpoints themselves.
 PARTIAL = ".partial"
 _OBSOLETE = ".obsolete"
 
 
 class BackgroundSave:
-    """Saves one checkpoint at a time. Its methods are collective over the job, and for the main thread."""
+    """Saves one checkpoint at a time. Methods are collective over all ranks and must be called on the main thread."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -50,18 +51,18 @@ class BackgroundSave:
         self._steps: Iterator[bool] = iter(())
 
     def get_memory_ready(self) -> None:
-        """Begin to get host memory for the state as it is now, so that the first save need not."""
+        """Start allocating host memory for the current state, so that the first save need not."""
         self._memory.begin_to_grow(_num_bytes_of_state(self.trainer.lightning_module))
 
     def start(self, folders: list[Path], obsolete: list[Path], weights_only: bool = False) -> None:
-        """Copy the state to host memory and begin to write it. The save before must have ended.
+        """Copy the state to host memory and start writing it. The previous save must have ended.
 
         Args:
-            folders: where the checkpoint is going to be, all in one folder; they share their files.
-            obsolete: checkpoints that are removed once it is there.
+            folders: final paths of the checkpoint, all with the same parent; they share their files.
+            obsolete: checkpoints to remove once it is complete.
 
         Raises:
-            OSError: on every rank, if there is no room for it.
+            OSError: on every rank, if the disk is too full for it.
         """
         partial = folders[0].parent / PARTIAL
         parts = [partial / folder.name for folder in folders]
@@ -75,7 +76,7 @@ class BackgroundSave:
         strategy = self.trainer.strategy
         usual, host = strategy.checkpoint_io, _HostCheckpointIO(strategy.unwrapped_checkpoint_io, self._memory)
         strategy.checkpoint_io = host
-        gc.disable()  # looking for garbage in all that NeMo has imported can take longer than the copy
+        gc.disable()  # a collection over all the objects that NeMo imports can take longer than the copy
         try:
             self.trainer.save_checkpoint(f"{parts[0]}{NeMoModelCheckpoint.FILE_EXTENSION}", weights_only)
         finally:
@@ -85,17 +86,17 @@ class BackgroundSave:
         self.is_pending = next(self._steps)
 
     def advance(self, wait: bool = False) -> None:
-        """Take the save as far as it gets at once, or, if asked to wait, to its end.
+        """Advance the save as far as possible without blocking, or to completion if `wait`.
 
         Raises:
-            OSError: on every rank, if one of them could not write; that is then the end of the save.
+            OSError: on every rank, if any rank could not write; this ends the save.
         """
         while self.is_pending and self._caller.is_current_async_call_done(blocking=wait):
-            self.is_pending = False  # also if the next step fails
+            self.is_pending = False  # in case the next step raises
             self.is_pending = next(self._steps, False)
 
     def _write_and_complete(self, host: "_HostCheckpointIO", parts: list[Path], obsolete: list[Path]) -> Iterator[bool]:
-        """Goes on after each `yield` when the threads of all ranks have done what they were given."""
+        """Resumed after each `yield` once the threads of all ranks have finished their tasks."""
         try:
             self._in_thread(host.write)
             yield True
@@ -107,7 +108,7 @@ class BackgroundSave:
             raise_on_all_ranks(self._failure)
         except OSError:
             if is_global_rank_zero():
-                with contextlib.suppress(OSError):  # the next save tries again, and says so
+                with contextlib.suppress(OSError):  # the next save retries, and raises on failure
                     settle(parts[0].parent)
             raise
 
@@ -123,10 +124,10 @@ class BackgroundSave:
 
 
 class _HostCheckpointIO(_WrappingCheckpointIO):
-    """In the place of NeMo's for one save: copies the state, and writes it when asked to.
+    """Replaces NeMo's checkpoint IO for one save: copies the state, and defers the write to `write`.
 
     Attributes:
-        config: what stands in a checkpoint's last file.
+        config: contents of the checkpoint's last file.
     """
 
     def __init__(self, checkpoint_io, memory: "HostMemory"):
@@ -140,7 +141,7 @@ class _HostCheckpointIO(_WrappingCheckpointIO):
         self._folder = Path(path)
         strategy = self.checkpoint_io.save_sharded_strategy
         self.config = CheckpointingConfig(strategy.backend, strategy.version)
-        if self.checkpoint_io.save_ckpt_format != "torch_dist":  # zarr can be written in the foreground only
+        if self.checkpoint_io.save_ckpt_format != "torch_dist":  # zarr supports synchronous writes only
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
         sharded, common = save_preprocess(checkpoint)
@@ -161,7 +162,7 @@ class _HostCheckpointIO(_WrappingCheckpointIO):
         return value
 
     def write(self) -> None:
-        """Write and sync what this rank holds. Local; a failure of tensors is told by `gather`."""
+        """Write and sync this rank's shard. Local; `gather` reports failures to write tensors."""
         if self._common is not None:
             with open(self._folder / COMMON_STATE_FNAME, "wb") as file:
                 file.write(self._common)
@@ -170,48 +171,48 @@ class _HostCheckpointIO(_WrappingCheckpointIO):
             self._request.async_fn(*self._request.async_fn_args)
 
     def gather(self) -> None:
-        """Let rank 0 know what the ranks have written. Collective over the job.
+        """Gather on rank 0 what each rank has written. Collective over all ranks.
 
         Raises:
-            OSError: on every rank, if one of them could not write.
+            OSError: on every rank, if any rank could not write.
         """
         for finalization in self._request.finalize_fns:
             finalization.gather()
 
     def finish(self) -> None:
-        """Write the table of contents. On rank 0."""
+        """Write the checkpoint metadata. On rank 0 only."""
         for finalization in self._request.finalize_fns:
             finalization.finish()
 
 
 class HostMemory:
-    """Memory for the copy of a state, kept from save to save: getting it takes longer than filling it."""
+    """Host buffer for the copy of a state, reused between saves: allocating it takes longer than filling it."""
 
     def __init__(self):
         self.pieces: list[torch.Tensor] = []
         self._worker = ThreadPoolExecutor(1)
         self._growth: Future | None = None
-        self._place = (0, 0)  # where what is not taken yet begins: a piece, and a byte in it
+        self._place = (0, 0)  # start of the free part: index of a piece, byte offset in it
 
     @property
     def num_bytes(self) -> int:
         return sum(piece.numel() for piece in self.pieces)
 
     def begin_to_grow(self, num_bytes: int) -> None:
-        """Have at least so much, before long: a thread gets it."""
+        """Start growing the buffer to at least `num_bytes` in a thread."""
         if self._growth is None or self._growth.done():
             self._growth = self._worker.submit(self._grow, num_bytes)
 
     def rewind(self) -> None:
-        """What was taken may be taken anew."""
+        """Mark the whole buffer as free."""
         if self._growth is not None:
             self._growth.result()
         self._place = (0, 0)
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor. The same requests after each `rewind` get the same memory.
+        """An uninitialized tensor. The same sequence of requests after each `rewind` gets the same memory.
 
-        It has a storage of its own, as torch writes a tensor's whole storage to the disk.
+        The tensor has its own storage, because torch writes a tensor's whole storage to disk.
         """
         num_bytes = shape.numel() * dtype.itemsize
         number, start = self._place
@@ -226,7 +227,7 @@ class HostMemory:
         return torch.frombuffer(part, dtype=dtype).view(shape)
 
     def _grow(self, num_bytes: int) -> None:
-        if num_bytes > self.num_bytes:  # written to, as the system gives memory only then
+        if num_bytes > self.num_bytes:  # filled, as the OS commits pages only on first write
             self.pieces.append(torch.empty(num_bytes - self.num_bytes, dtype=torch.uint8).fill_(0))
 
 
@@ -235,7 +236,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _num_bytes_of_state(ptl_model) -> int:
-    """About what this rank is going to write: of what all replicas hold, its share."""
+    """Estimate of the bytes that this rank writes, including its share of the state replicated over DP ranks."""
     chunks = ptl_model.get_model_module_list()
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     if ptl_model.use_peft:
@@ -252,19 +253,19 @@ def _num_bytes(value) -> int:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the checkpoint folder was written to its end."""
+    """Whether the checkpoint folder was written completely."""
     return (path / LAST_FILE).is_file() and not NeMoModelCheckpoint.is_checkpoint_unfinished(path)
 
 
 def complete_in(partial: Path) -> list[Path]:
-    """The checkpoints that a save had completed, but not moved to their places."""
+    """Checkpoints that a save had completed but not yet renamed to their final paths."""
     return list(partial.glob("[!.]*")) if (partial / _OBSOLETE).exists() else []
 
 
 def settle(partial: Path) -> None:
-    """Move what is complete to its place, and remove what that stands for, and the rest.
+    """Rename complete checkpoints to their final paths, remove those they replace, and delete all else in `partial`.
 
-    A kill in between loses nothing; the next call goes on.
+    Safe to interrupt: nothing is lost, and the next call continues.
     """
     complete = complete_in(partial)
     places = [partial.parent / path.name for path in complete]
@@ -275,18 +276,18 @@ def settle(partial: Path) -> None:
     for path, place in zip(complete, places, strict=True):
         path.rename(place)
     _sync_folder(partial.parent)
-    shutil.rmtree(partial, ignore_errors=True)  # what a network file system holds on to goes next time
+    shutil.rmtree(partial, ignore_errors=True)  # files still held by a network file system go next time
 
 
 def _make_room(folder: Path) -> None:
-    """Create the folder, unless a checkpoint in it would fill the disk, as far as those that are there can tell.
+    """Create the folder if there is room for a checkpoint, judging by the size of the existing ones.
 
     Raises:
-        OSError: if it would.
+        OSError: if there is not enough free space.
     """
     partial = folder.parent
     if partial.exists():
-        settle(partial)  # of a save that was interrupted
+        settle(partial)  # left over from an interrupted save
     folder.mkdir(parents=True)
     there = [path for path in partial.parent.glob("[!.]*") if is_complete(path)]
     sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in there]
@@ -296,7 +297,7 @@ def _make_room(folder: Path) -> None:
 
 
 def _complete(host: _HostCheckpointIO, parts: list[Path], obsolete: list[Path]) -> None:
-    """Complete the checkpoint in the first of `parts`, have it in the others, too, and move all to their places."""
+    """Complete the checkpoint in `parts[0]`, link it into the other parts, and rename all to their final paths."""
     host.finish()
     written, *others = parts
     partial = written.parent
@@ -313,7 +314,7 @@ def _complete(host: _HostCheckpointIO, parts: list[Path], obsolete: list[Path]) 
 
 
 def _share_files(folder: Path, other: Path) -> None:
-    """Have the files of a folder in another one; as copies where a file system has no links."""
+    """Hard-link the files of a folder into another one; copy them if the file system has no hard links."""
     other.mkdir()
     for path in sorted(folder.rglob("*")):
         target = other / path.relative_to(folder)
@@ -327,7 +328,7 @@ def _share_files(folder: Path, other: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk take everything below `folder` before going on."""
+    """fsync everything below `folder`."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(Path(parent, name), "rb") as file:

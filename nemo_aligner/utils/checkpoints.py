@@ -1,7 +1,8 @@
-"""Training checkpoints that are there whole or not at all, and which of them a run continues from.
+"""Atomic training checkpoints, and the choice of the checkpoint to resume from.
 
-A checkpoint is a folder that megatron-core writes from all ranks. It is written under another name, synced to disk and
-then renamed; only after that does an older one go. How is in `background_save`, which and when is here.
+A checkpoint is a folder that megatron-core writes from all ranks. It is written under a temporary name, synced to disk
+and then renamed; only then is an older one removed. `background_save` implements the write; this module decides which
+checkpoints are written and when.
 """
 
 import contextlib
@@ -27,17 +28,17 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.server_utils import one_line
 
 COUNTERS = ("step", "consumed_samples", "epoch", "rs_optimization_step")
-# What goes wrong while a checkpoint is read, but is not its fault.
+# Errors raised while reading a checkpoint that do not mean the checkpoint is damaged.
 NOT_DAMAGE = (ConfigError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What Lightning's callback keeps of the checkpoints that it has written.
+# Attributes in which Lightning's callback tracks the checkpoints that it has written.
 CALLBACK_STATE = (
     "best_k_models", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score", "last_model_path",
 )  # fmt: skip
 
 
 def extract_value_from_ckpt(key: str, ckpt_path: str) -> int:
-    """The integer behind `key=` in the last component of a checkpoint's path.
+    """The integer after `key=` in the last component of a checkpoint's path.
 
     Raises:
         ValueError: if the name has no such field.
@@ -51,13 +52,13 @@ def extract_value_from_ckpt(key: str, ckpt_path: str) -> int:
 
 @contextlib.contextmanager
 def damage_named(ckpt_path: str | Path) -> Iterator[None]:
-    """Within, what goes wrong is a `ConfigError` in one line that names the checkpoint.
+    """Context manager that converts errors into a one-line `ConfigError` naming the checkpoint.
 
-    But not a lack of memory, a lost connection between ranks, and whatever ends a process.
+    Out-of-memory errors, lost connections between ranks, and exceptions that end a process are re-raised unchanged.
     """
     try:
         yield
-    except (Exception, CheckpointException) as error:  # the latter, a BaseException, has any of all ranks
+    except (Exception, CheckpointException) as error:  # CheckpointException, a BaseException, holds all ranks' errors
         first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if isinstance(first, NOT_DAMAGE) or not isinstance(first, Exception):
             raise first from error
@@ -69,7 +70,7 @@ def damage_named(ckpt_path: str | Path) -> Iterator[None]:
 
 
 def read_counters(ckpt_path: str | Path) -> dict[str, int]:
-    """The RS counters of a checkpoint: from inside it, or, as the original wrote none there, from its name.
+    """The RS counters stored in a checkpoint, or those in its name, as the original NeMo-Aligner stored none.
 
     Raises:
         ValueError: if they are in neither.
@@ -79,9 +80,9 @@ def read_counters(ckpt_path: str | Path) -> dict[str, int]:
 
 
 def read_run_state(ckpt_path: str | Path) -> dict:
-    """The RS counters of a checkpoint and, under `settings`, those of the run that wrote it.
+    """The RS counters of a checkpoint and, under `settings`, the settings of the run that wrote it.
 
-    There are no settings in a checkpoint of the original, or of our first versions.
+    Checkpoints of the original NeMo-Aligner and of this library's first versions have no settings.
 
     Raises:
         ConfigError: if the checkpoint is damaged.
@@ -91,7 +92,7 @@ def read_run_state(ckpt_path: str | Path) -> dict:
     with damage_named(ckpt_path):
         try:
             stored = torch.load(common, map_location="cpu", weights_only=True)
-        except FileNotFoundError:  # of the original's, or renamed by rank 0 in between
+        except FileNotFoundError:  # a checkpoint of the original, or renamed by rank 0 in the meantime
             stored = {}
     counters, settings = stored.get("rs_trainer"), stored.get("rs_settings")
     if counters is None:
@@ -101,18 +102,18 @@ def read_run_state(ckpt_path: str | Path) -> dict:
 
 
 def newest_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The `-last` checkpoint of the highest step that was written to its end, without such the newest of the best.
+    """The complete `-last` checkpoint of the highest step, else the newest complete top-k checkpoint, else None.
 
-    One that a killed run had no time to rename counts, too; rank 0 renames it. None if there is none.
+    Includes a complete checkpoint that a killed run did not get to rename; rank 0 renames it.
     """
     try:
         return _newest_complete(Path(folder))
-    except FileNotFoundError:  # renamed by rank 0 in between
+    except FileNotFoundError:  # renamed by rank 0 in the meantime
         return _newest_complete(Path(folder))
 
 
 def _newest_complete(folder: Path) -> Path | None:
-    # Those in the making first, so that none is overlooked that rank 0 renames in between.
+    # List the partial folder first, so as not to miss a checkpoint that rank 0 renames in the meantime.
     partial = [path for path in complete_in(folder / PARTIAL) if path.match("*-last")]
     found = {folder / path.name: path for path in partial}
     found.update({path: path for path in folder.glob("*-last") if is_complete(path)})
@@ -127,7 +128,7 @@ def _newest_complete(folder: Path) -> Path | None:
 
 
 def _step(path: Path) -> int:
-    """By its name, so that damage to an older checkpoint does not matter; else by what it holds."""
+    """Prefer the step in the name, so that a damaged older checkpoint does no harm; fall back to the stored one."""
     try:
         return extract_value_from_ckpt("step", str(path))
     except ValueError:
@@ -135,7 +136,7 @@ def _step(path: Path) -> int:
 
 
 def _has_counters(path: Path) -> bool:
-    """Whether it is one of ours, be it damaged."""
+    """Whether it is an RS checkpoint, possibly damaged."""
     try:
         read_counters(path)
     except ConfigError:
@@ -148,21 +149,21 @@ def _has_counters(path: Path) -> bool:
 def custom_save_ckpt_func(
     self, trainer, pl_module, monitor_candidates: dict, is_train_end: bool = False, save_top_only: bool = False
 ) -> None:
-    """Save through NeMo's checkpoint callback: the top-k checkpoint, and the last one. Collective over the job.
+    """Save the top-k and the last checkpoint through NeMo's checkpoint callback. Collective over all ranks.
 
-    On return both are on the disk; within `saving_in_background` they are on their way there. A checkpoint for which
-    there is no room on the disk is reported, and the run goes on with the older ones in place.
+    On return both are on disk; within `saving_in_background` the writes are still in flight. If the disk is full, the
+    save is reported as failed, the older checkpoints stay, and the run continues.
 
     Args:
         self: the `NeMoModelCheckpoint` callback.
-        monitor_candidates: metric name -> tensor; names of checkpoints and the choice of the best come from these. The
-            RS counters among them are stored in the checkpoint, too.
+        monitor_candidates: metric name -> tensor; determines checkpoint names and the top-k ranking. The RS counters
+            among them are also stored in the checkpoint.
         is_train_end: also run the callback's end hook, which writes the final `.nemo`.
-        save_top_only: leave out the last checkpoint.
+        save_top_only: skip the last checkpoint.
 
     Raises:
-        OSError: on every rank, if one of them could not write this checkpoint or the one before.
-        ConfigError: there is no room on the disk for the final `.nemo`; on rank 0 or on all.
+        OSError: on every rank, if any rank could not write this checkpoint or the previous one.
+        ConfigError: the disk is too full for the final `.nemo`; on rank 0 or on all ranks.
     """
     advance_save(self, wait=True)
     pl_module.rs_trainer_state = {
@@ -180,17 +181,17 @@ def custom_save_ckpt_func(
                 f"checkpoint is not ranked by it; measured were {', '.join(sorted(monitor_candidates))}"
             )
         if not save_top_only:
-            # Lightning would put a zero in the name for a metric that is not there.
+            # Lightning would put a zero in the name for a missing metric.
             self._save_last_checkpoint(trainer, {self.monitor: torch.tensor(float("nan")), **monitor_candidates})
     if folders:
-        if not hasattr(self, "background_save"):  # a script that has bound this function itself
+        if not hasattr(self, "background_save"):  # the script bound this function itself
             self.background_save = BackgroundSave(trainer)
         with _surviving_a_full_disk(self):
             self.background_save.start(folders, obsolete, self.save_weights_only)
     if is_train_end or not getattr(self, "saves_in_background", False):
         advance_save(self, wait=True)
     if is_train_end:
-        # The hook would save once more, with metrics of Lightning's loop, which does not run here.
+        # Keep the hook from saving once more, with metrics of Lightning's loop, which does not run here.
         self._last_checkpoint_saved = self._last_checkpoint_saved or self.last_model_path or "none"
         val_check_interval, trainer.val_check_interval = trainer.val_check_interval, 0
         with _explaining_a_full_disk(self):
@@ -204,16 +205,16 @@ def _why_not_ranked(monitor: str | None, candidates: dict) -> str | None:
     if monitor not in candidates:
         return "was not measured"
     value = float(candidates[monitor])
-    # NeMo would read the value back from the checkpoint's name, and die of one without digits at every later start.
+    # NeMo parses the value from the checkpoint's name, and a value without digits would crash every later start.
     return None if math.isfinite(value) else f"is {value}"
 
 
 @contextlib.contextmanager
 def saving_in_background(callback, known_to_all_ranks: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Within, saves of the callback block only until the state is copied; who trains calls `advance_save` often.
+    """Context manager in which saves block only until the state is copied; the training loop polls `advance_save`.
 
-    At the end, a save that is under way is waited for: also after exceptions of the kinds in `known_to_all_ranks`,
-    which every rank raises. After others a rank that has company must not wait for it.
+    On exit, waits for a save in flight, also after exceptions of the types in `known_to_all_ranks`, which every rank
+    raises. After any other exception, a rank of a multi-rank job must not wait, as the other ranks may not join.
     """
     callback.saves_in_background = True
     advance_save(callback)
@@ -230,13 +231,13 @@ def saving_in_background(callback, known_to_all_ranks: tuple[type[Exception], ..
 
 
 def advance_save(callback, wait: bool = False) -> None:
-    """Take the save that is under way, if there is one, as far as it gets at once, or, if asked to wait, to its end.
+    """Advance the save in flight, if any, as far as possible without blocking, or to completion if `wait`.
 
-    If there has been none, host memory for the first is got meanwhile. Collective over the job; does nothing with a
-    callback that does not save in the background.
+    With no save in flight, start allocating host memory for the next one. Collective over all ranks; a no-op for a
+    callback that has no `background_save`.
 
     Raises:
-        OSError: on every rank, if one of them could not write, unless for want of room on the disk.
+        OSError: on every rank, if any rank could not write, unless because the disk is full.
     """
     save = getattr(callback, "background_save", None)
     if save is None:
@@ -253,13 +254,15 @@ def advance_save(callback, wait: bool = False) -> None:
 
 
 def write_missing_archive(self, pl_module) -> None:
-    """Write the final `.nemo` of a run that was killed between its last checkpoint and that. Collective over the job.
+    """Write the final `.nemo` if the run was killed after its last checkpoint but before the `.nemo`.
+
+    Collective over all ranks.
 
     Args:
         self: the `NeMoModelCheckpoint` callback.
 
     Raises:
-        ConfigError: there is no room on the disk for it; on rank 0 or on all.
+        ConfigError: the disk is too full for it; on rank 0 or on all ranks.
     """
     path = Path(self._format_nemo_checkpoint_name())
     is_missing = [self.save_nemo_on_train_end and not path.exists()]
@@ -271,9 +274,9 @@ def write_missing_archive(self, pl_module) -> None:
 
 @contextlib.contextmanager
 def _recording(callback: NeMoModelCheckpoint) -> Iterator[tuple[list[Path], list[Path]]]:
-    """Within, the callback keeps its books, and what it would save and remove is put into two lists instead.
+    """Context manager in which the callback updates its state, but only lists what it would save and remove.
 
-    A checkpoint may have the name of one that is there, which it then replaces.
+    Disables the version counter: a checkpoint replaces an existing one of the same name.
     """
     folders, obsolete = [], []
 
@@ -295,7 +298,7 @@ def _recording(callback: NeMoModelCheckpoint) -> Iterator[tuple[list[Path], list
 
 @contextlib.contextmanager
 def _surviving_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
-    """Within, a save that fails has not happened in the callback's books; for want of room, that is reported only."""
+    """Roll the callback's state back if a save fails; if the disk is full, log the error instead of raising it."""
     try:
         yield
     except OSError as error:
@@ -310,11 +313,11 @@ def _surviving_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explaining_a_full_disk(callback: NeMoModelCheckpoint) -> Iterator[None]:
-    """Within, want of room for the final `.nemo` ends the run in one line: there is no later save to make up for it."""
+    """Turn a full disk while writing the final `.nemo` into a `ConfigError`: no later save can make up for it."""
     try:
         yield
     except OSError as error:
-        # shutil tells of what it could not copy to the folder for temporary files, but not why
+        # shutil.Error lists the files that could not be copied to the temporary folder, but has no errno
         if error.errno not in DISK_IS_FULL and not isinstance(error, shutil.Error):
             raise
         raise ConfigError(

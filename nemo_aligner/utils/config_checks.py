@@ -53,20 +53,20 @@ SAMPLING_KEYS = {
 OPTIMIZERS_OF_MEGATRON = ("fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
 CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
 REQUIRED_SECTIONS = ("trainer", "trainer.rs", "model.rs", "model.rs.sampling_params", "model.rs.length_params")
-# In which subclasses and scripts may have keys of their own.
+# Sections to which subclasses and scripts may add their own keys.
 OPEN_SECTIONS = ("trainer.rs", "model.rs")
-# Looked into by NeMo: (section, whether null stands for one without keys).
+# Sections that NeMo reads: (section, whether null means an empty section).
 SECTIONS_OF_NEMO = (
     ("exp_manager", False), ("exp_manager.checkpoint_callback_params", False), ("model.data", False),
     ("model.optim", False), ("model.optim.sched", False), ("model.peft", True),
 )  # fmt: skip
-# Settings of the distributed optimizers, which a plain one does not take.
+# Settings of the distributed optimizers that a plain one does not accept.
 DISTRIBUTED_OPTIMIZER_KEYS = (
     "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
     "grad_sync_dtype", "overlap_param_gather", "align_param_gather", "align_grad_reduce", "ddp_bucket_size",
     "average_in_collective", "check_for_nan_in_grad", "overlap_param_gather_with_optimizer_step",
 )  # fmt: skip
-# Accepted for the sake of existing files, but without effect: (key, the value that says nothing).
+# Accepted for existing config files, but without effect: (key, the value that needs no warning).
 WITHOUT_EFFECT = (
     ("trainer.max_time", None),
     ("trainer.gradient_clip_val", None),
@@ -84,7 +84,7 @@ WITHOUT_EFFECT = (
 
 
 def check_rs_config(cfg: DictConfig) -> None:
-    """Refuse a resolved configuration that cannot work, and warn of keys that do nothing.
+    """Refuse a resolved configuration that cannot work, and warn of keys without effect.
 
     Raises:
         ConfigError: one line with the key or file, its value and the fix.
@@ -143,8 +143,8 @@ def _check_keys(cfg: DictConfig) -> None:
                 continue
             for near in difflib.get_close_matches(key, known, n=1, cutoff=0.8 if is_open else 0.0):
                 raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
-            logging.warning(f"{section}.{key} is not a key of this library: it is left to code of your own")
-    for key in set(cfg) - TOP_LEVEL_KEYS:  # scripts may have sections of their own
+            logging.warning(f"{section}.{key} is not a key of this library; it is ignored unless your own code reads it")
+    for key in set(cfg) - TOP_LEVEL_KEYS:  # scripts may add their own sections
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.8)
         if near and near[0] not in cfg:
             raise ConfigError(f"{key} is not a known section; did you mean {near[0]}?")
@@ -171,7 +171,7 @@ def _check_exp_manager(cfg: DictConfig) -> None:
 
 
 def _check_trainer(cfg: DictConfig) -> None:
-    """Lightning's own loop, loggers and checkpoints are not used; what it knows of ours sets the learning rates."""
+    """Lightning's loop, loggers and checkpoints are unused; its limits only set the learning-rate schedule's length."""
     rs = cfg.trainer.rs
     for key, source in (("logger", "makes the loggers"), ("enable_checkpointing", "sees to checkpoints")):
         if cfg.trainer.get(key) is not False:
@@ -188,7 +188,7 @@ def _check_trainer(cfg: DictConfig) -> None:
 
 
 def check_machine(cfg: DictConfig) -> None:
-    """Refuse a `trainer` section that asks for GPUs, nodes or processes which are not there.
+    """Refuse a `trainer` section that asks for GPUs, nodes or processes that do not exist.
 
     Raises:
         ConfigError: one line with the key, its value and the fix.
@@ -265,7 +265,7 @@ def _check_optimizer(cfg: DictConfig) -> None:
         )
     if optim.get("overlap_param_gather_with_optimizer_step", False):
         raise ConfigError("model.optim.overlap_param_gather_with_optimizer_step=True is not supported; set it to False")
-    if optim.name not in OPTIMIZERS_OF_MEGATRON and "args" not in optim:  # NeMo takes some of theirs out itself
+    if optim.name not in OPTIMIZERS_OF_MEGATRON and "args" not in optim:  # NeMo drops some of their keys
         passed_over = {"name", "sched", *DISTRIBUTED_OPTIMIZER_KEYS}
         _check_taken("model.optim", optim, optim.name, AVAILABLE_OPTIMIZERS[optim.name], passed_over)
     if optim.name == "distributed_fused_adam" and optim.get("contiguous_param_buffer", False):
@@ -285,18 +285,18 @@ def _check_buffer_of_parameters(cfg: DictConfig) -> None:
 
 
 def _check_schedule(sched: DictConfig, lr: float) -> None:
-    if not {"args", "params", "_target_"} & set(sched):  # else they have the settings
+    if not {"args", "params", "_target_"} & set(sched):  # otherwise the settings are in there
         passed_over = {"name", "monitor", "reduce_on_plateau"}
         _check_taken("model.optim.sched", sched, sched.name, AVAILABLE_SCHEDULERS[sched.name], passed_over)
     min_lr = sched.get("min_lr", 0)
-    # NeMo's cosine in Megatron's manner, which it is with constant steps, does not take equal rates.
+    # With constant steps, NeMo's cosine schedule is Megatron's, which rejects equal rates.
     is_in_megatrons_manner = sched.name == "CosineAnnealing" and bool(sched.get("constant_steps"))
     if min_lr > lr or (min_lr == lr and is_in_megatrons_manner):
         raise ConfigError(f"model.optim.sched.min_lr={min_lr} must be less than model.optim.lr={lr}")
 
 
 def _check_taken(section: str, settings: DictConfig, name: str, made_by: type, passed_over: set[str]) -> None:
-    """Refuse a key that is neither among the arguments of the class that is built from the section nor left out."""
+    """Refuse a key that is neither an argument of the class built from the section nor in `passed_over`."""
     known = _arguments(made_by)
     for key in settings:
         if key not in known | passed_over:
@@ -307,7 +307,7 @@ def _check_taken(section: str, settings: DictConfig, name: str, made_by: type, p
 
 
 def _arguments(made_by: type) -> set[str]:
-    """What a class takes by keyword: its own, and those of the class above as far as it hands others on."""
+    """Keyword arguments of a class, including its base class's if it forwards `**kwargs`."""
     names = set()
     for above in made_by.__mro__:
         if "__init__" not in vars(above):
@@ -396,7 +396,7 @@ def _check_pack_size(model: DictConfig) -> None:
 def _check_streamed_states(cfg: DictConfig) -> None:
     if not (cfg.model.rs.get("training") or {}).get("stream_adam_states", False):
         return
-    # Apex's step goes by buckets, and so the parameters that it writes are not part of its state.
+    # Apex's step runs bucket by bucket, and the parameters that it writes must not be part of its state.
     optim = cfg.model.optim
     needed = {
         "model.optim.name=distributed_fused_adam": optim.name == "distributed_fused_adam",

@@ -1,8 +1,8 @@
 """Collectives over the process groups of a job, and padding that the ranks agree on.
 
-Every function says which ranks must call it. A group of None is all ranks; a source is a global rank; tensors that
-come out of a collective are on this process's GPU. A tensor that cannot be sent raises on every rank, so that none is
-left waiting. Log-probabilities and timers have modules of their own and can be imported from here too.
+Every function documents which ranks must call it. A group of None means all ranks; a source is a global rank; results
+of collectives are on this process's GPU. A tensor that cannot be sent raises on every rank, so that none hangs.
+Log-probabilities and timers live in separate modules and are re-exported here.
 """
 
 import warnings
@@ -52,7 +52,7 @@ def broadcast_tensor(
 
     Args:
         tensor: any shape, dtype and device on rank `src`; what other ranks pass is ignored.
-        dtype: what the source casts to before sending; None keeps the tensor's dtype.
+        dtype: dtype that the source casts to before sending; None keeps the tensor's dtype.
 
     Returns:
         The tensor, on every rank of the group.
@@ -79,7 +79,7 @@ def broadcast_tensor_within_pp(
 ) -> torch.Tensor:
     """Send the last (or first) pipeline stage's tensor to all stages, each of which must call it.
 
-    A pipeline of one stage gets its tensor back, cast if `dtype` is given. Otherwise as `broadcast_tensor`.
+    With a single stage, returns the tensor, cast if `dtype` is given. Otherwise like `broadcast_tensor`.
     """
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return tensor if dtype is None else tensor.to(dtype)
@@ -97,7 +97,7 @@ def broadcast_2d_tensor(
     """`broadcast_tensor` for matrices, cast to `dtype`.
 
     Raises:
-        AssertionError: the tensor has other than two dimensions. Raised on every rank.
+        AssertionError: the tensor is not two-dimensional. Raised on every rank.
     """
     return _require_2d(broadcast_tensor(tensor, src, group, dtype))
 
@@ -105,14 +105,14 @@ def broadcast_2d_tensor(
 def broadcast_2d_tensor_within_pp(
     tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32, from_last: bool = True
 ) -> torch.Tensor:
-    """`broadcast_tensor_within_pp` for matrices, cast to `dtype` whatever the number of stages."""
+    """`broadcast_tensor_within_pp` for matrices, cast to `dtype` for any number of stages."""
     return _require_2d(broadcast_tensor_within_pp(tensor, dtype, from_last))
 
 
 def broadcast_2d_tensor_within_mp(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Send the source rank's matrix, cast to `dtype`, over the replica; all its ranks must call it.
+    """Broadcast the source rank's matrix, cast to `dtype`, over the replica; all its ranks must call it.
 
-    A replica of one rank gets its tensor back, cast to `dtype`.
+    With a single rank, returns the tensor, cast to `dtype`.
     """
     group = parallel_state.get_model_parallel_group()
     if group.size() == 1:
@@ -126,7 +126,7 @@ def _require_2d(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor as a flat byte tensor: back ends carry bytes, but not every dtype."""
+    """View of a contiguous tensor as a flat byte tensor: backends support bytes, but not every dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
@@ -148,7 +148,7 @@ def rebalance_nd_tensor(tensor: torch.Tensor, group: ProcessGroup | None) -> tor
     if len({(len(shape), shape[1:], dtype) for shape, dtype in headers}) > 1 or tensor.dim() == 0:
         raise ValueError(f"the ranks' tensors must agree in dtype and all dimensions but the first; they are {headers}")
 
-    # Collectives move equal shares: everybody sends as many rows as the longest has.
+    # The collective needs equal sizes: every rank pads to the largest number of rows.
     num_rows = [shape[0] for shape, _ in headers]
     share = torch.zeros(max(num_rows), *tensor.shape[1:], dtype=tensor.dtype, device=current_device())
     share[: len(tensor)] = tensor.detach()
@@ -167,7 +167,7 @@ def run_if_model_parallel_src(fn: Callable, *fn_args, **fn_kwargs):
 def run_distributed_inference(
     inputs: dict[str, torch.Tensor] | None = None, infer_fn: Callable[..., torch.Tensor] | None = None
 ) -> np.ndarray:
-    """Spread a batch of rank 0 over the replicas, infer, and collect the outputs; all ranks must call it.
+    """Scatter a batch of rank 0 over the replicas, infer, and gather the outputs; all ranks must call it.
 
     Args:
         inputs: on rank 0 only: "inputs" [B, S] token ids and "sequence_length" [B, 1].
@@ -178,8 +178,8 @@ def run_distributed_inference(
         B rows on every rank, in the order of `inputs`; bfloat16 outputs as float32.
 
     Raises:
-        ValueError: B does not divide by DP, the two inputs differ in B, or the outputs are not B rows. Raised on every
-            rank.
+        ValueError: B is not a multiple of DP, the two inputs differ in B, or the outputs are not B rows. Raised on
+            every rank.
     """
     inputs = inputs or {}
     tokens = broadcast_tensor(inputs.get("inputs"), src=0, group=None, dtype=torch.int64)
@@ -197,7 +197,7 @@ def run_distributed_inference(
     outputs = rebalance_nd_tensor(torch.as_tensor(outputs), parallel_state.get_data_parallel_group())
     if len(outputs) != len(tokens):
         raise ValueError(f"infer_fn made {len(outputs)} rows of a batch of {len(tokens)}")
-    if outputs.dtype == torch.bfloat16:  # unknown to NumPy
+    if outputs.dtype == torch.bfloat16:  # not supported by NumPy
         outputs = outputs.float()
     return outputs.cpu().numpy()
 
@@ -205,7 +205,7 @@ def run_distributed_inference(
 def masked_global_mean_var(
     values: torch.Tensor, mask: torch.Tensor, group: ProcessGroup | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of the selected entries of all ranks of the group; all of them must call it.
+    """Mean and variance of the selected entries over all ranks of the group; all of them must call it.
 
     Args:
         values: any shape, which may differ between ranks.
@@ -232,14 +232,14 @@ def masked_global_mean_var(
 def normalize_tensor(tensor: torch.Tensor, mask: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
     """Subtract the group's masked mean and divide by the square root of its masked variance + 1e-8.
 
-    All entries are normalised, selected or not; shape, dtype and device stay. All ranks of the group must call it.
+    All entries are normalised, selected or not; shape, dtype and device are kept. All ranks of the group must call it.
     """
     mean, variance = masked_global_mean_var(tensor, mask, group)
     return (tensor - mean.to(tensor.device)) / (variance.to(tensor.device) + 1e-8).sqrt()
 
 
 def pad_list(tensor_list: Sequence[torch.Tensor], pad_value: int | float) -> list[torch.Tensor]:
-    """Pad matrices on the right with `pad_value` to the widest of them; purely local."""
+    """Right-pad matrices with `pad_value` to the widest of them. Local."""
     width = max((tensor.size(1) for tensor in tensor_list), default=0)
     return [torch.nn.functional.pad(tensor, (0, width - tensor.size(1)), value=pad_value) for tensor in tensor_list]
 
@@ -254,11 +254,11 @@ def pad_tensors_to_max_global_seq_len(
 
     Args:
         list_of_tensors: this rank's rows; may be empty.
-        pad_value: what fills up each row on the right.
+        pad_value: fills each row on the right.
         sequence_length_to_pad_to: a larger width to use instead. Longer data keeps its own width, with a warning.
 
     Returns:
-        [rows, width] on the device and in the dtype of the rows, the width being equal on all ranks.
+        [rows, width] on the device and in the dtype of the rows; the width is equal on all ranks.
     """
     longest = torch.tensor(max(map(len, list_of_tensors), default=0), dtype=torch.int64, device=current_device())
     torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=group)

@@ -1,4 +1,4 @@
-"""Errors of which the message says what to do: the configuration can be mended, the reward has to be had elsewhere."""
+"""Errors whose message tells the user what to do: fix the configuration or its files, or the source of the reward."""
 
 
 class ConfigError(ValueError):
@@ -6,8 +6,8 @@ class ConfigError(ValueError):
 
 
 class PromptError(ConfigError):
-    """Prompts could not be read in the middle of a run. The same on every rank of the job, or of a kind with it."""
+    """Prompts could not be read in the middle of a run. Raised on every rank, though messages may differ."""
 
 
 class RewardError(RuntimeError):
-    """A reward could not be had. The message is one line and the same on every rank of the replica."""
+    """A reward could not be obtained. The message is one line and the same on every rank of the replica."""

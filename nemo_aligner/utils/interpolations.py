@@ -1,4 +1,4 @@
-"""Resolving a configuration's interpolations, `${key}` and `${function:arguments}`."""
+"""Resolution of a configuration's interpolations, `${key}` and `${function:arguments}`."""
 
 import re
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.value_checks import ALL_RULES
 from nemo_aligner.utils.value_rules import Rule
 
-_REFERENCE = re.compile(r"\$\{([^${}:]+)\}")  # to a key; one to a function has a colon
+_REFERENCE = re.compile(r"\$\{([^${}:]+)\}")  # to a key; references to a function have a colon
 _ABSENT = object()
 _SET = Rule(lambda value: value is not None and value is not _ABSENT, "set")
 
 
 def resolve_interpolations(cfg: DictConfig) -> None:
-    """Replace each interpolation in `cfg`, in place, by what it stands for.
+    """Replace each interpolation in `cfg` by its value, in place.
 
     Raises:
-        ConfigError: one line with a key that cannot be had, what it is made from and what that needs.
+        ConfigError: one line with a key that cannot be resolved, its interpolation and the reason.
     """
     try:
         OmegaConf.resolve(cfg)
-    except OmegaConfBaseException as error:  # which does not know the key
+    except OmegaConfBaseException as error:  # it does not name the key
         failures = list(_failures(cfg))
         if not failures:
             raise
@@ -48,7 +48,7 @@ def _leaves(key: str, value) -> Iterator[tuple[str, object]]:
 
 
 def _cause(cfg: DictConfig, failures: list[tuple[str, str, str]]) -> str:
-    """What is wrong with the first key that does not fail for another's sake."""
+    """The error of the first key whose failure is not caused by that of another key."""
     for key, value, reason in failures:
         try:
             needed = {name: OmegaConf.select(cfg, name, default=_ABSENT) for name in _referenced_keys(key, value)}
@@ -60,12 +60,12 @@ def _cause(cfg: DictConfig, failures: list[tuple[str, str, str]]) -> str:
                 state = "not set" if found is _ABSENT else repr(found)
                 return f"{key}={value} needs {name}, which is {state}; it must be {rule.words}"
         return f"{key}={value} cannot be had: {reason}"
-    key, value, reason = failures[0]  # one of those that need each other
+    key, value, reason = failures[0]  # the references form a cycle
     return f"{key}={value} cannot be had: {reason}"
 
 
 def _referenced_keys(key: str, value: str) -> list[str]:
-    """The keys from which `key` is interpolated; a reference that begins with n dots starts n levels above."""
+    """The keys that the interpolation of `key` refers to; n leading dots make a reference relative, n levels up."""
     names = []
     for reference in _REFERENCE.findall(value):
         name = reference.strip().lstrip(".")

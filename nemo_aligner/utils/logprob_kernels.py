@@ -1,7 +1,7 @@
-"""What `target_logprobs` does with a piece's logits as Triton kernels: one launch each, and every logit is read once.
+"""Triton kernels of `target_logprobs` for a piece's logits: one launch each, and every logit is read once.
 
-They compute in the dtype of the maxima and sums. Forward, a position is one program's; the order in which its terms are
-summed depends on nothing but the size of the piece.
+They compute in the dtype of the maxima and sums. Forward, each program handles one position; the summation order
+depends only on the size of the piece.
 
 Legend: R positions, C entries of a piece.
 """
@@ -33,7 +33,7 @@ def piece_gradient(
     exp_sums_R: torch.Tensor,
     grad_R: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient takes the place of the logits."""
+    """Overwrites the logits with the gradient."""
     num_positions, size = logits_RC.shape
     block = _block(size)
     _piece_gradient_kernel[(num_positions, triton.cdiv(size, block))](
@@ -43,7 +43,7 @@ def piece_gradient(
 
 
 def _block(size: int) -> int:
-    """At most sixteen entries for a thread, which in half precision it loads eight at a time."""
+    """At most sixteen entries per thread, which in half precision are loaded eight at a time."""
     return min(2048, triton.next_power_of_2(size))
 
 

@@ -12,7 +12,7 @@ from megatron.core import tensor_parallel
 from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.ppo_utils import calculate_entropy
 
-# Bounds the float32 copy of the logits that is alive at a time: 16 Mi entries are 64 MiB.
+# Bounds the float32 copy of the logits that is live at any time: 16 Mi entries are 64 MiB.
 MAX_CHUNK_ENTRIES = 2**24
 
 
@@ -27,22 +27,22 @@ def from_parallel_logits_to_logprobs(
 
     Args:
         vocab_parallel_logits: [B, S, V/TP], this rank's shard; never modified.
-        target: [B, S] int64, equal on all TP ranks. Ids outside [0, V), such as an ignore label, are not looked for
-            (that would make the host wait for the GPU): what comes out there is finite and means nothing.
-        inference_only: keep nothing for a backward pass; the result then takes part in no gradient.
+        target: [B, S] int64, equal on all TP ranks. Ids outside [0, V), such as an ignore label, are not checked for
+            (that would sync the host with the GPU): the result there is finite but meaningless.
+        inference_only: save nothing for a backward pass; the result is not differentiable.
         higher_stability: accepted for older callers; the stable form is always used.
-        ignore_last: True takes unshifted tokens: position t is asked for `target[t + 1]`, and the last position, which
-            has no successor, is dropped. False takes labels that are shifted already.
+        ignore_last: True takes unshifted tokens: position t predicts `target[t + 1]`, and the last position, which has
+            no successor, is dropped. False takes labels that are already shifted.
 
     Returns:
         [B, S-1] if `ignore_last`, else [B, S], in the logits' dtype, equal on all TP ranks.
 
     Raises:
-        ValueError: the shapes of logits and target do not belong together.
+        ValueError: the shapes of logits and target do not match.
     """
     if not ignore_last:
         return DistributedLogprob.apply(vocab_parallel_logits, target, inference_only, higher_stability)
-    # The last position is cut from the small result: cutting it from the logits would cost a copy of their gradient.
+    # Drop the last position from the small result: slicing the logits would cost a copy of their gradient.
     successors = target.roll(-1, dims=-1)
     return DistributedLogprob.apply(vocab_parallel_logits, successors, inference_only, higher_stability)[:, :-1]
 
@@ -51,7 +51,7 @@ class DistributedLogprob(torch.autograd.Function):
     """`from_parallel_logits_to_logprobs` without the shift: entry t is the log-probability of `target[t]`.
 
     Forward: (z_y - m) - log sum_v exp(z_v - m), with m the largest logit of the whole vocabulary.
-    Backward: g * (1{v = y} - softmax(z)_v), with the softmax formed again from the logits, so that none is stored.
+    Backward: g * (1{v = y} - softmax(z)_v), with the softmax recomputed from the logits rather than stored.
     """
 
     @staticmethod
@@ -89,7 +89,7 @@ def shard_exp_sums(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: [B, S, V/TP].
-        maxima: [B, S] float32, the largest logit of all shards.
+        maxima: [B, S] float32, the largest logit over all shards.
 
     Returns:
         [B, S] float32.
@@ -101,7 +101,7 @@ def shard_exp_sums(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
 def shard_target_logits(logits: torch.Tensor, shard_target: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
     """Target logit - maximum where this shard holds the target, else 0; float32 [B, S].
 
-    `shard_target` [B, S] int64 is the target's place in this shard; outside [0, V/TP) it lies in another one.
+    `shard_target` [B, S] int64 is the target's index relative to this shard; outside [0, V/TP) it lies in another one.
     """
     here, place = _locate(shard_target, logits.size(-1))
     return torch.where(here, logits.gather(-1, place.unsqueeze(-1)).squeeze(-1) - maxima, 0)
@@ -127,18 +127,18 @@ def shard_gradient(
     gradient = torch.empty_like(logits)
     chunks = _split_positions(gradient, logits, *(tensor.unsqueeze(-1) for tensor in per_position))
     for out, logit, maximum, softmax_weight, column, target_weight in chunks:
-        # Unnamed, so that one piece is gone before the next is made.
+        # Not bound to a name, so that a chunk's temporary is freed before the next one is allocated.
         out.copy_(torch.sub(logit, maximum).exp_().mul_(softmax_weight).scatter_add_(-1, column, target_weight))
     return gradient
 
 
 def _locate(shard_target: torch.Tensor, shard_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets lie in this shard, and a place inside it for every target."""
+    """Mask of the targets that lie in this shard, and the indices clamped into it."""
     return (shard_target >= 0) & (shard_target < shard_size), shard_target.clamp(0, shard_size - 1)
 
 
 def _split_positions(wide: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut tensors [B, S, ...] along S, so that a piece of `wide` has at most `MAX_CHUNK_ENTRIES` entries."""
+    """Split tensors [B, S, ...] along S, so that a chunk of `wide` has at most `MAX_CHUNK_ENTRIES` entries."""
     entries_per_position = max(1, wide.size(0) * wide.size(2))
     num_positions = max(1, MAX_CHUNK_ENTRIES // entries_per_position)
     return zip(*(tensor.split(num_positions, dim=1) for tensor in (wide, *others)), strict=True)

@@ -1,4 +1,4 @@
-"""Of right-padded rows: attention masks and position ids, with resets at document ends, and trained lengths."""
+"""Attention masks and position ids of right-padded rows, with resets at document ends, and trained lengths."""
 
 import torch
 
@@ -6,13 +6,13 @@ import torch
 def attention_mask_and_position_ids(
     tokens: torch.Tensor, eod_id: int, reset_position_ids: bool, reset_attention_mask: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """What the transformer needs beside the tokens [B, S] (int64).
+    """The transformer's inputs in addition to the tokens [B, S] (int64).
 
-    A document ends with, and includes, an end-of-document id. Padding behind a row consists of such ids; as attention
-    looks back only, resets there change nothing in front of it.
+    A document ends with, and includes, an end-of-document id. Rows are padded with such ids; as attention is causal,
+    resets in the padding do not affect the tokens before it.
 
     Returns:
-        the mask of blocked positions, bool [B, 1, S, S], or None if attention is plainly causal (no resets); and the
+        the mask of blocked positions, bool [B, 1, S, S], or None if attention is purely causal (no resets); and the
         position ids, int64 [B, S].
     """
     positions = torch.arange(tokens.size(1), device=tokens.device)
@@ -31,9 +31,9 @@ def attention_mask_and_position_ids(
 
 
 def trained_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """int64 [R]: the tokens of each row that the model must be given, up to the one that predicts the last of the loss.
+    """int64 [R]: number of tokens of each row that the loss needs, through the one that predicts its last target.
 
     Args:
-        mask: [R, W], entry t standing for the prediction of token t + 1.
+        mask: [R, W], where entry t refers to the prediction of token t + 1.
     """
     return (torch.arange(1, mask.size(1) + 1) * (mask != 0)).amax(dim=1)

@@ -1,4 +1,4 @@
-"""Keys of a model's configuration that look like slips of the pen."""
+"""Detection of keys in a model's configuration that look misspelt."""
 
 import dataclasses
 import difflib
@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-# By section, beside those of the checkpoint's own config and, in the first, of megatron-core's.
+# Known keys by section, in addition to those of the checkpoint's own config and, in the first, of TransformerConfig.
 _KEYS = {
     "": {
         "data", "encoder_seq_length", "global_batch_size", "max_position_embeddings", "megatron_amp_O2",
@@ -24,12 +24,12 @@ _KEYS = {
 
 
 def warn_of_misspelt_keys(given: DictConfig, stored: DictConfig) -> None:
-    """Warn of each key of the section `model` that is not known, but nearly.
+    """Warn of each unknown key of the section `model` that resembles a known one.
 
-    A warning only: NeMo has no list of the keys that it reads, and passes over all others.
+    Only a warning, because NeMo has no list of the keys that it reads, and ignores all others.
 
     Args:
-        given: what overrides the config of the checkpoint, `stored`.
+        given: overrides of the checkpoint's config, `stored`.
     """
     for section, keys in _KEYS.items():
         path = section.rstrip(".")

@@ -1,7 +1,7 @@
-"""Reading `.nemo` archives (a tar file, perhaps gzipped, or the folder it was extracted to) that nobody vouches for.
+"""Safe reading of untrusted `.nemo` archives (a tar file, possibly gzipped, or the folder it was extracted to).
 
-Nothing outside the target folder is written and nothing in an archive is run. Members are read one after another, a
-piece at a time. NeMo's own handling of tar files is not used.
+Nothing outside the target folder is written and no code in an archive is run. Members are read sequentially, in
+bounded pieces. NeMo's own tar handling is not used.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ CONFIG_FILE = "model_config.yaml"
 WEIGHTS = ("model_weights", "model_weights.ckpt", "mp_rank_00", "tp_rank_00_pp_rank_000")
 KEY = "pretrained_checkpoint.restore_from_path"
 
-_PIECE = 2**20  # bytes read at a time; also the largest extended header, which tarfile reads as one
+_PIECE = 2**20  # bytes read at a time; also the largest extended header, which tarfile reads in one piece
 _LARGEST_CONFIG = 2**20
 _DEEPEST_CONFIG = 50
 _MOST_MEMBERS = 2**17
 _REQUIRED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
-# What NeMo has an implementation for, less `tabular`, whose vocabulary is a pickle.
+# Tokenizer libraries that NeMo implements, except `tabular`, whose vocabulary is a pickle.
 _TOKENIZERS = ("huggingface", "sentencepiece", "megatron", "byte-level", "regex", "tiktoken")
-# By the first two NeMo and Hydra import and call what they name; by the third transformers runs a tokenizer's own code.
+# NeMo and Hydra import and call what the first two name; the third lets transformers run a tokenizer's own code.
 _CODE_KEYS = ("_target_", "cls", "trust_remote_code")
 
 
 def check_archive(path: str | Path, key: str = KEY) -> None:
-    """Refuse what is not a complete `.nemo` archive or extracted folder. Only headers are read.
+    """Refuse anything but a complete `.nemo` archive or extracted folder. Reads headers only.
 
     Raises:
         ConfigError: naming the config key, the path and what is wrong.
@@ -50,18 +50,18 @@ def check_archive(path: str | Path, key: str = KEY) -> None:
 
 @dataclass
 class Checkpoint:
-    """An archive: `folder` holds its members, or some of them; `names` are those of all its files."""
+    """An archive: `folder` holds all or some of its members; `names` lists all its files."""
 
     where: str
     folder: Path
     names: set[str]
 
     def config(self) -> DictConfig:
-        """The stored config. Keys that nobody knows are let through: configs of other programs have hundreds.
+        """The stored config. Unknown keys are accepted: configs written by other programs have hundreds.
 
         Raises:
-            ConfigError: naming the key that is missing, wrong or makes NeMo run code that it names, or the member that
-                it refers to and that is not there.
+            ConfigError: naming the key that is missing, wrong or makes NeMo run code that it names, or a missing member
+                that a key refers to.
         """
         with naming(self.where):
             config = _read_yaml(self.folder / CONFIG_FILE)
@@ -71,9 +71,9 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def opened(path: str | Path, key: str = KEY, only: set[str] | None = None) -> Iterator[Checkpoint]:
-    """Extract an archive, or of its files those in `only`, to a temporary folder, which is removed at the end.
+    """Extract an archive, or only its files in `only`, to a temporary folder that is removed on exit.
 
-    A folder is checked as an archive is, and used where it is.
+    A folder is checked like an archive and used in place.
 
     Raises:
         ConfigError: as in `check_archive`; or naming the member that is damaged, too large for the disk, neither a
@@ -92,7 +92,7 @@ def opened(path: str | Path, key: str = KEY, only: set[str] | None = None) -> It
 
 
 def extract(path: str | Path, folder: str | Path, only: set[str] | None = None) -> None:
-    """Extract the files of an archive, or those in `only`, to `folder`.
+    """Extract the files of an archive, or only those in `only`, to `folder`.
 
     Raises:
         ConfigError: as in `opened`.
@@ -103,7 +103,7 @@ def extract(path: str | Path, folder: str | Path, only: set[str] | None = None) 
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Put `where`, a config key and a path, in front of what a ConfigError says."""
+    """Prefix the message of a ConfigError with `where`, a config key and a path."""
     try:
         yield
     except ConfigError as error:
@@ -111,7 +111,7 @@ def naming(where: str) -> Iterator[None]:
 
 
 def _existing(path: str | Path | None, key: str) -> tuple[Path, str]:
-    """The path, and how messages name it."""
+    """The path, and its description for messages."""
     if path is None:
         raise ConfigError(f"{key} is not set; give the .nemo file, or extracted folder, to start from")
     path = Path(path)
@@ -131,7 +131,7 @@ def _check_complete(names: set[str], where: str) -> None:
 
 
 def _names_in_folder(path: Path, where: str) -> set[str]:
-    """Names of all files and folders in a folder that holds nothing else."""
+    """Names of all files and folders in a folder; refuses anything else in it."""
     names = set()
     for parent, folders, files in os.walk(path):
         for name in folders + files:
@@ -147,7 +147,7 @@ def _names_in_folder(path: Path, where: str) -> set[str]:
 
 
 def _read_archive(path: Path, where: str, folder: Path | None = None, only: set[str] | None = None) -> set[str]:
-    """Names of all files and folders in an archive; its files, or those in `only`, are written to `folder` if given."""
+    """Names of all files and folders in an archive; if `folder` is given, extracts the files, or those in `only`."""
     names = {}
     if folder is not None and only is None:
         _check_space(folder, path.stat().st_size, where, "it")
@@ -163,7 +163,7 @@ def _read_archive(path: Path, where: str, folder: Path | None = None, only: set[
             _check_end(archive)
     except ConfigError:
         raise
-    # tarfile lets a few errors of its parsing through
+    # tarfile does not wrap all errors of its parsing
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise ConfigError(
@@ -183,7 +183,7 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 class _BoundedReads:
-    """A file that is read in pieces only: tarfile would read an extended header of any declared size as one."""
+    """A file with bounded reads: tarfile would read an extended header of any declared size at once."""
 
     def __init__(self, file: BinaryIO):
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
@@ -195,7 +195,7 @@ class _BoundedReads:
 
 
 def _checked_name(member: tarfile.TarInfo, names: dict) -> str:
-    """The name of a member relative to the archive's root, if it may be there."""
+    """The name of a member relative to the archive's root, if it is allowed."""
     name = PurePosixPath(member.name)
     shown = ascii(member.name)[1:-1]
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
@@ -225,7 +225,7 @@ def _check_space(folder: Path, size: int, where: str, what: str) -> None:
 
 
 def _write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path, where: str) -> None:
-    """Copy a member's content to a new file. What fills its last block must be zeros, or its size is wrong."""
+    """Copy a member's content to a new file. The padding of its last block must be zeros, or its size is wrong."""
     source, left = archive.fileobj, member.size
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Pat
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """After the last member there are at least two empty blocks, and nothing else: tarfile stops at a bad header."""
+    """Require at least two empty blocks and nothing else after the last member: tarfile stops at a bad header."""
     archive.fileobj.seek(archive.offset)
     found = 0
     while piece := archive.fileobj.read(_PIECE):
@@ -274,7 +274,7 @@ def _read_yaml(path: Path) -> dict:
         depth = 0
         for event in yaml.parse(path.read_bytes(), yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            # OmegaConf copies what an alias stands for, so that a few lines can make billions of them.
+            # OmegaConf copies what an alias refers to, so a few lines can expand to billions of nodes.
             if isinstance(event, yaml.AliasEvent):
                 raise ConfigError(f"{path.name} has YAML aliases (*name), which are not supported")
             if depth > _DEEPEST_CONFIG:
@@ -309,7 +309,7 @@ def _check_config(config: dict, names: set[str]) -> None:
                 f"{CONFIG_FILE}: {key}={value!r} would run code that the archive names; remove it from the archive, "
                 "and if the run needs it, set it in the run's own configuration"
             )
-        # NeMo stores configs resolved. An interpolation could still become anything, a `_target_` too.
+        # NeMo stores configs resolved. An interpolation could still resolve to anything, including a `_target_`.
         if isinstance(value, str) and "${" in value:
             raise ConfigError(f"{CONFIG_FILE}: {key}={value!r} is an interpolation; put the value itself there")
         if isinstance(value, str) and value.startswith("nemo:") and (name := value.removeprefix("nemo:")) not in names:
@@ -317,7 +317,7 @@ def _check_config(config: dict, names: set[str]) -> None:
 
 
 def _leaves(tree, key: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted key and value of everything in nested dictionaries and lists that is neither."""
+    """Dotted key and value of every leaf of nested dictionaries and lists."""
     if not isinstance(tree, (dict, list)) or not tree:
         yield key, tree
         return

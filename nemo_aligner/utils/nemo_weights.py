@@ -1,4 +1,4 @@
-"""What a checkpoint's weights are, read from their descriptions: no tensor is loaded, nothing of theirs is run."""
+"""Names and shapes of a checkpoint's weights, read from its metadata without loading a tensor or running its code."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ _EMBEDDING = re.compile(r"(?:.*\.)?embedding\.word_embeddings\.weight")
 @dataclass
 class Weights:
     """`format` is one of FORMATS, or None for files that `torch.save` wrote. `shapes`: name -> shape of the whole
-    tensor, empty for files of several ranks. `objects`: names of what is stored beside the tensors."""
+    tensor, empty for files of several ranks. `objects`: names of the objects stored alongside the tensors."""
 
     format: str | None
     shapes: dict[str, tuple[int, ...]]
@@ -50,11 +50,11 @@ class Weights:
 def read_weights(folder: Path) -> Weights:
     """Describe, and check, the weights in an extracted archive.
 
-    Every pickle is checked here before anything else may load it; every file that holds a part of a tensor must be
-    there and as long as its description says.
+    Every pickle is checked here before anything else may load it; every file that holds a part of a tensor must exist
+    and have the length that the metadata says.
 
     Raises:
-        ConfigError: naming the member, seen from `folder`, and what is wrong with it.
+        ConfigError: naming the member, relative to `folder`, and what is wrong with it.
     """
     files = _files_of_ranks(folder) + ([folder / FILE] if (folder / FILE).exists() else [])
     if (folder / FOLDER).exists():
@@ -69,7 +69,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def check_weight_sizes(weights: Weights, cfg) -> None:
-    """Refuse a config whose `num_layers` or `hidden_size` are not those of the weights.
+    """Refuse a config whose `num_layers` or `hidden_size` do not match the weights.
 
     Raises:
         ConfigError: naming the parameter, its shape and the key.
@@ -91,13 +91,13 @@ def check_weight_sizes(weights: Weights, cfg) -> None:
 
 
 def check_model(weights: Weights, model, strict: bool, may_hold_more: bool = False) -> None:
-    """Refuse weights that are not those of a model, before they are loaded into it. All ranks of the job call this.
+    """Refuse weights that do not match a model, before they are loaded into it. Collective over all ranks.
 
     Args:
         model: a NeMo GPT model; with a distributed checkpoint, in an initialised process group.
-        strict: whether a distributed checkpoint must hold no more than the model has parameters. It must never hold
-            less, and one file neither: NeMo cannot load them.
-        may_hold_more: whether it may hold more nevertheless.
+        strict: whether a distributed checkpoint must hold no tensors beyond the model's parameters, as a single file
+            always must. Neither may ever hold fewer: NeMo cannot load them.
+        may_hold_more: whether they may hold more nevertheless.
 
     Raises:
         ConfigError: on every rank, naming the first parameter that does not fit and why.
@@ -130,7 +130,7 @@ def check_model(weights: Weights, model, strict: bool, may_hold_more: bool = Fal
 
 
 def _wanted_by(model) -> tuple[dict[str, tuple], set[str], set[str]]:
-    """Name -> shape of the tensors that a rank asks a distributed checkpoint for, the names of those whose first
+    """Name -> shape of the tensors that a rank requests from a distributed checkpoint, the names of those whose first
     dimension may differ (vocabularies are padded for the number of ranks), and the names of objects."""
     sharded = model.sharded_state_dict()
     apply_factories(sharded)
@@ -144,13 +144,13 @@ def _wanted_by(model) -> tuple[dict[str, tuple], set[str], set[str]]:
 
 
 def _state_of(model) -> tuple[dict[str, tuple], set[str], set[str]]:
-    """As `_wanted_by`, for a file that holds the state of the whole model."""
+    """Like `_wanted_by`, for a file that holds the state of the whole model."""
     state = model.state_dict()
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}, set(), set()
 
 
 def _vocabulary_problems(weights: Weights, model) -> list[str]:
-    """What is wrong if the embedding table in the weights was not made for the model's tokenizer."""
+    """Problems if the embedding table in the weights does not match the model's tokenizer."""
     rows, entries = weights.embedding_rows(), model.tokenizer.vocab_size
     if rows is None:
         return []
@@ -180,13 +180,13 @@ def _files_of_ranks(folder: Path) -> list[Path]:
 
 
 def _described(file: Path):
-    """The records of a file of `torch.save`."""
+    """The records of a file written by `torch.save`."""
     with file.open("rb") as opened, _naming(_member(file)):
         return read_torch_file(opened)
 
 
 def _content(file: Path) -> bytes:
-    """The bytes of a file that describes tensors, or holds what is stored beside them."""
+    """The bytes of a file with metadata of tensors or with objects."""
     if not file.is_file():
         raise ConfigError(f"{_member(file)} is missing")
     if file.stat().st_size > _LARGEST_DESCRIPTION:
@@ -203,7 +203,7 @@ def _naming(member: str) -> Iterator[None]:
 
 
 def _member(path: Path) -> str:
-    """The name of a weights file as it is in the archive."""
+    """The name of a weights file within the archive."""
     parts = path.parts
     start = next(
         (i for i in reversed(range(len(parts) - 1)) if parts[i] == FOLDER or RANK_FOLDERS.fullmatch(parts[i])), -1
@@ -243,7 +243,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _read_torch_dist(folder: Path) -> tuple[dict, set]:
-    """Shapes of tensors and names of objects, out of `.metadata`, whose parts must all be there."""
+    """Shapes of tensors and names of objects from `.metadata`; all their parts must exist."""
     with _naming(f"{FOLDER}/.metadata"):
         metadata = read_pickle(_content(folder / ".metadata"))
     shapes, parts = {}, {}  # parts: (name, offsets) -> sizes; for an object (name, None) -> None
@@ -274,14 +274,14 @@ def _read_torch_dist(folder: Path) -> tuple[dict, set]:
 
 
 def _numbers(size: Record) -> tuple[int, ...]:
-    """The numbers of a torch.Size."""
+    """The sizes in a torch.Size."""
     if type(size).__name__ != "Size" or not _are_sizes(list(size.args[0])):
         raise TypeError(f"{size!r} is no size")
     return tuple(size.args[0])
 
 
 def _check_part(folder: Path, name: str, place: dict, sizes: tuple[int, ...] | None) -> None:
-    """Refuse a part of a checkpoint that is not where `.metadata` says: a tensor of these sizes, or an object."""
+    """Refuse a part (a tensor of these sizes, or an object) that is not where `.metadata` says."""
     file, offset, length = place["relative_path"], place["offset"], place["length"]
     if not isinstance(file, str) or not _are_sizes([offset, length]) or place.get("transform_descriptors"):
         raise TypeError(f"{name} is stored as {place!r}")
@@ -300,7 +300,7 @@ def _check_part(folder: Path, name: str, place: dict, sizes: tuple[int, ...] | N
 
 
 def _read_zarr(folder: Path) -> tuple[dict, set]:
-    """Shapes of tensors, out of their folders' `.zarray`, and names of the objects beside them."""
+    """Shapes of tensors from their folders' `.zarray`, and names of the objects stored alongside."""
     shapes, objects = {}, set()
     for entry in sorted(path for path in folder.iterdir() if path.is_dir()):
         if (entry / ".zarray").is_file():
@@ -355,7 +355,7 @@ def _shapes_in(content, file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _tensor_shape(record) -> tuple[int, ...] | None:
-    """The shape of a tensor, or parameter, as its record says it; None for anything else."""
+    """The shape of a tensor or parameter according to its record; None for anything else."""
     if type(record).__name__ == "_rebuild_parameter" and record.args:
         record = record.args[0]
     if type(record).__name__ not in ("_rebuild_tensor_v2", "_rebuild_tensor_v3") or len(record.args) < 4:

@@ -1,8 +1,8 @@
-"""A distributed optimizer's state on the host while rollouts, or training itself, need the GPU's memory.
+"""Offload of a distributed optimizer's state to host memory while rollouts, or training itself, need the GPU memory.
 
-Tensors keep their identity: what goes and comes is the memory behind them. So one mechanism serves every optimizer,
-whatever references it keeps. Copies run on a stream of their own; freed memory can be taken by others as the copies out
-of it end, which torch's allocator sees to.
+Tensors keep their identity; only their storage is freed and reallocated. So one mechanism serves every optimizer,
+whatever references it keeps. Copies run on dedicated streams; torch's allocator reuses freed memory once the copies out
+of it complete.
 """
 
 from collections import deque
@@ -17,15 +17,15 @@ import torch
 Key = TypeVar("Key")
 
 _SHARDS = ("params_shard", "param_remainders_shard", "exp_avg_shard", "exp_avg_sq_shard")
-# torch's allocator of page-locked memory rounds up to powers of two: with pieces of such sizes nothing is lost. A piece
-# is also what is copied at a time, in about a millisecond.
+# torch's pinned-memory allocator rounds up to powers of two, so pieces of such sizes waste nothing. A piece is also the
+# unit of copying, which takes about a millisecond.
 _PIECE_BYTES, _SMALLEST_PIECE_BYTES = 1 << 26, 1 << 20
-# How many groups of a state that passes through the GPU may be on their way there, and on their way back.
+# In `passing_through`, the number of groups prefetched to the GPU, and of groups in flight back to the host.
 _NUM_ARRIVING, _NUM_LEAVING = 2, 2
 
 
 class _Away(NamedTuple):
-    """Memory that was let go of."""
+    """A storage whose GPU memory was freed."""
 
     storage: torch.UntypedStorage
     num_bytes: int
@@ -33,16 +33,16 @@ class _Away(NamedTuple):
 
 
 class OptimizerOffload:
-    """Moves the tensors of an optimizer's state to page-locked host memory and back.
+    """Moves the tensors of an optimizer's state to pinned host memory and back.
 
-    As a context manager: within, they are on the host.
+    As a context manager, keeps them on the host within the context.
 
-    Every method may be called in any state, and again after an exception: a tensor's memory is let go only once its
-    values are on their way to the host, and its host copy is needed only until then. But while tensors pass through the
-    GPU, none of the others.
+    Methods may be called in any state, and again after an exception: a tensor's GPU memory is freed only once its copy
+    to the host is enqueued, and its host copy is dropped only once the copy back is enqueued. However, no other method
+    may be called while an iterator of `passing_through` is active.
 
     Args:
-        find_tensors: gives the tensors of the state as they are now. Those on a CPU are left where they are.
+        find_tensors: returns the current tensors of the state. Tensors on a CPU are left in place.
     """
 
     def __init__(self, find_tensors: Callable[[], Iterable[torch.Tensor]]):
@@ -61,7 +61,7 @@ class OptimizerOffload:
         return _CopyStream()
 
     def pin_in_background(self) -> None:
-        """Begin to page-lock host memory for the state as it is now, so that the first `offload` need not."""
+        """Start allocating pinned memory for the current state, so that the first `offload` need not."""
         self._host.begin_to_grow(sum(storage.nbytes() for storage in self._storages()))
 
     def __enter__(self) -> "OptimizerOffload":
@@ -73,13 +73,13 @@ class OptimizerOffload:
         self.finish_onload()
 
     def offload(self) -> int:
-        """Send the state to the host and let go of its GPU memory, without waiting; returns the bytes that it frees."""
+        """Enqueue copies of the state to the host and free its GPU memory; returns the number of bytes freed."""
         assert not self._is_passing
         self.finish_onload()
         storages = self._storages()
         if not storages:
             return 0
-        if self._away:  # an exception came in between
+        if self._away:  # an earlier call was interrupted by an exception
             self.start_onload()
             self.finish_onload()
             storages = self._storages()
@@ -94,11 +94,11 @@ class OptimizerOffload:
 
     @property
     def num_bytes_away(self) -> int:
-        """What the state will take on the GPU when it comes back."""
+        """GPU memory that the offloaded state needs when it is onloaded."""
         return sum(num_bytes for _, num_bytes, _ in self._away)
 
     def start_onload(self) -> None:
-        """Begin to bring the state back, beside whatever the GPU does; `finish_onload` makes it usable."""
+        """Start copying the state back, concurrently with other GPU work; `finish_onload` makes it usable."""
         assert not self._is_passing
         if not self._away:
             return
@@ -107,16 +107,17 @@ class OptimizerOffload:
         self._away = []
 
     def finish_onload(self) -> None:
-        """Have the current stream wait for the state, if it is on its way back. The host does not wait."""
+        """Make the current stream wait for an onload in flight, if any. Does not block the host."""
         if self._arrival is not None:
             torch.cuda.current_stream().wait_event(self._arrival)
             self._arrival = None
 
     def passing_through(self, groups: dict[Key, Iterable[torch.Tensor]]) -> Iterator[Key]:
-        """Bring tensors that are away to the GPU, one group after the other, each while the iterator stands at its key.
+        """Stream offloaded tensors through the GPU group by group; a group is resident while its key is yielded.
 
-        The next groups arrive meanwhile, and the last ones leave with the values that they were given. To be closed
-        where it is not iterated to its end. The host waits for groups to leave, so that few are on the GPU at a time.
+        The next groups are prefetched meanwhile, and previous ones are copied back to the host with their new values.
+        Close the iterator if it is not exhausted. The host blocks on the copies back, to bound the number of groups on
+        the GPU.
         """
         away = {entry.storage._cdata: entry for entry in self._away}
         coming = [(key, list({t.untyped_storage()._cdata: None for t in group})) for key, group in groups.items()]
@@ -145,27 +146,27 @@ class OptimizerOffload:
     def _copy_out(self, entry: _Away) -> None:
         on_gpu = _as_bytes(entry.storage)
         self._way_out.copy(entry.host_copy, _split_like(entry.host_copy, entry.storage))
-        on_gpu.record_stream(self._way_out.stream)  # the allocator keeps the memory until the copy has been made
+        on_gpu.record_stream(self._way_out.stream)  # keeps the memory allocated until the copy completes
 
     def _send(self, entries: Sequence[_Away]) -> torch.cuda.Event:
-        """Copy what is on the GPU back to the host and let go of the memory; returns when that will have been done."""
+        """Copy to the host and free the GPU memory; returns an event that is recorded after the copies."""
         self._way_out.wait_for(torch.cuda.current_stream())
         for entry in entries:
-            if entry.storage.nbytes() > 0:  # else an exception came in between
+            if entry.storage.nbytes() > 0:  # zero if an exception interrupted the fetch
                 self._copy_out(entry)
                 entry.storage.resize_(0)
         return self._way_out.stream.record_event()
 
     def _fetch(self, entries: Sequence[_Away]) -> torch.cuda.Event:
-        """Copy to the GPU, into new memory; returns when the copies will have been made."""
+        """Copy to the GPU, into newly allocated memory; returns an event that is recorded after the copies."""
         _allocate(entries)
-        self._way_back.wait_for(torch.cuda.current_stream())  # which may still use what the memory held before
+        self._way_back.wait_for(torch.cuda.current_stream())  # which may still use the memory's previous contents
         for storage, _, host_copy in entries:
             self._way_back.copy(_split_like(host_copy, storage), host_copy)
         return self._way_back.stream.record_event()
 
     def _storages(self) -> list[torch.UntypedStorage]:
-        """The state's memory on the GPU, each piece once though several tensors may look at it."""
+        """The state's storages on the GPU, without duplicates for tensors that share one."""
         found = {}
         for tensor in self._find_tensors():
             storage = tensor.untyped_storage()
@@ -175,11 +176,10 @@ class OptimizerOffload:
 
 
 class _CopyStream:
-    """A stream for copies between host and GPU, with room between them for the copies of others."""
+    """A stream for host-device copies that leaves gaps for the copies of other streams."""
 
     def __init__(self):
-        # Streams share a few hardware queues, in which what waits holds up what is behind it; but not those of another
-        # priority.
+        # Streams of the same priority share a few hardware queues, where a waiting operation blocks those after it.
         self.stream = torch.cuda.Stream(priority=-1)
         self._gap = torch.zeros(1, device="cuda")
 
@@ -187,11 +187,11 @@ class _CopyStream:
         self.stream.wait_stream(stream)
 
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Copy piece by piece.
+        """Copy piece by piece, with a small kernel after each piece.
 
-        A copy engine goes through the copies of one stream and does not look at those of another before it has to wait,
-        be it for a kernel. Without one, a single number that the main stream fetches or sends, or an event that it
-        records behind that, stays in line until the whole state has gone by: a quarter of a second for 13.6 GB.
+        A copy engine processes the copies of one stream until it has to wait, for instance for a kernel, before it
+        serves another stream. Without the kernel, even a single scalar copied by the main stream, or an event recorded
+        after that copy, waits until the whole state is copied: a quarter of a second for 13.6 GB.
         """
         with torch.cuda.stream(self.stream):
             for target, source in zip(targets, sources, strict=True):
@@ -200,7 +200,7 @@ class _CopyStream:
 
 
 def _allocate(entries: Sequence[_Away]) -> None:
-    """GPU memory for all of them, or, if there is not enough, for none."""
+    """Allocate GPU memory for all entries, or, if there is not enough, for none."""
     try:
         for storage, num_bytes, _ in entries:
             storage.resize_(num_bytes)
@@ -211,7 +211,7 @@ def _allocate(entries: Sequence[_Away]) -> None:
 
 
 class _PinnedBuffer:
-    """Page-locked host memory that only grows, and is kept."""
+    """Pinned host memory that only grows and is never freed."""
 
     def __init__(self):
         self.pieces: list[torch.Tensor] = []
@@ -219,20 +219,20 @@ class _PinnedBuffer:
         self._growth: Future | None = None
 
     def begin_to_grow(self, num_bytes: int) -> None:
-        """Make it at least that large, in a thread."""
+        """Start growing it to at least `num_bytes` in a thread."""
         self.wait()
         missing = num_bytes - sum(piece.numel() for piece in self.pieces)
         if missing > 0:
             self._growth = self._worker.submit(self._grow, missing, torch.cuda.current_device())
 
     def wait(self) -> None:
-        """Return when it has its size, or raise what kept it from that."""
+        """Wait until growing is done; re-raises its exception."""
         if self._growth is not None:
             growth, self._growth = self._growth, None
             growth.result()
 
     def parts(self, sizes: list[int]) -> list[list[torch.Tensor]]:
-        """For each size, disjoint parts of it that are so large together; uint8, one-dimensional."""
+        """For each size, disjoint parts of the buffer that add up to it; uint8, one-dimensional."""
         self.begin_to_grow(sum(sizes))
         self.wait()
         pieces, rest, found = iter(self.pieces), torch.empty(0, dtype=torch.uint8), []
@@ -253,7 +253,7 @@ class _PinnedBuffer:
 
 
 def _piece_sizes(num_bytes: int) -> list[int]:
-    """Powers of two that are together `num_bytes` or a little more."""
+    """Powers of two that add up to `num_bytes` or slightly more."""
     num_full, rest = divmod(num_bytes, _PIECE_BYTES)
     rest = -(-rest // _SMALLEST_PIECE_BYTES) * _SMALLEST_PIECE_BYTES
     return [_PIECE_BYTES] * num_full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
@@ -268,7 +268,7 @@ def _split_like(parts: list[torch.Tensor], storage: torch.UntypedStorage) -> tup
 
 
 def state_tensors(ptl_model) -> Iterator[torch.Tensor]:
-    """The moments and master weights of the model's distributed optimizer, as far as they have memory of their own."""
+    """The moments and master weights of the model's distributed optimizer that have their own storage."""
     if not ptl_model.use_mcore_dist_optim:
         for bucket in ptl_model._optimizer.state["buckets"]:
             yield from bucket_tensors(bucket)
@@ -286,16 +286,16 @@ def bucket_tensors(bucket) -> Iterator[torch.Tensor]:
     return (shard for shard in shards if shard is not None)
 
 
-# For scripts that move the buckets of Apex's optimizer themselves
+# For scripts that move the buckets of Apex's optimizer themselves.
 
 
 @contextmanager
 def offload_distributed_adam(state_dict: dict, force_clear_memory: bool = False):
-    """Within the context every bucket's shards of Apex's DistributedFusedAdam are tensors on the host.
+    """Keep every bucket's shards of Apex's DistributedFusedAdam on the host within the context.
 
     Args:
         state_dict: `optimizer.state_dict(state_dict_format=1)`, whose buckets are those of the optimizer itself.
-        force_clear_memory: also return the freed memory from torch's cache to the device.
+        force_clear_memory: also empty torch's CUDA cache.
     """
     buckets = state_dict["state"]["buckets"]
     for bucket in buckets:

@@ -1,4 +1,4 @@
-"""Checks of how a model is split over processes, which Megatron makes deep inside or not at all."""
+"""Checks of a model's parallel configuration that Megatron makes late or not at all."""
 
 import torch
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
@@ -9,12 +9,12 @@ from nemo_aligner.utils.errors import ConfigError
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 VPP = "model.virtual_pipeline_model_parallel_size"
-# Sizes of the model that are split over the tensor-parallel ranks.
+# Model sizes that are sharded over the tensor-parallel ranks.
 SPLIT_OVER_TP = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "override_vocab_size")
 
 
 def check_parallel(cfg: DictConfig) -> None:
-    """Refuse a resolved run configuration whose model cannot be split as it says.
+    """Refuse a resolved run configuration whose model cannot be parallelized as configured.
 
     Raises:
         ConfigError: one line with the keys, their values and the fix.

@@ -1,4 +1,4 @@
-"""Process-group queries: everything `megatron.core.parallel_state` has, and the source rank of a replica.
+"""Process-group queries: everything in `megatron.core.parallel_state`, and the source rank of a replica.
 
 A replica is the model-parallel group: the TP x PP ranks that hold one copy of the model.
 """

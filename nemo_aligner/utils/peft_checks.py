@@ -74,10 +74,10 @@ def check_peft(cfg: DictConfig) -> None:
 
 
 def check_scheme(peft: DictConfig) -> bool:
-    """Whether there are to be adapters.
+    """Whether the configuration asks for adapters.
 
     Raises:
-        ConfigError: for a scheme that this library does not have, or adapters to restore without a scheme.
+        ConfigError: for an unsupported scheme, or adapters to restore without a scheme.
     """
     scheme = peft.get("peft_scheme") or "none"
     if scheme not in ("none", "lora"):
@@ -92,7 +92,7 @@ def check_lora_tuning(lora: DictConfig | None, model: DictConfig) -> None:
     """Refuse adapters that NeMo cannot build for the model, or that could never learn.
 
     Raises:
-        ConfigError: naming the key, its value and what would work.
+        ConfigError: naming the key, its value and the fix.
     """
     check_section(OmegaConf.create() if lora is None else lora, _REQUIRED, _OPTIONAL, prefix=f"{SECTION}.")
     if lora.get("column_init_method") == lora.get("row_init_method", "zero") == "zero":
@@ -135,7 +135,7 @@ def check_is_lora(cfg: DictConfig) -> None:
     """Refuse the stored config of anything but LoRA adapters.
 
     Raises:
-        ConfigError: with the scheme that it has.
+        ConfigError: naming the scheme found.
     """
     scheme = OmegaConf.select(cfg, "peft.peft_scheme") or "none"
     if scheme != "lora":
@@ -144,7 +144,7 @@ def check_is_lora(cfg: DictConfig) -> None:
 
 
 def check_same_model(stored: DictConfig, model: DictConfig, where: str) -> None:
-    """Refuse adapters that were made for a model of other sizes.
+    """Refuse adapters that were made for a model of different sizes.
 
     Raises:
         ConfigError: naming the key and both values.
@@ -168,7 +168,7 @@ def _check_same(stored: DictConfig, model: DictConfig, where: str) -> None:
 
 
 def _what_shapes(lora: DictConfig) -> dict:
-    """What decides which weights there are and how they count."""
+    """The settings that determine which adapter weights exist and how they are scaled."""
     layers = lora.get("layer_selection")
     return {
         "target_modules": sorted(_expanded(lora.target_modules)),

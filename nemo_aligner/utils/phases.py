@@ -1,4 +1,4 @@
-"""What a step's time goes into: a clock that is always in exactly one phase, and the table of what it found."""
+"""Breakdown of a step's time: a clock that is always in exactly one phase, and a table of its measurements."""
 
 import contextlib
 import itertools
@@ -10,33 +10,33 @@ from nemo_aligner.compat import device
 
 PHASES = (
     "rollout",  # responses are generated
-    "score",  # rewards are asked and waited for; rewards that come while rollouts are generated cost nothing here
-    "select",  # the best are chosen, stacked and dealt out to the replicas
-    "offload",  # optimizer states leave the GPU, as far as something waits for that
-    "load_state",  # and come back
+    "score",  # rewards are requested and awaited; rewards that arrive during generation cost nothing here
+    "select",  # the best are selected, stacked and distributed over the replicas
+    "offload",  # exposed time of offloading optimizer states from the GPU
+    "load_state",  # exposed time of loading them back
     "forward_backward",
-    "optimizer",  # gradients reduced, if the optimizer has not done that before, and clipped; weights updated
-    "checkpoint",  # what training waits for while a checkpoint is written
-    "validation",  # as a whole: its rollouts and rewards are not training's
+    "optimizer",  # gradients reduced, unless the optimizer already did that, and clipped; weights updated
+    "checkpoint",  # time that training blocks on checkpoint writes
+    "validation",  # as a whole, including its rollouts and rewards
     "trace",  # with --profile: traces are written
 )
 OTHER, TOTAL = "other", "total"
 
 
 class PhaseClock:
-    """Attributes every moment between `start` and `consume` to one phase: with `with clock("select"):` to that one.
+    """Attributes all time between `start` and `consume` to one phase each; `with clock("select"):` enters a phase.
 
-    A phase inside another interrupts it, except in `validation`. Phases may come several times and add up.
+    A nested phase interrupts the outer one, except in `validation`. Repeated phases add up.
 
-    The clock is the GPU's: boundaries are events on the current stream, and the host does not wait at any of them. Work
-    that is queued counts in the phase that queued it. On a CPU it is the host's.
+    On a GPU, boundaries are CUDA events on the current stream, without host synchronization; work counts towards the
+    phase that enqueued it. On a CPU the host clock is used.
     """
 
     def __init__(self):
         self.start()
 
     def start(self) -> None:
-        """Forget what was measured, and measure from now on. No phase may be open."""
+        """Reset and start measuring. No phase may be open."""
         self._open = [OTHER]
         self._beginnings = [(OTHER, _now())]
 
@@ -56,9 +56,9 @@ class PhaseClock:
             self._beginnings.append((self._open[-1], _now()))
 
     def consume(self) -> dict[str, float]:
-        """Seconds since `start` under `total`, and each phase's share of them: all of `PHASES`, and `other`.
+        """Seconds since `start` under `total`, and the seconds of each of `PHASES` and of `other`.
 
-        Phases that did not occur have 0. The clock starts anew. The host waits for the GPU here.
+        Phases that did not occur have 0. Restarts the clock. Blocks the host until the GPU gets here.
         """
         end = _now()
         if not device.on_cpu():
@@ -83,10 +83,10 @@ def _seconds_between(begin, end) -> float:
 
 
 def phase_table(steps: dict[str, dict[str, float]]) -> str:
-    """Seconds and share of the total of every phase that occurred, a column for each step.
+    """Seconds and share of the total for every phase that occurred, one column per step.
 
     Args:
-        steps: what `PhaseClock.consume` returned, by the column's title.
+        steps: column title -> result of `PhaseClock.consume`.
     """
     lines = [f"{'phase':18}" + "".join(f"{title:>22}" for title in steps)]
     for phase in (*PHASES, OTHER, TOTAL):

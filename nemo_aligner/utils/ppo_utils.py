@@ -1,4 +1,4 @@
-"""What a batch of rollouts is turned into before training: response masks and the best rollouts of each prompt.
+"""Processing of rollouts before training: response masks and selection of the best rollouts of each prompt.
 
 Shapes: M rows, B rows, S token positions, P prompt positions, V vocabulary entries.
 """
@@ -10,13 +10,13 @@ from nemo_aligner.utils.tensors import masked_mean
 
 
 def create_mask(values: torch.Tensor, prompt_lengths: torch.Tensor, response_lengths: torch.Tensor) -> torch.Tensor:
-    """Mark the log-probabilities that belong to a response, its ending token included.
+    """Mask the log-probabilities that belong to a response, including its ending token.
 
-    Entry t of a log-probability row is the prediction of token t + 1, so a row's ones are at the positions
+    Entry t of a log-probability row is the prediction of token t + 1, so a row's ones are at positions
     prompt_length - 1 to response_length - 2.
 
     Args:
-        values: [B, S-1], one entry for each predicted token.
+        values: [B, S-1], one entry per predicted token.
         prompt_lengths: [B] int64.
         response_lengths: [B] int64, prompt and response together.
 
@@ -24,7 +24,7 @@ def create_mask(values: torch.Tensor, prompt_lengths: torch.Tensor, response_len
         Zeros and ones in the shape, dtype and device of `values`.
 
     Raises:
-        ValueError: a response is longer than the S tokens that `values` stands for.
+        ValueError: a response is longer than the S tokens that `values` covers.
     """
     num_predictions = values.size(-1)
     prompt_lengths, response_lengths = prompt_lengths.to(values.device), response_lengths.to(values.device)
@@ -40,19 +40,19 @@ def create_mask(values: torch.Tensor, prompt_lengths: torch.Tensor, response_len
 def select_topk(batch: dict[str, torch.Tensor], num_select: int = 1) -> dict[str, torch.Tensor]:
     """Keep the `num_select` best rows of each prompt.
 
-    Rows of one prompt are ordered by reward, best first, with ties going to the lower row and NaN to the end. If the
-    batch says which rows are fit for training, all fit rows of a prompt come before its unfit ones.
+    Rows of one prompt are ordered by reward, best first; ties go to the lower row, NaN comes last. If the batch says
+    which rows are fit for training, all fit rows of a prompt come before its unfit ones.
 
     Args:
         batch: tensors with leading size M, on any device:
             rewards [M] or [M, 1];
-            prompt_tokens [M, P]; rows with equal tokens are one prompt, unless there is
-            prompt_index [M] integer (optional), whose equal values are one prompt;
+            prompt_tokens [M, P]; rows with equal tokens belong to one prompt, unless there is
+            prompt_index [M] integer (optional): rows with equal values belong to one prompt;
             is_fit [M] bool (optional).
-        num_select: rows to keep of each prompt.
+        num_select: rows to keep per prompt.
 
     Returns:
-        The same keys, `num_select` rows for each prompt, prompts in the order of their first row.
+        The same keys, `num_select` rows per prompt, prompts in the order of their first row.
 
     Raises:
         ValueError: `num_select` is below 1 or above a prompt's number of rows; a key is missing or has a wrong shape.
@@ -66,7 +66,7 @@ def select_topk(batch: dict[str, torch.Tensor], num_select: int = 1) -> dict[str
 
 
 def _checked_rewards(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The rewards as [M], once every key is known to have M rows."""
+    """The rewards as [M], after checking that every key has M rows."""
     for key in ("prompt_tokens", "rewards"):
         if key not in batch:
             raise ValueError(f"the batch to select from lacks the key {key!r}; it has {sorted(batch)}")
@@ -94,6 +94,6 @@ def calculate_entropy(log_probs: torch.Tensor, mask: torch.Tensor | None = None)
     Returns:
         A scalar; NaN if the mask selects nothing.
     """
-    # The clamp keeps 0 * -inf, of an entry that was filtered out, from becoming NaN here and in the gradient.
+    # The clamp keeps 0 * -inf, from an entry that was filtered out, from becoming NaN here and in the gradient.
     entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
     return entropy.mean() if mask is None else masked_mean(entropy, mask)

@@ -1,9 +1,9 @@
-"""An error on one rank ends the job on all ranks, and that rank's message is the last that the job prints.
+"""Ends the job on all ranks when one rank fails, with the failing rank's message as the job's last output.
 
-Without this the other ranks wait in their next collective: on GPUs for the minutes of NCCL's timeout, on CPUs until
-gloo has an error of its own, which hides the one that counts. Every rank watches a key of the job's TCP store (the one
-in which `init_process_group` meets, whatever the launcher). A failing rank writes its message there, the others fall
-silent and say so, then the failing rank prints the message, and all end.
+Without this the other ranks hang in their next collective: on GPUs for the minutes of NCCL's timeout, on CPUs until
+gloo raises an error of its own, which hides the root cause. Every rank polls a key of the job's TCP store (the
+rendezvous store of `init_process_group`, whatever the launcher). A failing rank writes its message there, the others
+silence their output and acknowledge, then the failing rank prints the message, and all exit.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from nemo_aligner.utils.errors import ConfigError, RewardError
 
 POLL_INTERVAL_S = 0.5
-# The failing rank waits this long for the others to fall silent, and they as long for it to have printed its message.
+# The failing rank waits this long for the others to be silent, and they wait as long for it to print its message.
 ANSWER_S = 10.0
-# When the store is gone, which rank 0 or the launcher keeps, a rank has this long to end by itself.
+# When the store, hosted by rank 0 or the launcher, is gone, a rank has this long to end by itself.
 GRACE_S = 10.0
-# Raised on every rank of the job at the same place, or by a person.
+# Raised on every rank at the same point, or by the user.
 ON_ALL_RANKS = (RewardError, SystemExit, KeyboardInterrupt)
 
 
 @contextlib.contextmanager
 def end_all_ranks_on_error():
-    """Within, an error other than ON_ALL_RANKS ends all ranks of the job: exit code 2 for a `ConfigError`, else 1.
+    """Context manager in which an error not in ON_ALL_RANKS ends all ranks: exit code 2 for a `ConfigError`, else 1.
 
-    Before the process group exists, if it has one rank, or once rank 0 is done, errors pass through.
+    Before the process group exists, if it has one rank, or once rank 0 is done, errors propagate normally.
     """
     _silence_resource_tracker()
     watch = _Watch()
@@ -51,7 +51,7 @@ def end_all_ranks_on_error():
 
 
 def _silence_resource_tracker() -> None:
-    """A process of Python's own, it would have the last words: on locks and memory that failing ranks leave to it."""
+    """Keep Python's resource tracker process from printing last, about locks and memory that failing ranks leak."""
     before = os.environ.get("PYTHONWARNINGS")
     ours = "ignore::UserWarning:multiprocessing.resource_tracker"
     os.environ["PYTHONWARNINGS"] = f"{before},{ours}" if before else ours
@@ -61,7 +61,8 @@ class _Watch(threading.Thread):
     """Ends this process when another rank has failed.
 
     Attributes:
-        rank_0_is_done: in order. What the others still wait for, as those of a server do, does not come any more.
+        rank_0_is_done: rank 0 ended normally. Collectives that other ranks still wait in, as those of a server do,
+            will not complete.
     """
 
     def __init__(self):
@@ -98,7 +99,7 @@ class _Watch(threading.Thread):
             _leave(self._exit_code)
 
     def finish(self) -> None:
-        """Watch no longer. Rank 0, with which the store may go, tells the others."""
+        """Stop watching. Rank 0, which may host the store, also tells the other ranks."""
         self.is_over.set()
         if _has_peers() and torch.distributed.get_rank() == 0:
             with contextlib.suppress(KeyError, RuntimeError):
@@ -106,7 +107,7 @@ class _Watch(threading.Thread):
                 time.sleep(2 * POLL_INTERVAL_S)
 
     def end_job(self, error: BaseException) -> None:
-        """Print the error when the other ranks are silent, and end this process."""
+        """Print the error once the other ranks are silent, and end this process."""
         rank, reason = torch.distributed.get_rank(), " ".join(str(error).split())
         is_users_mistake = isinstance(error, ConfigError)
         self._exit_code = 2 if is_users_mistake else 1
@@ -116,14 +117,14 @@ class _Watch(threading.Thread):
             store = _connect()
             first = store.compare_set(_key("failed"), "", self._own_message).decode()
             if first != self._own_message:
-                # A mistake that every rank has found stands on the first one's line alone.
+                # A configuration mistake that every rank finds is printed by the first one only.
                 first_rank, _, first_error = first.partition(": ")
                 if not (is_users_mistake and self._own_message.endswith(f": {first_error}")):
                     _say(f"{self._own_message} ({first_rank} failed before)")
                 time.sleep(3 * ANSWER_S)  # `run` ends this process
         if not is_users_mistake:
             traceback.print_exception(error)
-            if "TORCHELASTIC_ERROR_FILE" in os.environ:  # from which torchrun takes its own last words
+            if "TORCHELASTIC_ERROR_FILE" in os.environ:  # the source of torchrun's final message
                 ErrorHandler().record_exception(error)
         with contextlib.suppress(RuntimeError):
             if store is not None:
@@ -140,7 +141,7 @@ def _has_peers() -> bool:
 
 
 def _connect() -> torch.distributed.TCPStore:
-    """A connection of its own: calls on one connection wait for each other."""
+    """A separate connection, because calls on a shared one are serialized."""
     return torch.distributed.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
         timeout=timedelta(seconds=ANSWER_S),
@@ -148,7 +149,7 @@ def _connect() -> torch.distributed.TCPStore:
 
 
 def _key(name: str) -> str:
-    """A name that a job which torchrun starts anew does not share with the one before."""
+    """A key that is unique to each restart of the job by torchrun."""
     return f"nemo_aligner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
 
 
@@ -159,10 +160,10 @@ def _wait_for_silence(store: torch.distributed.TCPStore) -> None:
 
 
 def _leave(code: int, has_failed: bool = False) -> None:
-    """End this process, in the order that launchers understand.
+    """End this process, with delays that make ranks exit in the order that the launcher expects.
 
-    torchrun blames the rank that ends first. Lightning's rank 0 started the others, and would be killed for one of them
-    that it sees fail; it may also keep the store, in which the others have yet to read.
+    torchrun blames the rank that exits first. Under Lightning, rank 0 launched the others and would be killed if it saw
+    one of them fail; it may also host the store, which the others still have to read.
     """
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         time.sleep(0 if has_failed else POLL_INTERVAL_S)

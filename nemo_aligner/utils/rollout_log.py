@@ -1,4 +1,4 @@
-"""Every rollout on disk, one JSON object a line, the moment it is scored."""
+"""Log of every rollout, one JSON object per line, written as soon as it is scored."""
 
 import json
 import math
@@ -14,35 +14,35 @@ from nemo_aligner.utils.tensors import cpu_dict
 
 
 class RolloutLog:
-    """Appends rollouts to `<folder>/<split>_rank<r>.jsonl`, r being the replica's source rank, which alone writes.
+    """Appends rollouts to `<folder>/<split>_rank<r>.jsonl`, where r is the replica's source rank, the only writer.
 
-    A line has `step`, `prompt_index` (row of the dataset), `prompt` and `response` (as a reward function sees them),
-    `num_tokens` (of the response, with its ending), `finished` (ended by itself), `reward` (null if it could not be
-    judged, or was never scored), `kept` (among the best of its prompt) and `trained_on` (kept, and fit for training:
-    neither cut off nor empty, judged, and not of a stand-in for another prompt). If the reward is a sum, each of its
-    parts stands under `reward_<name>`. A step that a killed run had not saved is done again, and rollouts that were
-    left by one are scored again if the reward is another one since: these have their lines twice.
+    A line has `step`, `prompt_index` (row of the dataset), `prompt` and `response` (as passed to a reward function),
+    `num_tokens` (of the response, including its ending), `finished` (ended by itself), `reward` (null if it could not
+    be judged or was never scored), `kept` (among the best of its prompt) and `trained_on` (kept and fit for training:
+    neither truncated nor empty, judged, and not of a replacement for another prompt). If the reward is a sum, each part
+    is under `reward_<name>`. Lines are duplicated for steps that a killed run had not saved, which are repeated, and
+    for leftover rollouts that are scored again because the reward has changed.
     """
 
     def __init__(self, folder: str | Path | None, tokenizer, end_strings=(), rank: int = 0):
-        """`folder`: None writes nothing."""
+        """`folder`: None disables the log."""
         self.folder = None if folder is None else Path(folder)
         self.tokenizer = tokenizer
         self.end_strings = end_strings
         self.rank = rank
 
     def write(self, split: str, step: int, rollouts: dict, kept_rows=()) -> None:
-        """Append a batch of rollouts and flush it to disk. If that fails, as on a full disk, a warning says so.
+        """Append a batch of rollouts and flush it to disk. A failure, such as a full disk, is only a warning.
 
         Args:
-            rollouts: tensors with one leading size, `rewards` may be missing; and `records`, for `decode_rollouts`.
-            kept_rows: numbers of the rows that were chosen for training.
+            rollouts: tensors with one leading size (`rewards` is optional), and `records`, for `decode_rollouts`.
+            kept_rows: indices of the rows that were selected for training.
         """
         if self.folder is None or not is_replica_source():
             return
         try:
             self._append(split, step, rollouts, kept_rows)
-        except OSError as error:  # nothing that training depends on
+        except OSError as error:  # training does not depend on the log
             logging.warning(f"rollouts of step {step} are missing in {self._path(split)}: {error}")
 
     def _path(self, split: str) -> Path:
@@ -82,7 +82,7 @@ def _or_null(reward: float) -> float | None:
 
 
 def _drop_unfinished_line(path: Path) -> None:
-    """A run that was killed while it wrote leaves half a line; its step is done again."""
+    """Remove the partial line left by a run that was killed while writing; its step is repeated."""
     if not path.exists():
         return
     with open(path, "rb+") as file:

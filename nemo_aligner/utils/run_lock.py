@@ -1,4 +1,4 @@
-"""One run at a time in a log folder: two would write to the same checkpoints and rollout files."""
+"""Lock that allows one run at a time per log folder: two would write the same checkpoints and rollout files."""
 
 import fcntl
 import os
@@ -10,17 +10,17 @@ from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_aligner.utils.errors import ConfigError
 
-# In a folder of its own, as NeMo moves the files that stand in the log folder itself away at every start.
+# In a subfolder, because NeMo moves files directly in the log folder away at every start.
 LOCK = Path(".lock", "holder")
 
 
 def hold_log_dir(log_dir: str | Path) -> None:
-    """Keep other runs out of the folder as long as this process lives, however it ends.
+    """Lock the folder against other runs until this process ends, in whatever way.
 
-    Global rank 0 does it for its job. Where files cannot be locked, a warning is all.
+    Only global rank 0 takes the lock. If the file system has no locks, only warn.
 
     Raises:
-        ConfigError: on global rank 0, if the folder cannot be made or another process holds it.
+        ConfigError: on global rank 0, if the folder cannot be created or another process holds the lock.
     """
     if not is_global_rank_zero():
         return
@@ -33,7 +33,7 @@ def hold_log_dir(log_dir: str | Path) -> None:
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Never closed. A record lock, unlike one of `flock`, does not go on in children that outlive this process.
+        # Never closed. Unlike a `flock` lock, a record lock is not inherited by children that outlive this process.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         is_ours = _try_to_lock(descriptor)
     except OSError as error:
@@ -53,6 +53,6 @@ def hold_log_dir(log_dir: str | Path) -> None:
 def _try_to_lock(descriptor: int) -> bool:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # what POSIX has for a lock that another process holds
+    except (BlockingIOError, PermissionError):  # the errors that POSIX allows for a lock held elsewhere
         return False
     return True

@@ -1,4 +1,4 @@
-"""The settings that decide what a run does: a checkpoint carries them, and a run that resumes from it is compared."""
+"""The settings that determine a run's results: stored in checkpoints, and compared when a run resumes."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ TRACKED_KEYS = (
     "rs.sampling_params", "rs.length_params", "rs.reward", "rs.rewards", "rs.loss_normalization",
     "data.data_prefix", "data.splits_string", "data.seq_length", "optim", "peft.peft_scheme",
 )  # fmt: skip
-# These change how gradients and parameters are sent, not what is computed.
+# These change how gradients and parameters are communicated, not what is computed.
 UNTRACKED_KEYS = {
     f"model.optim.{key}" for key in (
         "bucket_cap_mb", "contiguous_grad_buffer", "contiguous_param_buffer", "overlap_grad_sync", "overlap_param_sync",
@@ -25,7 +25,7 @@ PROMPTS_PER_STEP = "model.rs.num_rollout_samples"
 NUM_PROMPTS = "the number of training prompts"
 PRETRAINED = "pretrained_checkpoint.restore_from_path"
 TARGET_MODULES = "model.peft.lora_tuning.target_modules"
-# A checkpoint's optimizer state or adapters are of use only with these as they were.
+# A checkpoint's optimizer state or adapters are usable only if these are unchanged.
 IMMUTABLE_KEYS = (
     "model.optim.name", "model.peft.peft_scheme", TARGET_MODULES,
     "model.peft.lora_tuning.adapter_dim", "model.peft.lora_tuning.layer_selection",
@@ -33,7 +33,7 @@ IMMUTABLE_KEYS = (
 
 
 def tracked_settings(model_cfg: DictConfig, pretrained: str | None, num_prompts: int) -> dict:
-    """Dotted key -> plain value, for settings that are set; where a server is counts for nothing.
+    """Dotted key -> plain value of the settings that are set, except the address of a reward server.
 
     Args:
         pretrained: the archive that the run started from.
@@ -59,14 +59,14 @@ def _leaves(key: str, value) -> dict:
 
 
 def check_resumed(state: dict, own: dict, ckpt_path: str | Path) -> None:
-    """Say, in one warning, which settings have changed since the checkpoint was written, if it knows its own.
+    """Warn once of all settings that changed since the checkpoint was written, if it stores its settings.
 
     Args:
-        state: of the checkpoint at `ckpt_path`, as `read_run_state` has it.
-        own: this run's settings, as `tracked_settings` has them.
+        state: state of the checkpoint at `ckpt_path`, from `read_run_state`.
+        own: this run's settings, from `tracked_settings`.
 
     Raises:
-        ConfigError: if it cannot be continued with one of them.
+        ConfigError: if the checkpoint cannot be continued with a changed setting.
     """
     stored = state.get("settings")
     if stored is None:
@@ -88,17 +88,19 @@ def check_resumed(state: dict, own: dict, ckpt_path: str | Path) -> None:
 
 
 def data_position(state: dict, num_prompts: int, prompts_per_step: int) -> tuple[int, int]:
-    """Where a run continues in the stream of prompts over all epochs.
+    """Where a run resumes in the stream of prompts over all epochs.
 
-    An epoch is as many whole steps as there are prompts for, so a run with another step size or number of prompts
-    counts anew: the epochs that are behind it, and as far into this one as it was, rounded up to a whole step.
+    An epoch consists of whole steps only, so with a different step size or number of prompts the position is
+    recomputed: the same number of completed epochs, and the same offset into the current one, rounded up to a whole
+    step.
 
     Args:
-        state: a checkpoint's counters and, if it carries any, its `settings`. One of the original carries none, and
-            its `consumed_samples` counts something else; its steps are taken to be as large as this run's.
+        state: a checkpoint's counters and, if present, its `settings`. Checkpoints of the original NeMo-Aligner have
+            none, and their `consumed_samples` counts something else; their steps are assumed to be as large as this
+            run's.
 
     Returns:
-        The prompts before that place, and how many of them are skipped by rounding.
+        The number of prompts before that position, and how many of them are skipped by rounding.
     """
     settings = state.get("settings")
     if settings is None:
@@ -112,5 +114,5 @@ def data_position(state: dict, num_prompts: int, prompts_per_step: int) -> tuple
 
 
 def has_other_step_size(state: dict, prompts_per_step: int) -> bool:
-    """Whether the checkpoint, as in `data_position`, is known to come from steps of another number of prompts."""
+    """Whether the checkpoint, as in `data_position`, is known to use a different number of prompts per step."""
     return state.get("settings", {}).get(PROMPTS_PER_STEP, prompts_per_step) != prompts_per_step

@@ -1,7 +1,7 @@
-"""What reward clients and the reward server share: request checks, batch padding, one answer for a whole replica, and
-one failure for the whole job.
+"""Helpers shared by reward clients and the reward server: request checks, batch padding, sharing results within a
+replica, and raising failures on all ranks.
 
-Symbols: B rows of a request, S token width. A replica is the model-parallel group; its source rank speaks for it.
+Symbols: B rows of a request, S token width. A replica is the model-parallel group; its source rank acts for it.
 """
 
 import concurrent.futures
@@ -19,27 +19,27 @@ from nemo_aligner.utils.errors import RewardError
 
 
 class FutureResult(ABC):
-    """A value that is still being computed elsewhere."""
+    """A value that is being computed asynchronously."""
 
     @abstractmethod
     def result(self) -> Any:
-        """Wait for the value. May be a collective call; the subclass says so."""
+        """Wait for the value. Subclasses document whether this is a collective call."""
 
 
 class BackgroundResult(FutureResult):
-    """The value of a future on the replica's source rank, or its failure, for the whole replica."""
+    """The result or failure, for the whole replica, of a future on its source rank."""
 
     def __init__(self, future: concurrent.futures.Future | None):
         """`future`: None on every rank but the source rank."""
         self.future = future
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` seconds until the value, or the failure, is there; whether it is. Local."""
+        """Wait up to `timeout_s` seconds for the value or failure; returns whether it is available. Local."""
         return self.future is None or not concurrent.futures.wait([self.future], timeout_s).not_done
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """`text` with every run of white space as one blank, cut to `limit` characters."""
+    """`text` with runs of whitespace collapsed to one space, truncated to `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -52,8 +52,8 @@ def is_replica_source() -> bool:
 def share_from_source(compute: Callable[[], Any]) -> Any:
     """Call `compute` on the replica's source rank and return its (picklable) value on every rank of the replica.
 
-    Collective over the model-parallel group. If `compute` raises, every rank raises `RewardError` with the same message
-    instead of waiting for a value that never comes; on the source rank it is chained to the original exception.
+    Collective over the model-parallel group. If `compute` raises, every rank raises `RewardError` with the same
+    message, so that none hangs; on the source rank it is chained to the original exception.
     """
     outcome, error = [None], None
     if is_replica_source():
@@ -74,10 +74,10 @@ def share_from_source(compute: Callable[[], Any]) -> Any:
 
 
 def fail_on_all_ranks(compute: Callable[[], Any], kind: type[Exception] = RewardError) -> Any:
-    """The value of `compute` on this rank; where it raises an error of `kind`, every rank raises one, so that all stop.
+    """The value of `compute` on this rank; if it raises an error of `kind` on any rank, every rank raises one.
 
-    Collective over the job, after whatever `compute` holds. Ranks without a failure of their own raise that of the
-    first rank that has one.
+    Collective over all ranks, after any collectives in `compute`. Ranks that did not fail raise the error of the first
+    rank that did.
     """
     value = failure = None
     try:
@@ -93,7 +93,7 @@ def fail_on_all_ranks(compute: Callable[[], Any], kind: type[Exception] = Reward
 
 
 def lock_method(lock_name: str) -> Callable:
-    """Decorator: run a method while holding the lock that its object keeps under `lock_name`, written "self.<attr>"."""
+    """Decorator: run a method while holding the object's lock named by `lock_name`, written "self.<attr>"."""
     assert lock_name.startswith("self."), f'lock_name must be written "self.<attribute>", got {lock_name!r}'
     attribute = lock_name.removeprefix("self.")
 
@@ -120,18 +120,19 @@ def pad_input(value: list, size: int, pad_value: Any = 0) -> tuple[list, int]:
 
 
 def process_inputs(inputs: dict, tokenize_func: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn one request into model inputs, refusing what the model could not run.
+    """Convert one request to model inputs, refusing what the model could not run.
 
     Args:
         inputs: arrays by name: `sentences` bytes [B, 1], or `tokens` int64 [B, S] with `sequence_lengths` int64 [B, 1].
-            Sentences win if both are given.
+            Sentences take precedence if both are given.
         tokenize_func: list of B strings → (ids [B, S], lengths [B]).
 
     Returns:
         tokens [B, S] and lengths [B, 1], int64, on this process's device.
 
     Raises:
-        ValueError: an input is missing, empty or of a wrong shape or dtype, a length not in 1..S, or an id below 0.
+        ValueError: an input is missing, empty or of a wrong shape or dtype, a length is not in 1..S, or an id is
+            below 0.
     """
     if inputs.get("sentences") is not None:
         tokens, lengths = tokenize_func(read_sentences(inputs["sentences"]))
@@ -175,12 +176,12 @@ def check_request_size(num_rows: int, width: int, max_request_tokens: int) -> No
 
 
 def answer_separately(requests: list[dict], read: Callable, score: Callable[[list], list]) -> list:
-    """Answer merged requests so that one which cannot be answered leaves the others alone.
+    """Answer merged requests so that an invalid one does not affect the others.
 
     Args:
         requests: the inputs of each request.
-        read: checks one request and returns what `score` takes of it; what it raises is the answer to that request.
-        score: takes what was read of all sound requests together, returns an answer, or an exception, for each.
+        read: checks one request and returns the input of `score`; an exception is the answer to that request.
+        score: takes the inputs of all valid requests together, returns an answer or an exception for each.
 
     Returns:
         An answer or an exception for each request, in order.
@@ -219,7 +220,7 @@ def _check_request(tokens: torch.Tensor, lengths: torch.Tensor) -> None:
 
 
 def calculate_inference_batch_padding_multiple(current_size: int, model_forward_micro_batch_size: int) -> int:
-    """What a batch of `current_size` rows is padded to a multiple of, so that every replica gets equal work."""
+    """The multiple to which to pad a batch of `current_size` rows, so that every replica gets equal work."""
     num_replicas = parallel_state.get_data_parallel_world_size()
     rows_per_forward = model_forward_micro_batch_size * num_replicas
     return num_replicas if current_size <= rows_per_forward else rows_per_forward
@@ -231,7 +232,7 @@ def pad_batch_and_strip_sequence(
     pad_to_multiple: int,
     strip_sequence_length_to_multiple: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], int, int]:
-    """Cut surplus columns and add rows up to a multiple.
+    """Trim surplus columns and pad the number of rows to a multiple.
 
     Args:
         tokens: [B, S] int64, right-padded.

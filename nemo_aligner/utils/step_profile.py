@@ -1,4 +1,4 @@
-"""A close look at a few RS steps: torch profiler traces, and the phase table beside them."""
+"""Profile of a few RS steps: torch profiler traces and a phase table."""
 
 import contextlib
 import gzip
@@ -13,7 +13,7 @@ from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.phases import phase_table
 
 MAX_STEPS = 5
-# What viewers still open, and hosts still hold for eight ranks.
+# A size that trace viewers can still open, and that hosts can still hold for eight ranks.
 MAX_TRACE_BYTES = 500_000_000
 
 
@@ -31,19 +31,20 @@ def check_profile(num_steps) -> None:
 
 
 class StepProfile:
-    """Traces `num_steps` RS steps after one of warm-up, into `folder`.
+    """Traces `num_steps` RS steps, after one warm-up step, into `folder`.
 
-    Each rank writes `step<s>-rank<r>-<half>.json.gz` in Chrome's format, a file for each half of a step, as rollouts
-    are many small operations and may make a trace too large to be kept. Rank 0 writes and logs the phase table.
+    Each rank writes `step<s>-rank<r>-<half>.json.gz` in Chrome's trace format, one file per half of a step, because
+    rollouts consist of many small operations, whose trace may be too large to keep. Rank 0 writes and logs the phase
+    table.
     """
 
     def __init__(self, num_steps: int, folder: Path | None):
         """
         Args:
-            num_steps: 0 does nothing.
+            num_steps: 0 disables profiling.
 
         Raises:
-            ConfigError: if `num_steps` is none, or there is something to write but no folder.
+            ConfigError: if `num_steps` is invalid, or there is something to write but no folder.
         """
         check_profile(num_steps)
         if num_steps and folder is None:
@@ -55,7 +56,7 @@ class StepProfile:
 
     @contextlib.contextmanager
     def trace(self, half: str, step: int):
-        """Trace the body if it belongs to a step that is to be traced; the first step seen is that of warm-up."""
+        """Trace the body if `step` is to be traced; the first step seen is the warm-up."""
         if self._warm_up_step is None:
             self._warm_up_step = step
         if not self._is_traced(step):
@@ -71,7 +72,7 @@ class StepProfile:
         _write_compressed(profile, self._folder / name)
 
     def record(self, step: int, seconds: dict[str, float]) -> None:
-        """Add a step's phases, as `PhaseClock.consume` returns them, to the table; with the last one it is complete."""
+        """Add a step's phases, as returned by `PhaseClock.consume`, to the table; the last step completes it."""
         if self._warm_up_step is None or not (step == self._warm_up_step or self._is_traced(step)):
             return
         self._table[f"step {step}, {'traced' if self._is_traced(step) else 'warm-up'}"] = seconds
@@ -82,7 +83,7 @@ class StepProfile:
                 logging.info(f"phases of rank 0; traces are in {self._folder}\n{phase_table(self._table)}")
 
     def close(self) -> None:
-        """Say so if the run ended before all of it was traced."""
+        """Report if the run ended before all steps were traced."""
         num_traced = max(len(self._table) - 1, 0)
         if num_traced < self._num_steps:
             logging.warning(

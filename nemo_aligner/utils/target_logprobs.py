@@ -1,9 +1,9 @@
-"""Log-probabilities of given tokens straight from hidden states, with logits of a piece of the vocabulary at a time.
+"""Log-probabilities of given tokens from hidden states, materializing logits for one vocabulary piece at a time.
 
-A piece of the vocabulary is to a shard what a shard is to the vocabulary, so the arithmetic is that of `logprobs`. On a
-GPU it is one kernel of `logprob_kernels` for each piece, forward and backward.
-Pieces, not positions, because the gradient of a piece's weights then is one product, written (or added) where it
-belongs: pieces of positions would have to be summed into a matrix of the whole weight's size again and again.
+A piece is a part of this rank's vocabulary shard; the arithmetic is that of `logprobs`, applied a level deeper. On a
+GPU each piece takes one kernel of `logprob_kernels`, forward and backward.
+The split is over the vocabulary, not over positions, because the weight gradient of a piece is then one matmul, written
+to (or accumulated in) its rows; a split over positions would accumulate into the whole weight's gradient repeatedly.
 
 Legend: R positions, H hidden size, V padded vocabulary over all TP ranks, C entries of a piece.
 """
@@ -22,14 +22,14 @@ from nemo_aligner.utils.weight_gradients import add_to_main_grad, stand_in_gradi
 class TargetLogprobs(torch.autograd.Function):
     """`apply(hidden_RH, weight_VH, targets_R, reduce_hidden, fuse_weight)` -> float32 [R], equal on all TP ranks.
 
-    All ranks of the tensor-parallel group must call it. The logits are formed again in the backward pass: that costs a
-    third more in the output layer, and nothing is kept but the hidden states and two numbers per position.
+    All ranks of the tensor-parallel group must call it. The backward pass recomputes the logits: the output layer costs
+    a third more, but only the hidden states and two numbers per position are saved.
 
     Args:
         hidden_RH: equal on all TP ranks.
         weight_VH: [V/TP, H], this rank's rows of the output layer, in the dtype of `hidden_RH`.
         targets_R: int64 ids in [0, V).
-        reduce_hidden: sum the gradient of `hidden_RH` over the TP ranks; otherwise each has its own shard's part.
+        reduce_hidden: all-reduce the gradient of `hidden_RH` over the TP ranks; otherwise it stays partial.
         fuse_weight: add the weight's gradient to `weight_VH.main_grad`, as megatron-core's linear layers do with
             `gradient_accumulation_fusion`.
     """
@@ -40,7 +40,7 @@ class TargetLogprobs(torch.autograd.Function):
         targets_R = targets_R - parallel_state.get_tensor_model_parallel_rank() * weight_VH.size(0)
         dtype = torch.promote_types(hidden_RH.dtype, torch.float32)
         maxima_R, exp_sums_R, target_logits_R = torch.zeros(3, len(targets_R), dtype=dtype, device=hidden_RH.device)
-        # not -inf: where all logits are -inf, two maxima must have a difference
+        # Not -inf: where all logits are -inf, the difference of two maxima would be NaN.
         maxima_R.fill_(torch.finfo(dtype).min)
         for piece, logits_RC in _pieces(hidden_RH, weight_VH):
             add_piece_(maxima_R, exp_sums_R, target_logits_R, logits_RC, targets_R, piece.start)
@@ -86,14 +86,14 @@ def add_piece_(
     targets_R: torch.Tensor,
     first: int,
 ) -> None:
-    """Bring what is known of each position's logits up to date with those of a piece.
+    """Online softmax: update each position's running statistics with the logits of a piece, in place.
 
     Args:
         maxima_R, exp_sums_R, target_logits_R: the largest logit so far, the sum of exp(logit - largest), and the
-            target's logit, or 0 before its piece has come.
+            target's logit, or 0 before its piece is processed.
         logits_RC: contiguous.
-        targets_R: int64, the target's place in this shard; it may lie in another one.
-        first: the place of the piece's first entry.
+        targets_R: int64, the target's index relative to this shard; it may lie in another one.
+        first: index in this shard of the piece's first entry.
     """
     if logits_RC.is_cuda:
         from nemo_aligner.utils import logprob_kernels
@@ -119,9 +119,9 @@ def piece_gradient(
     """The gradient of a piece's logits, [R, C] in their dtype.
 
     Args:
-        logits_RC, targets_R, first: as above. The memory of the logits is used again.
-        maxima_R, exp_sums_R: of the whole vocabulary.
-        grad_R: of the log-probabilities, contiguous.
+        logits_RC, targets_R, first: as above. The memory of the logits may be reused for the result.
+        maxima_R, exp_sums_R: over the whole vocabulary.
+        grad_R: gradient of the log-probabilities, contiguous.
     """
     if logits_RC.is_cuda:
         from nemo_aligner.utils import logprob_kernels
@@ -132,10 +132,10 @@ def piece_gradient(
 
 
 def _pieces(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A piece's entries of this rank's vocabulary and its logits [R, C], of at most `MAX_CHUNK_ENTRIES` entries."""
+    """For each piece, its slice of this rank's vocabulary and its logits [R, C]; R * C <= `MAX_CHUNK_ENTRIES`."""
     size = max(1, logprobs.MAX_CHUNK_ENTRIES // max(1, len(hidden_RH)))
     if size > 128:
-        size -= size % 128  # as matrix units like it
+        size -= size % 128  # aligned for tensor cores
     for start in range(0, len(weight_VH), size):
         piece = slice(start, start + size)
         yield piece, linear(hidden_RH, weight_VH[piece])

@@ -1,4 +1,4 @@
-"""Small tensor helpers and their plumbing: masked statistics, padding, device moves, warnings.
+"""Small helpers: masked statistics, padding, device moves, garbage collection, warnings.
 
 Shapes: B rows, S token positions, V vocabulary entries.
 """
@@ -23,7 +23,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
         dim: the dimension to average over; None averages over all selected entries.
 
     Returns:
-        The mean, summed in float64 and given in the dtype of `values` (integers: torch's default float dtype).
+        The mean, accumulated in float64 and returned in the dtype of `values` (integers: torch's default float dtype).
         NaN where nothing is selected.
 
     Raises:
@@ -35,7 +35,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
 
 
 def masked_std(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Standard deviation of the selected entries with the n - 1 of `torch.std`; otherwise as `masked_mean`.
+    """Standard deviation of the selected entries, with divisor n - 1 as in `torch.std`; otherwise like `masked_mean`.
 
     NaN where fewer than two entries are selected.
     """
@@ -61,7 +61,7 @@ def select_log_probs(full_log_probs: torch.Tensor, indices: torch.Tensor) -> tup
         indices: [B, S] int64 token ids, not shifted.
 
     Returns:
-        The log-probabilities of `indices[:, 1:]`, [B, S-1], and the distributions they came from, [B, S-1, V].
+        The log-probabilities of `indices[:, 1:]`, [B, S-1], and their distributions, [B, S-1, V].
     """
     full_log_probs = full_log_probs[:, :-1]
     return full_log_probs.gather(-1, indices[:, 1:].unsqueeze(-1)).squeeze(-1), full_log_probs
@@ -75,7 +75,7 @@ def calculate_response_lengths(tokens: torch.Tensor, eos_id: int) -> torch.Tenso
 def batch_pad_to_fixed_len(batch: Sequence[torch.Tensor], max_batch_len: int, pad_token: int | float) -> torch.Tensor:
     """Stack 1-D tensors into [len(batch), max_batch_len], padded on the right with `pad_token`, dtype kept.
 
-    An empty batch gives [0, max_batch_len] in the dtype that torch gives `pad_token`.
+    An empty batch gives [0, max_batch_len] in the dtype that torch infers from `pad_token`.
 
     Raises:
         ValueError: a tensor is longer than `max_batch_len`.
@@ -99,31 +99,31 @@ def move_to_device_if_tensor(device: torch.device | str, item):
 
 
 def to_device_async(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the CPU, on `device`; the host does not wait for the copy."""
+    """Copy a CPU tensor to `device` without blocking the host."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def cpu_dict(dictionary: dict) -> dict:
-    """A new dict whose tensors lie on the CPU; other values are left as they are."""
+    """A new dict with tensors moved to the CPU; other values are unchanged."""
     return apply_func_to_dict(functools.partial(move_to_device_if_tensor, "cpu"), dictionary)
 
 
 def cuda_dict(dictionary: dict) -> dict:
-    """A new dict whose tensors lie on this process's GPU; other values are left as they are."""
+    """A new dict with tensors moved to this process's GPU; other values are unchanged."""
     return apply_func_to_dict(functools.partial(move_to_device_if_tensor, current_device()), dictionary)
 
 
 def clear_memory() -> None:
-    """Collect garbage and hand cached GPU memory back."""
+    """Collect garbage and empty the CUDA cache."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def gc_frozen():
-    """Within the context garbage is looked for only among what was created in it, in milliseconds.
+    """Restrict garbage collection within the context to objects created in it, which takes milliseconds.
 
-    The objects of all the libraries take 0.4 s to look through, and live as long as the process.
+    Traversing the objects of all libraries takes 0.4 s, and they live as long as the process.
     """
     gc.freeze()
     try:
@@ -133,7 +133,7 @@ def gc_frozen():
 
 
 def surpress_user_warnings(function: Callable) -> Callable:
-    """Decorator: calls of `function` raise no `UserWarning`; other warnings pass."""
+    """Decorator: suppress `UserWarning` in calls of `function`; other warnings pass."""
 
     @functools.wraps(function)
     def quiet(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Where responses end: the generation strategy that knows final lengths, and checks of finished responses.
+"""Ends of responses: a generation strategy that tracks final lengths, and checks of finished responses.
 
 Legend: B rows; t the position of the newest token; a row's budget is its `max_length`, the tokens it may generate.
 """
@@ -14,13 +14,13 @@ from nemo_aligner.utils.distributed import broadcast_tensor_within_pp
 
 
 class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
-    """Notes where each row ended, and gives its length (prompt, response and ending token) afterwards.
+    """Records where each row ended, and returns its length (prompt, response and ending token) afterwards.
 
     Args:
         model: the actor.
         context_lengths: prompt lengths, int64 [B].
         max_length: tokens that each row may generate, counted from the end of its own prompt.
-        min_length: tokens that each row generates before one may end it.
+        min_length: tokens that each row generates before a token may end it.
     """
 
     def __init__(self, model, context_lengths: torch.Tensor, max_length: int, min_length: int = 0):
@@ -31,7 +31,7 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
         self._end_position = torch.full_like(context_lengths, -1)
 
     def of_rows(self, rows: slice) -> "TrackLengthGPTModelTextGenerationStrategy":
-        """A strategy of these rows alone. What it comes to know of where they end, this one knows as well."""
+        """A strategy for these rows alone, which shares its record of where they end with this one."""
         part = copy.copy(self)
         part.context_lengths, part._end_position = self.context_lengths[rows], self._end_position[rows]
         return part
@@ -46,7 +46,7 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
             prev: the ids drawn at t, int64 [B].
 
         Raises:
-            RuntimeError: if `tokens` has another number of rows than `context_lengths`.
+            RuntimeError: if `tokens` and `context_lengths` differ in their number of rows.
         """
         if tokens.size(0) != self.context_lengths.size(0):
             raise RuntimeError(f"{tokens.size(0)} rows of tokens, but {self.context_lengths.size(0)} prompt lengths")
@@ -61,7 +61,7 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
     def get_lengths(self) -> torch.Tensor:
         """Final lengths, int64 [B], on every rank of the replica; all pipeline ranks call it together.
 
-        For a row that ended within its budget the position behind its ending token, else prompt + `max_length`.
+        For a row that ended within its budget, the position after its ending token, else prompt + `max_length`.
         """
         return self._final_state()[0]
 
@@ -78,11 +78,11 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
         return torch.where(is_end, end_position + 1, self.context_lengths + self.max_length), is_end
 
     def end_token_ids(self, eod_id: int, end_strings: list[str]) -> list[int]:
-        """The ids that end a response by themselves."""
+        """The ids that end a response on their own."""
         return sorted(self.end_ids_and_strings(eod_id, end_strings)[0])
 
     def end_ids_and_strings(self, eod_id: int, end_strings: list[str]) -> tuple[set[int], list[str]]:
-        """What ends a response by itself: token ids, and texts of several tokens."""
+        """What ends a response: single token ids, and texts of several tokens."""
         if not end_strings:
             return {eod_id}, []
         return self._get_end_of_generation_tokens_and_strings(eod_id, end_strings)
@@ -97,7 +97,7 @@ class TrackLengthGPTModelTextGenerationStrategy(GPTModelTextGenerationStrategy):
 
 
 def ends_with_text(tokens: torch.Tensor, text: str, tokenizer) -> bool:
-    """Whether the decoded row `tokens` [T] ends with `text`, decoding no more of its tail than that takes."""
+    """Whether the decoded row `tokens` [T] ends with `text`; decodes only as much of its tail as needed."""
     window = len(text.encode()) + 8  # a token may decode to part of a character, or to nothing
     tail = tokenizer.ids_to_text(tokens[-window:].tolist())
     if len(tail) <= len(text) and window < tokens.numel():
@@ -110,7 +110,7 @@ def tokenize_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, max_len], right-padded with `eos_id`, and lengths after truncation [B]; int64, on the device.
 
-    BOS and EOS, where asked for, are added first; then the row is cut to `max_len`.
+    BOS and EOS, if requested, are added before truncation to `max_len`.
     """
     rows = [
         [tokenizer.bos_id] * add_BOS + list(tokenizer.text_to_ids(sentence)) + [tokenizer.eos_id] * add_EOS
@@ -131,7 +131,7 @@ def verify_is_valid_and_clamp_range_(
     tokenizer,
     end_strings: list[str] | None = None,
 ) -> torch.Tensor:
-    """Which rows end properly and hold only ids of the vocabulary, bool [B].
+    """Which rows end properly and contain only ids of the vocabulary, bool [B].
 
     A row ends properly if its token at `response_lengths - 1`, or the text up to there, is an end by the strategy's
     rule. Ids outside [0, vocab_size) are clamped into that range in place.
@@ -158,7 +158,7 @@ def has_content(
     tokenizer,
     end_strings: list[str],
 ) -> torch.Tensor:
-    """Which ended rows hold more than the token or string that ended them, bool [B].
+    """Which ended rows contain more than the token or string that ended them, bool [B].
 
     Args:
         response_tokens: prompt, response with its ending, padding; int64 [B, S].

@@ -1,4 +1,4 @@
-"""Timers: sections of a step, their maximum over ranks, and the limit on a run's duration."""
+"""Timers for sections of a step, with their maximum over ranks, and for a run's time limit."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ class Timer:
         self._started_at = None
 
     def start_time(self) -> None:
-        """Start the clock; called again, it starts anew."""
+        """Start the clock, or restart it."""
         self._started_at = time.monotonic()
 
     def get_time_elapsed(self) -> float:
@@ -40,7 +40,7 @@ class Timer:
         return self.limit_s - self.get_time_elapsed()
 
     def is_finished(self) -> bool:
-        """Whether the limit has passed by the clock of global rank 0; all ranks must call it and agree."""
+        """Whether the limit has passed by the clock of global rank 0. Collective over all ranks."""
         limit_passed = self.get_time_remaining() <= 0
         if not torch.distributed.is_initialized():
             return limit_passed
@@ -59,12 +59,12 @@ def _parse_duration(duration: str) -> float:
 
 
 class ScopedTimer:
-    """Times sections as `with timer("name"):`; durations are this rank's own, in seconds; see `max_over_ranks`.
+    """Times sections as `with timer("name"):`; durations are this rank's, in seconds; see `max_over_ranks`.
 
     Args:
         reduction, buffer_size: as for NeMo's `NamedTimer`.
-        sync_cuda: wait at both ends of a section for the current stream. Not, as NeMo does, for the whole device: the
-            optimizer's state may be on its way on a stream of its own.
+        sync_cuda: synchronize the current stream at both ends of a section. Unlike NeMo, not the whole device, as
+            copies of the optimizer's state may be in flight on another stream.
     """
 
     def __init__(self, reduction: str = "mean", sync_cuda: bool = False, buffer_size: int = -1):
@@ -76,7 +76,7 @@ class ScopedTimer:
         """Time the body.
 
         Raises:
-            ValueError: `name` holds a duration that was not consumed yet.
+            ValueError: `name` has a duration that was not consumed yet.
         """
         if name in self._timer.export():
             raise ValueError(f"section {name!r} was timed already: call consume_durations() before timing it again")
@@ -93,7 +93,7 @@ class ScopedTimer:
             torch.cuda.current_stream().synchronize()
 
     def consume_durations(self) -> dict[str, float]:
-        """The finished sections' durations by name, which are then forgotten."""
+        """Return and clear the durations of finished sections, by name."""
         durations = self._timer.export()
         for name in durations:
             del self._timer.timers[name]
@@ -113,7 +113,7 @@ class SyncTimer(NamedTimer):
 
     Args:
         reduction, sync_cuda, buffer_size: as for `NamedTimer`.
-        reduce_op: how values of several data-parallel ranks become one.
+        reduce_op: reduction over data-parallel ranks.
     """
 
     @deprecated_in_version("0.1.0", "use ScopedTimer and max_over_ranks")
@@ -128,16 +128,16 @@ class SyncTimer(NamedTimer):
         return self.get(name)
 
     def get_synced(self, name: str = "") -> float:
-        """The section's seconds, reduced over the data-parallel group, whose ranks must all call it."""
+        """The section's seconds, reduced over the data-parallel group; all its ranks must call it."""
         return self._reduce(self.get(name))
 
     def store(self, name: str = "") -> None:
-        """Put the section's seconds aside and clear the section."""
+        """Store the section's seconds and clear the section."""
         self._stored.setdefault(name, []).append(self.get(name))
         self.reset(name)
 
     def sync_and_consume_over_stored_time(self, name: str = "") -> float:
-        """The stored seconds, reduced as `reduction` says and then over the data-parallel group; they are forgotten.
+        """Return the stored seconds, reduced by `reduction` and then over the data-parallel group, and clear them.
 
         All ranks of the data-parallel group must call it.
 

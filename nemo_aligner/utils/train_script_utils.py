@@ -1,4 +1,4 @@
-"""What the training script does before the loop: trainer, process groups, adapters, optimizer, checkpoints, loggers."""
+"""Set-up of the training script: trainer, process groups, adapters, optimizer, checkpoints, loggers."""
 
 import contextlib
 import copy
@@ -41,14 +41,14 @@ from nemo_aligner.utils.server_utils import RewardError
 
 compat.apply()
 
-# What a group of parameters has that is not from the config.
+# Keys of a parameter group that do not come from the config.
 OPTIMIZER_STATE = ("params", "step")
 
 
 def with_profile_as_override(arguments: list[str]) -> list[str]:
-    """A command line in which `--profile`, `--profile=<steps>` and `--profile <steps>` are the Hydra override meant.
+    """The command line with `--profile`, `--profile=<steps>` and `--profile <steps>` replaced by a Hydra override.
 
-    A word or number behind `--profile` can be nothing but its value: overrides have a `=` or a `~`, flags a `-`.
+    A word or number after `--profile` can only be its value: overrides have a `=` or a `~`, flags a `-`.
     """
     joined = []
     for argument in arguments:
@@ -62,7 +62,7 @@ def with_profile_as_override(arguments: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def exit_on_config_error():
-    """Turn a `ConfigError`, or that of a key which cannot be read, into one line on stderr and exit code 2."""
+    """Turn a `ConfigError`, or the error of a key that cannot be read, into one line on stderr and exit code 2."""
     try:
         yield
     except ConfigError as error:
@@ -77,7 +77,7 @@ def exit_on_config_error():
 def exit_on_reward_error():
     """Turn a `RewardError` into its one line on rank 0's stderr and exit code 1.
 
-    If a user's function raised, its traceback stands before that line.
+    If a user's function raised, its traceback precedes that line.
     """
     try:
         yield
@@ -93,9 +93,9 @@ def exit_on_reward_error():
 
 
 def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer:
-    """Resolve `cfg` in place and build the Lightning trainer from `cfg.trainer` without its own sub-section.
+    """Resolve `cfg` in place and build the Lightning trainer from `cfg.trainer` without its key `pop_trainer_key`.
 
-    With "rs" as `pop_trainer_key` the whole configuration is checked first, as nothing expensive has happened yet.
+    If that is "rs", the whole configuration is checked first, before anything expensive happens.
 
     Raises:
         ConfigError: for a mistake in the configuration or in a file it names.
@@ -115,7 +115,7 @@ def resolve_and_create_trainer(cfg: DictConfig, pop_trainer_key: str) -> Trainer
 
 @contextlib.contextmanager
 def temp_pop_from_config(cfg: DictConfig, name_to_temporarily_remove: str):
-    """Within the context, `cfg` lacks that key."""
+    """Remove the key from `cfg` within the context."""
     with open_dict(cfg):
         removed = cfg.pop(name_to_temporarily_remove)
     try:
@@ -126,7 +126,7 @@ def temp_pop_from_config(cfg: DictConfig, name_to_temporarily_remove: str):
 
 
 def join_started_processes(ptl_trainer: Trainer) -> None:
-    """Join the job's processes now, if its launcher has started them all: from here on an error on one ends every one.
+    """Initialize the process group now if an external launcher started all processes, so that an error on one ends all.
 
     Lightning as the launcher starts the others only once rank 0 restores the model.
     """
@@ -135,7 +135,7 @@ def join_started_processes(ptl_trainer: Trainer) -> None:
 
 
 def init_distributed(ptl_trainer: Trainer, ptl_model, use_te: bool = False) -> None:
-    """Join the processes and build Megatron's groups, unless restoring the model did so already."""
+    """Initialize the process group and Megatron's parallel groups, unless restoring the model already did."""
     ptl_trainer.state.fn = TrainerFn.FITTING
     ptl_trainer.strategy.connect(ptl_model)
     if not parallel_state.is_initialized():
@@ -164,11 +164,11 @@ def init_peft(ptl_model, updated_cfg: DictConfig) -> None:
 
 
 def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) -> None:
-    """Run Lightning's set-up as `Trainer.fit` would, up to the point where its own loop would begin.
+    """Run Lightning's set-up as `Trainer.fit` would, up to the start of its loop.
 
-    Builds the optimizer and its schedule and restores, if `ptl_trainer.ckpt_path` is set, weights, the optimizer's
-    state, the place in the schedule and callbacks from there. The optimizer's settings and the schedule itself are
-    those of the config, also where it has changed since.
+    Builds the optimizer and its schedule and, if `ptl_trainer.ckpt_path` is set, restores weights, optimizer state,
+    position in the schedule and callbacks from it. The optimizer's settings and the schedule itself are taken from the
+    config, even where it has changed since.
 
     Raises:
         ConfigError: if the checkpoint is damaged, or cannot be continued with a setting that has changed.
@@ -201,13 +201,13 @@ def init_using_ptl(ptl_trainer: Trainer, ptl_model, train_dataloader, train_ds) 
 
 
 def disable_data_callbacks(ptl_model) -> None:
-    """Let the model's set-up build no datasets: the script has built its own."""
+    """Keep the model's set-up from building datasets: the script builds its own."""
     for name in ("build_train_valid_test_datasets", "setup_training_data", "setup_validation_data", "setup_test_data"):
         setattr(ptl_model, name, types.MethodType(lambda self, *args, **kwargs: None, ptl_model))
 
 
 def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds, resumed_state: dict | None) -> None:
-    """Count the learning-rate schedule in optimizer steps: those done, and those of each RS step that is to come."""
+    """Set the length of the learning-rate schedule in optimizer steps: those done plus those of all future RS steps."""
     sched = OmegaConf.select(model_cfg, "optim.sched")
     if sched is None:
         return
@@ -221,12 +221,12 @@ def _set_schedule_horizon(ptl_trainer: Trainer, model_cfg: DictConfig, train_ds,
         rows = max(0, rs_steps) * num_per_step * model_cfg.rs.top_n_rollouts
         with open_dict(model_cfg):
             sched.max_steps = done["rs_optimization_step"] + rows // model_cfg.global_batch_size
-    # NeMo prefers the limit of Lightning's loop, which counts RS steps here and does not run.
+    # NeMo prefers the limit of Lightning's loop, which does not run here and whose limit counts RS steps.
     ptl_trainer.fit_loop.epoch_loop.max_steps = sched.max_steps
 
 
 def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
-    """Let a config written for a distributed optimizer run with a plain one by changing `optim.name` alone."""
+    """Drop keys of distributed optimizers, so that changing `optim.name` is enough to switch to a plain one."""
     dropped = [key for key in DISTRIBUTED_OPTIMIZER_KEYS if key in optim_cfg]
     if dropped:
         logging.info(f"model.optim.name={optim_cfg.name} does not use {', '.join(dropped)}")
@@ -237,7 +237,7 @@ def _drop_distributed_optimizer_keys(optim_cfg: DictConfig) -> None:
 
 @contextlib.contextmanager
 def _keeping_optimizer_settings(ptl_trainer: Trainer):
-    """Within, the optimizers' state and the number of steps of each schedule may be restored, but no settings."""
+    """Context manager: restoring sets the optimizers' state and schedules' step counts, but no settings of either."""
     groups = [group for optimizer in ptl_trainer.strategy.optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key not in OPTIMIZER_STATE} for group in groups]
     schedules = [config.scheduler for config in ptl_trainer.lr_scheduler_configs]
@@ -250,15 +250,15 @@ def _keeping_optimizer_settings(ptl_trainer: Trainer):
         num_steps = schedule.last_epoch
         schedule.load_state_dict(beginning)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the optimizer should step first
-            for _ in range(num_steps):  # as some schedules know no rate but the one after the last
+            warnings.simplefilter("ignore", UserWarning)  # asking to step the optimizer first
+            for _ in range(num_steps):  # some schedules compute a rate only from the previous one
                 schedule.step()
 
 
 def retrieve_custom_trainer_state_dict(ptl_trainer: Trainer) -> dict | None:
     """The RS counters of the checkpoint that the trainer resumes from, or None if it starts fresh.
 
-    Under `settings` are those of the run that wrote it, as `tracked_settings` has them, if they are known.
+    `settings` holds the settings of the run that wrote it, in the form of `tracked_settings`, if they are known.
 
     Raises:
         ValueError: if the counters are neither in the checkpoint nor in its name.
@@ -306,9 +306,9 @@ def add_custom_checkpoint_callback(ptl_trainer: Trainer, ptl_model):
 
 
 class CustomLoggerWrapper:
-    """Several Lightning loggers as one; a logger that lacks a method is left out of it.
+    """Several Lightning loggers as one; a method call skips the loggers that lack it.
 
-    What cannot be written, as on a full disk, is a warning: training does not depend on it.
+    A write failure, such as a full disk, is only a warning, because training does not depend on logs.
     """
 
     def __init__(self, loggers):
@@ -328,7 +328,7 @@ class CustomLoggerWrapper:
 
     def log_metrics(self, metrics: dict, step: int | None = None, prefix: str = "") -> None:
         self.apply_fn("log_metrics", {f"{prefix}{key}": value for key, value in metrics.items()}, step=step)
-        self.apply_fn("save")  # a run that is killed must not take what it logged with it
+        self.apply_fn("save")  # so that a killed run does not lose its metrics
 
     def log_table(self, *args, **kwargs) -> None:
         self.apply_fn("log_table", *args, **kwargs)

@@ -2,7 +2,7 @@
 
 Every function takes the Lightning model first. Which collective runs depends on the optimizer: Apex's
 `distributed_fused_adam` and megatron-core's `mcore_distributed_optim` reduce gradients themselves, a plain optimizer
-(inside NeMo's `MainParamsOptimizerWrapper` with `megatron_amp_O2`) leaves that to us.
+(inside NeMo's `MainParamsOptimizerWrapper` with `megatron_amp_O2`) leaves that to this module.
 """
 
 from functools import partial
@@ -16,10 +16,10 @@ from nemo.utils.model_utils import param_is_not_shared
 
 
 def set_sync_funcs(ptl_model, forward_only: bool) -> None:
-    """Tell the pipeline schedule how to delay, start and finish the optimizer's own communication.
+    """Set the hooks with which the pipeline schedule delays, starts and finishes the optimizer's communication.
 
-    Gradients are reduced in the last micro-batch or behind it, never in one before: replicas may have different numbers
-    of micro-batches.
+    Gradients are reduced during or after the last micro-batch, never earlier, because replicas may have different
+    numbers of micro-batches.
     """
     no_sync_func = grad_sync_func = param_sync_func = None
     if ptl_model.with_distributed_adam and not forward_only:
@@ -40,13 +40,13 @@ def set_sync_funcs(ptl_model, forward_only: bool) -> None:
 
 
 def _finish_grad_sync(chunks, num_tokens=None) -> None:
-    """`finalize_model_grads` for adapters: it would also add up gradients of tied embeddings, which are frozen."""
+    """`finalize_model_grads` for adapters, without the all-reduce of tied embeddings' gradients, which are frozen."""
     for chunk in chunks:
         chunk.finish_grad_sync()
 
 
 def _reduces_in_backward(ptl_model) -> bool:
-    """Whether NeMo's `MainParamsOptimizerWrapper` sends each gradient as soon as a backward pass has added to it."""
+    """Whether NeMo's `MainParamsOptimizerWrapper` reduces each gradient as soon as the backward pass produces it."""
     optimizer = ptl_model._optimizer
     return isinstance(optimizer, MainParamsOptimizerWrapper) and optimizer.async_master_grads_allreudce  # NeMo's name
 
@@ -67,7 +67,7 @@ def _mcore_sync_funcs(ptl_model):
 
 
 def prepare_for_training_step(ptl_model, zero_grad: bool = True) -> None:
-    """Put the model and its buffers into the state in which a forward-backward pass may start."""
+    """Prepare the model and its gradient buffers for a forward-backward pass."""
     set_train(ptl_model)
     if ptl_model.initialize_ub:
         ptl_model.initialize_ub_func()
@@ -81,7 +81,7 @@ def prepare_for_training_step(ptl_model, zero_grad: bool = True) -> None:
 
 
 def _wait_for_embedding_parameters(ptl_model) -> None:
-    """Apex gathers a parameter when Python first touches it; torch hands embeddings to C++ without touching them."""
+    """Access the embedding weights in Python, which makes Apex gather them; torch passes them to C++ without that."""
     for module in ptl_model.get_model_module_list():
         if hasattr(module, "embedding"):
             for parameter in module.embedding.parameters():
@@ -89,7 +89,7 @@ def _wait_for_embedding_parameters(ptl_model) -> None:
 
 
 def grad_reductions(ptl_model) -> None:
-    """Bring the gradients that the schedule left on each rank to their final values, each reduced exactly once."""
+    """Finish reducing the gradients left by the schedule, so that each is reduced exactly once."""
     cfg = ptl_model.cfg
     if ptl_model.use_mcore_dist_optim:
         return  # the schedule called finalize_model_grads, which reduces everything
@@ -107,14 +107,14 @@ def grad_reductions(ptl_model) -> None:
 
 
 def finish_param_sync(ptl_model) -> None:
-    """Wait for updated parameters from the other data-parallel ranks, which otherwise come with the next forward."""
+    """Finish the parameter all-gather over DP ranks, which otherwise happens in the next forward pass."""
     if ptl_model.use_mcore_dist_optim:
         for chunk in ptl_model.model:
             for bucket_group in chunk.bucket_groups if chunk.ddp_config.overlap_param_gather else ():
                 bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
     elif ptl_model.with_distributed_adam:
         for parameter in ptl_model._optimizer.parameters():
-            # Apex's own copying touches it; then the copy would begin anew in its midst and fail
+            # Apex's own copy accesses the parameter; the hook would then restart the copy recursively and fail.
             parameter._pre_forward_hook_is_enabled = False
         ptl_model._optimizer.param_sync()
 
@@ -145,12 +145,12 @@ def clip_gradients(ptl_model, clip_val: float | None) -> float | None:
 
 
 def _clip_mcore_gradients(ptl_model, clip_val: float) -> float:
-    """Each data-parallel rank holds a shard of the reduced gradients; what is scaled are the buffers below them."""
+    """The norm is over each data-parallel rank's shard of the reduced gradients; the whole buffers are scaled."""
     optimizer = ptl_model._optimizer.mcore_optimizer
     optimizer.prepare_grads()
     everybody = torch.distributed.group.WORLD
     norm = _norm_over_ranks(optimizer.get_main_grads_for_grad_norm(), everybody).item()
-    factor = clip_val / (norm + 1e-6)  # as torch has it
+    factor = clip_val / (norm + 1e-6)  # same epsilon as torch
     if factor < 1:
         for chunk in ptl_model.model:
             chunk.scale_gradients(factor)
@@ -158,7 +158,7 @@ def _clip_mcore_gradients(ptl_model, clip_val: float) -> float:
 
 
 def _norm_over_ranks(gradients: list[torch.Tensor], group) -> torch.Tensor:
-    """2-norm (fp32 scalar) over the ranks of `group`, of which each gives the gradients that it alone counts."""
+    """2-norm (fp32 scalar) over the ranks of `group`; each gradient must be passed on exactly one rank."""
     squared = torch.nn.utils.get_total_norm(gradients).float().square().to(torch.cuda.current_device())
     torch.distributed.all_reduce(squared, group=group)
     return squared.sqrt()

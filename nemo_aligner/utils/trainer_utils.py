@@ -1,4 +1,4 @@
-"""Step arithmetic of a training run: which sizes fit, how many steps an epoch has, and what is due after a step."""
+"""Step arithmetic of a training run: valid sizes, steps per epoch, and what is due after a step."""
 
 from megatron.core import parallel_state
 
@@ -15,7 +15,7 @@ def check_sizes(
     micro_batch_size: int,
     data_parallel_size: int,
 ) -> None:
-    """Refuse sizes that do not fit each other.
+    """Refuse sizes that are inconsistent.
 
     Raises:
         ConfigError: naming the keys, their values and what must hold.

@@ -1,4 +1,4 @@
-"""Rollouts that a run had no time to score, or could not have scored, kept on disk for its next start."""
+"""Rollouts that a run had no time to score or failed to score, persisted for its next start."""
 
 import os
 import re
@@ -18,15 +18,16 @@ from nemo_aligner.utils.tensors import cpu_dict
 class UnscoredRollouts:
     """One file for each phase that ended early: `<folder>/unscored_<split>_step<s>_rank<r>.pt`.
 
-    r is the replica's source rank, which alone reads and writes.
+    r is the replica's source rank, the only rank that reads and writes.
     """
 
     def __init__(self, folder: str | Path | None, rank: int, made_with: dict):
         """
         Args:
-            folder: None keeps nothing.
-            made_with: the settings that rollouts, and under "reward" their rewards, depend on, plain values; those made
-                with others are not used. The weights are told apart by the step alone, see `drop_later`.
+            folder: None disables persistence.
+            made_with: settings that the rollouts and, under "reward", their rewards depend on, as plain values.
+                Rollouts made with other settings are not used. The weights are identified by the step alone, see
+                `drop_later`.
         """
         self.folder = None if folder is None else Path(folder)
         self.rank = rank
@@ -35,10 +36,10 @@ class UnscoredRollouts:
     def save(self, split: str, step: int, rollout_batches: list[dict]) -> str:
         """Write the phase's rollout micro-batches (dicts of tensors), scored or not, and sync them to disk. Local.
 
-        If that fails, as on a full disk, a warning says so: there is a checkpoint still to be written.
+        A write failure, such as a full disk, is only a warning, because a checkpoint still has to be written.
 
         Returns:
-            What there is to add to the message that the run ends with: where they are, unless this rank knows better.
+            Text to append to the run's final message: where the rollouts are; empty if they are known not to be saved.
         """
         if self.folder is None:
             return ""
@@ -46,7 +47,7 @@ class UnscoredRollouts:
         if is_replica_source():
             try:
                 self._write(path, rollout_batches)
-            except (OSError, RuntimeError) as error:  # torch's, if the zip file cannot be written to its end
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch could not finish the zip file
                 logging.warning(f"{path} could not be written, its rollouts are lost: {one_line(str(error))}")
                 return ""
         return f"; the rollouts are in {path}; the same command started again scores them first"
@@ -66,27 +67,26 @@ class UnscoredRollouts:
         partial.replace(path)
 
     def is_pending(self, split: str, step: int) -> bool:
-        """Whether an earlier start left this phase unfinished, on any replica. Collective over the job.
+        """Whether an earlier start left this phase unfinished on any replica. Collective over all ranks.
 
         Raises:
-            RewardError: on every rank of the job, if a replica could not read its file.
+            RewardError: on every rank, if a replica could not read its file.
         """
         verdict = torch.tensor([self._load(split, step) is not None], dtype=torch.int64, device=current_device())
         torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)
         return bool(verdict.item())
 
     def load(self, split: str, step: int, batches: list[dict], num_rollouts: int) -> list[dict | None]:
-        """For each batch of prompts its rollouts, on the device, as an earlier start left them, or None.
+        """For each batch of prompts, the rollouts saved by an earlier start, on the device, or None.
 
-        Those made with other settings than this run's, or of other prompts, are left out, with a warning. Collective
-        over the job.
+        Rollouts made with other settings or for other prompts are dropped with a warning. Collective over all ranks.
 
         Args:
-            batches: collated prompts, as the dataloader gives them.
-            num_rollouts: neighbouring rows for each prompt.
+            batches: collated prompts, as returned by the dataloader.
+            num_rollouts: consecutive rows per prompt.
 
         Raises:
-            RewardError: on every rank of the job, if a replica could not read its file.
+            RewardError: on every rank, if a replica could not read its file.
         """
         stored = chain(self._load(split, step) or (), repeat(None))
         pairs = zip(batches, stored, strict=False)
@@ -117,9 +117,9 @@ class UnscoredRollouts:
         return stored["rollout_batches"]
 
     def drop_later(self, step: int) -> None:
-        """Delete what was left in phases behind `step`, at which this start begins. Local; rank 0 does it for all.
+        """Delete rollouts of phases after `step`, the step this start resumes at. Local; rank 0 does it for all ranks.
 
-        A run that has gone back to an earlier checkpoint comes to those steps with other weights.
+        A run that resumes from an earlier checkpoint reaches those steps with different weights.
         """
         if self.folder is None or torch.distributed.get_rank() != 0:
             return
@@ -130,7 +130,7 @@ class UnscoredRollouts:
                 path.unlink(missing_ok=True)
 
     def remove(self, split: str, step: int) -> None:
-        """Forget the phase, as its rollouts have been scored. Local."""
+        """Delete the phase's file once its rollouts are scored. Local."""
         if self.folder is not None and is_replica_source():
             self._path(split, step).unlink(missing_ok=True)
 
@@ -139,7 +139,7 @@ class UnscoredRollouts:
 
 
 def _without_rewards(rollouts: dict) -> dict | None:
-    """As they were before they were scored; None if that made rows unfit, as it cannot be told which."""
+    """The rollouts without rewards; None if scoring marked rows as unfit, as those can no longer be identified."""
     if "rewards" not in rollouts:
         return rollouts
     if rollouts["rewards"].isnan().any():

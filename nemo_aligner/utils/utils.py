@@ -1,4 +1,4 @@
-"""Restoring models from `.nemo` archives, checkpoint names, batch sizes; and, re-exported, the tensor helpers."""
+"""Restoring models from `.nemo` archives, checkpoint names, batch sizes; re-exports the tensor helpers."""
 
 import contextlib
 import inspect
@@ -43,9 +43,9 @@ from nemo_aligner.utils.tensors import (  # noqa: F401
 
 
 class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
-    """NeMo's connector, for archives that nobody vouches for: extracted and checked by `nemo_archive`, never by NeMo.
+    """NeMo's connector for untrusted archives, which are extracted and checked by `nemo_archive`, never by NeMo.
 
-    With `load_base_model_only` a reward model is restored from an archive that has no head.
+    With `load_base_model_only`, a reward model is restored from an archive that has no head.
     """
 
     def __init__(self, *args, load_base_model_only: bool = False, **kwargs):
@@ -56,7 +56,7 @@ class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
         self, calling_cls, restore_path, override_config_path=None, map_location=None, strict=True,
         return_config=False, trainer=None, validate_access_integrity=True,
     ):  # fmt: skip
-        """As NeMo's, but `override_config_path` is a config or None.
+        """Like NeMo's, but `override_config_path` is a config or None.
 
         Raises:
             ConfigError: naming the member, key or parameter that is wrong, before any weights are loaded.
@@ -73,7 +73,7 @@ class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
             if weights.format is None:
                 weights.shapes = self.modify_state_dict(cfg, weights.shapes)
             wanted_format = cfg.get("dist_ckpt_format", "torch_dist")
-            with open_dict(cfg):  # NeMo reads in the format that it is configured to write
+            with open_dict(cfg):  # NeMo reads the format that it is configured to write
                 cfg.dist_ckpt_format = weights.format or wanted_format
 
             def check(model):
@@ -92,7 +92,7 @@ class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
                 reason = " ".join(str(next(iter(error.failures.values()))[0]).split())[:300]
                 raise ConfigError(f"{checkpoint.where}: the weights cannot be loaded ({reason})") from error
             finally:
-                if is_archive:  # whose artifacts are taken out of it again when the model is saved
+                if is_archive:  # saving the model extracts its artifacts again
                     self.model_extracted_dir = None
                 with open_dict(cfg):
                     cfg.dist_ckpt_format = wanted_format
@@ -108,7 +108,7 @@ class CustomSaveRestoreConnector(NLPSaveRestoreConnector):
 
 
 class _CheckedAfterBuilding:
-    """Stands for a model class in NeMo's restoring, which has no step between building a model and loading weights."""
+    """Proxy for a model class in NeMo's restore, which has no hook between building a model and loading weights."""
 
     def __init__(self, model_class, check):
         self.model_class, self.check = model_class, check
@@ -116,7 +116,7 @@ class _CheckedAfterBuilding:
 
     def from_config_dict(self, config, trainer):
         model = self.model_class.from_config_dict(config=config, trainer=trainer)
-        if not parallel_state.is_initialized():  # as NeMo does it a moment later
+        if not parallel_state.is_initialized():  # as NeMo does later
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
             trainer.strategy.setup_environment()
@@ -126,7 +126,7 @@ class _CheckedAfterBuilding:
 
 @contextlib.contextmanager
 def _without_head():
-    """Reward models do not ask a checkpoint for their head."""
+    """Context manager in which reward models do not request their head from a checkpoint."""
     from nemo_aligner.models.nlp.gpt.gpt_reward_model import GPTRewardModel
 
     before = GPTRewardModel.return_rm_head_in_state_dict
@@ -149,19 +149,19 @@ def load_from_nemo(
 ):
     """Restore a model of class `cls` from a `.nemo` archive or the folder it was extracted to.
 
-    Each process extracts the archive to a temporary folder of its own, which is gone when this returns or raises.
+    Each process extracts the archive to its own temporary folder, which is removed when this returns or raises.
 
     Args:
-        model_cfg: the config to build the model with; None takes the one in the archive.
+        model_cfg: the config to build the model with; None uses the one in the archive.
         strict: whether the archive must hold nothing but the model's parameters. It must always hold all of them.
         modify_config_fn: called as `f(stored_cfg, model_cfg, add_cfg_to_tree=False)`, or without the last argument if
-            it takes but two; returns the config to build the model with.
+            it takes only two; returns the config to build the model with.
         load_base_model_only: restore a reward model from an archive without a head.
         return_updated_cfg: also return the config that was used.
 
     Raises:
         AssertionError: if `restore_path` does not exist.
-        ConfigError: if it is not a complete checkpoint, or not of this model, or could do harm.
+        ConfigError: if it is not a complete checkpoint, does not match this model, or is unsafe to load.
     """
     assert restore_path is not None and os.path.exists(restore_path), f"restore_path: {restore_path} does not exist"
     if modify_config_fn is not None:
@@ -171,7 +171,7 @@ def load_from_nemo(
     model_cfg = (load_checkpoint_model_config(restore_path) if model_cfg is None else model_cfg).copy()
     with open_dict(model_cfg):
         model_cfg.pop("target", None)  # NeMo would build the class that wrote the archive instead of `cls`
-    destroy_num_microbatches_calculator()  # NeMo insists that every model of a process has the sizes of the first
+    destroy_num_microbatches_calculator()  # NeMo requires all models of a process to share batch sizes
     model = cls.restore_from(
         restore_path=restore_path,
         trainer=trainer,
@@ -187,7 +187,7 @@ def load_checkpoint_model_config(restore_path: str) -> DictConfig:
     """The model config stored in a `.nemo` archive or extracted folder.
 
     Raises:
-        ConfigError: if that is not a complete checkpoint, or its config not one that a model can be built from.
+        ConfigError: if that is not a complete checkpoint, or no model can be built from its config.
     """
     with opened(restore_path, only={CONFIG_FILE}) as checkpoint:
         return checkpoint.config()
@@ -196,10 +196,11 @@ def load_checkpoint_model_config(restore_path: str) -> DictConfig:
 def load_and_override_model_config(
     restore_path: str, model_cfg_to_overwrite: DictConfig, remove_meta_info: bool = True
 ) -> DictConfig:
-    """The stored config, less what `overwrite_base_config` marks, overridden by the given config.
+    """The stored config, without the fields marked by `overwrite_base_config`, overridden by the given config.
 
     Raises:
-        ConfigError: if the latter is no section, or as `load_checkpoint_model_config` and `remove_overwritten_fields`.
+        ConfigError: if the given config is no section, or as in `load_checkpoint_model_config` and
+            `remove_overwritten_fields`.
     """
     if not OmegaConf.is_dict(model_cfg_to_overwrite):
         raise ConfigError(f"model={model_cfg_to_overwrite!r} must be a section with keys")
@@ -225,7 +226,7 @@ def remove_overwritten_fields(base_config: DictConfig, overwrite_config: DictCon
     """Delete from `base_config`, in place, every field that is True in `overwrite_config` (nested booleans).
 
     Raises:
-        ConfigError: for a value that is neither a boolean nor a section of such.
+        ConfigError: for a value that is neither a boolean nor a section of booleans.
     """
     for key, value in overwrite_config.items():
         if key not in base_config:
@@ -240,7 +241,7 @@ def remove_overwritten_fields(base_config: DictConfig, overwrite_config: DictCon
 
 
 def configure_batch_sizes(mbs: int, gbs: int, dp: int = 1) -> None:
-    """Reset Megatron's global calculator of micro-batches per step."""
+    """Reconfigure Megatron's global micro-batch calculator."""
     reconfigure_num_microbatches_calculator(
         rank=AppState().global_rank,
         rampup_batch_size=None,
@@ -251,7 +252,7 @@ def configure_batch_sizes(mbs: int, gbs: int, dp: int = 1) -> None:
 
 
 def set_autocast_gpu_dtype(precision) -> None:
-    """Choose what torch's autocast on the GPU computes in; 32-bit spellings change nothing."""
+    """Set torch's autocast dtype on the GPU; 32-bit precisions change nothing."""
     if str(precision) in ("16", "16-mixed"):
         torch.set_autocast_dtype("cuda", torch.half)
     elif str(precision) in ("bf16", "bf16-mixed"):

@@ -1,4 +1,4 @@
-"""What each number, switch and choice of a training configuration must be by itself."""
+"""Checks of each number, switch and choice of a training configuration on its own."""
 
 from omegaconf import DictConfig, ListConfig
 
@@ -76,7 +76,7 @@ _WHOLE_FROM_0_OR_NULL = Rule(
 )
 _OURS = Rule(lambda value: value is None, "left out: the library sets it")
 _DURATION = Rule(_is_duration, "null, or a time as days:hours:minutes:seconds in quotes")
-# These have defaults.
+# Keys with defaults.
 _RULES_OF_OPTIONAL_KEYS = {
     "trainer.max_time": _DURATION,
     "trainer.fast_dev_run": Rule(lambda value: value is False, "false: it would train on nothing"),
@@ -152,7 +152,7 @@ ALL_RULES = {**_RULES, **_RULES_OF_OPTIONAL_KEYS}
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Look at each value of a resolved configuration on its own.
+    """Check each value of a resolved configuration on its own.
 
     Raises:
         ConfigError: one line with the key, its value and what it must be.

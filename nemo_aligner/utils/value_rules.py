@@ -1,4 +1,4 @@
-"""What a value of a configuration must be by itself: rules, and the one check that holds a section against them."""
+"""Rules for single values of a configuration, and the check of a section against them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -37,11 +37,11 @@ _ABSENT = object()
 def check_section(
     section: DictConfig, required: Mapping[str, Rule], optional: Mapping[str, Rule], prefix: str = ""
 ) -> None:
-    """Look at each value of a configuration, or of a section of it, on its own.
+    """Check each value of a configuration, or of a section of it, on its own.
 
     Args:
-        required, optional: by the key, dotted where it is within a section.
-        prefix: of the keys, in messages.
+        required, optional: rules by key, dotted for nested keys.
+        prefix: prefix of the keys in messages.
 
     Raises:
         ConfigError: one line with the key, its value and what it must be.

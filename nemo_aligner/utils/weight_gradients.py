@@ -1,7 +1,7 @@
-"""Where the gradient of a linear layer's weight goes, for functions that have a backward pass of their own.
+"""Weight gradients of linear layers, for custom autograd functions.
 
-The conventions are those of megatron-core's linear layers: with `gradient_accumulation_fusion` it is added to
-`weight.main_grad`, the optimizer's float32 buffer, and autograd gets a stand-in.
+Follows the conventions of megatron-core's linear layers: with `gradient_accumulation_fusion` the gradient is
+accumulated in `weight.main_grad`, the optimizer's float32 buffer, and autograd gets a dummy gradient.
 
 Legend: M rows, I inputs, O outputs.
 """
@@ -15,7 +15,7 @@ from nemo_aligner.compat.cpu_linear import matmul
 def weight_gradient(
     weight_OI: torch.Tensor, grad_MO: torch.Tensor, x_MI: torch.Tensor, fuse: bool
 ) -> torch.Tensor | None:
-    """What a backward pass returns for the weight of `x_MI @ weight_OI.T`, whose gradient is `grad_MO`."""
+    """The weight gradient to return from the backward of `x_MI @ weight_OI.T`, whose output gradient is `grad_MO`."""
     if not fuse:
         return matmul(grad_MO.t(), x_MI)
     add_to_main_grad(weight_OI.main_grad, grad_MO, x_MI)
@@ -29,10 +29,10 @@ def add_to_main_grad(main_grad_OI: torch.Tensor, grad_MO: torch.Tensor, x_MI: to
 
 
 def stand_in_gradient(weight_OI: torch.Tensor) -> torch.Tensor | None:
-    """What autograd gets for a gradient that is in `main_grad` already.
+    """The dummy gradient that autograd gets when the real one is already in `main_grad`.
 
-    megatron-core's data-parallel wrapper wants its hooks to be called, and so a gradient, which it drops; of a tied
-    weight it adds what comes from all places together, among which this one then must be zero.
+    megatron-core's data-parallel wrapper relies on its hooks being called, which takes a gradient that it then drops.
+    For a tied weight it adds the gradients of all uses, so the dummy must be zero.
     """
     if not hasattr(weight_OI, "grad_added_to_main_grad"):
         return None

@@ -1,4 +1,4 @@
-"""Prompt datasets, their dataloaders and the collate functions, built from the configuration."""
+"""Builds prompt datasets, dataloaders and collate functions from the configuration."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -42,16 +42,16 @@ def build_train_valid_test_datasets(
         cfg: the model section of the configuration
         data_prefix: files, in one of two forms. A mapping has a list of files under each of train, validation and test;
             further keys that begin with "validation" make the second result a dict of datasets by key. A list of files
-            is divided by `splits_string`, and an empty split is None. A list is `[path]`, or
+            is split by `splits_string`, and an empty split is None. A list is `[path]`, or
             `[weight, path, weight, path, ...]` to blend.
-        data_impl: "json" or "jsonl" for prompt files; "mmap" for the path prefixes of token files with their index
+        data_impl: "json" or "jsonl" for prompt files; "mmap" for the path prefixes of indexed token files
         splits_string: relative sizes of the three splits, such as "98,1,1" or "98/1/1"; for the list form only
         train_valid_test_num_samples: a negative count uses all prompts. A positive count takes that many from the
-            beginning of a file; a blend is built to that size, repeating files where its weights ask for it.
+            beginning of a file; a blend is built to that size, repeating files if its weights require it.
 
     Raises:
         AssertionError: a mapping lacks one of the three keys or has nothing under it
-        NotImplementedError: a mapping has another key, or chunks are asked for
+        NotImplementedError: a mapping has another key, or chunks are requested
         RuntimeError: another `data_impl`
         ValueError: files, weights, counts or the splits string are unusable
     """
@@ -105,7 +105,7 @@ def build_dataset_generic(
 
 
 def check_prompt_files(data_prefix, data_impl: str) -> dict[str, int]:
-    """Check every file of the configuration without a tokenizer, to be called before a model is loaded.
+    """Check every file of the configuration without a tokenizer, before a model is loaded.
 
     Returns the number of prompts by path. Errors as in `build_train_valid_test_datasets`.
     """
@@ -119,7 +119,7 @@ def check_prompt_files(data_prefix, data_impl: str) -> dict[str, int]:
 
 
 def split_rows(splits_string: str | None, num_rows: int) -> list[np.ndarray]:
-    """Cut rows 0 ... num_rows - 1 into three contiguous pieces in the proportions of a string such as "98,1,1"."""
+    """Split rows 0 ... num_rows - 1 into three contiguous pieces in the proportions of a string such as "98,1,1"."""
     try:
         shares = [float(share) for share in str(splits_string).replace("/", ",").split(",")]
     except ValueError:
@@ -135,7 +135,7 @@ def split_rows(splits_string: str | None, num_rows: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A file of a blend, and which of its rows are used."""
+    """A file of a blend, and the rows of it that are used."""
 
     weight: float
     path: str
@@ -244,14 +244,14 @@ def collate_with_batch_max_sequence_length(
     eod_mask_loss: bool,
     generate_masks_and_position_ids: bool,
 ) -> dict[str, torch.Tensor]:
-    """Make a batch of B prompts, with room for their responses.
+    """Collate B prompts, with room for their responses.
 
     Returns, with S = longest prompt + `response_token_length`:
-        text: int64 [B, S], padded on the right with `eos_id`, so that generation can write in place
+        text: int64 [B, S], right-padded with `eos_id`, so that generation can write in place
         length: int64 [B], prompt lengths
         loss_multiplier: bool [B]; prompt_index: int64 [B]; is_padding: bool [B]; each if the items have it
         attention_mask: bool [1 or B, 1, S, S], True = blocked; loss_mask: float32 [B, S], 0 in rows without
-            loss_multiplier; position_ids: int64 [B, S]; all three if asked for
+            loss_multiplier; position_ids: int64 [B, S]; all three if requested
     """
     width = max(len(item["text"]) for item in data_batch) + response_token_length
     text = torch.full((len(data_batch), width), eos_id, dtype=torch.int64)
@@ -262,7 +262,7 @@ def collate_with_batch_max_sequence_length(
         if key in data_batch[0]:
             batch[key] = torch.tensor([item[key] for item in data_batch], dtype=dtype)
     if generate_masks_and_position_ids:
-        # here, because importing it takes NeMo's whole NLP collection, and rejection sampling never does
+        # Imported here, because it pulls in NeMo's whole NLP collection and rejection sampling never needs it.
         from nemo.collections.nlp.modules.common.megatron.utils import get_ltor_masks_and_position_ids
 
         attention_mask, loss_mask, position_ids = get_ltor_masks_and_position_ids(
@@ -279,8 +279,8 @@ def collate_with_pad_to_max_batch(
 ) -> Callable[[Sequence[dict]], dict[str, torch.Tensor]]:
     """A collate function that leaves room for `max_seqlen` tokens after the longest prompt; `cfg` is the full config.
 
-    Masks and position ids cost S x S entries a batch and nothing in rejection sampling reads them, so they are made
-    only for a caller who passes `generate_masks_and_position_ids=True`.
+    Masks and position ids cost S x S entries per batch and are unused in rejection sampling, so they are built only
+    with `generate_masks_and_position_ids=True`.
     """
     return partial(
         collate_with_batch_max_sequence_length,
@@ -294,7 +294,7 @@ def collate_with_pad_to_max_batch(
 
 
 def identity_collate(batch):
-    """Leave the items of a batch as the list they are."""
+    """Return the items of a batch as a list, unchanged."""
     return batch
 
 
@@ -314,16 +314,16 @@ def build_dataloader(
 
     Args:
         cfg: the full configuration; seed and number of workers are taken from its model section
-        consumed_samples: rows that the whole job has taken already, over all epochs
+        consumed_samples: rows already consumed by all ranks, over all epochs
         mbs: rows of a micro-batch on one rank
         gbs: rows of a step over all ranks
         load_gbs: a batch is this rank's part of a step, gbs / DP rows; otherwise it is one micro-batch
         use_random_sampler: `RandomBatchSampler`, for training; otherwise `SequentialBatchSampler`, for validation
 
     Raises:
-        RuntimeError: gbs is not a multiple of mbs * DP, or the random sampler cannot serve `drop_last=False`
-        NotImplementedError: `pad_samples_to_global_batch_size` is asked for
-        ValueError: there are too few rows, or none are left behind `consumed_samples`
+        RuntimeError: gbs is not a multiple of mbs * DP, or the random sampler does not support `drop_last=False`
+        NotImplementedError: `pad_samples_to_global_batch_size` is requested
+        ValueError: there are too few rows, or none are left after `consumed_samples`
     """
     if pad_samples_to_global_batch_size:
         raise NotImplementedError("pad_samples_to_global_batch_size=True is not supported; leave it at False")
@@ -353,6 +353,6 @@ def build_dataloader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=not device.on_cpu(),
-        # a loader draws a seed whenever it is iterated; drawn from here it leaves the random state of generation alone
+        # A loader draws a seed at every iteration; a separate generator leaves the RNG state of generation unchanged.
         generator=torch.Generator(),
     )

@@ -1,4 +1,4 @@
-"""Tokenised prompts: one file of them, and several files blended by weight."""
+"""Datasets of tokenised prompts: a single file, and several files blended by weight."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ class RLHFDataset(Dataset):
     Item, a dict:
         text: int64 [L], token ids of the prompt
         length: int, L
-        loss_multiplier: bool, False if another prompt had to stand in and nothing should be learnt from the item
-        prompt_index: int, the row that was asked for, which tells equal prompts apart
+        loss_multiplier: bool, False if the prompt was replaced by another one and the item must not be trained on
+        prompt_index: int, the requested row, which distinguishes equal prompts
         is_padding: bool, True if the row only fills a batch (`PaddingRow`) and must not be counted
 
     A prompt that is empty or longer than `max_prompt_length` is replaced by the next admissible one, cyclically.
@@ -31,12 +31,12 @@ class RLHFDataset(Dataset):
         Args:
             cfg: the model section of the configuration
             tokenizer: has `text_to_ids` and `eos_id`, and for indexed data `ids_to_text`
-            name: what messages call this dataset: "train", "validation", "test"
+            name: name of this dataset in messages: "train", "validation", "test"
             documents: int array, the rows of `data` that belong to this split
             data: rows by number, each a record with a string under "text" (`PromptFile`) or an array of token ids
                 (`IndexedDataset`)
             seq_length: limit of prompt and response together, in tokens
-            data_prefix, seed: part of the signature that all dataset classes share; the order is the sampler's
+            data_prefix, seed: part of the signature shared by all dataset classes; the sampler determines the order
 
         Raises:
             AssertionError: the longest response leaves no room for a prompt
@@ -83,17 +83,17 @@ class RLHFDataset(Dataset):
         }
 
     def record(self, index: int) -> dict:
-        """The JSON object behind the prompt of item `index`, after any replacement, with all its keys.
+        """The JSON object of the prompt of item `index`, after any replacement, with all its keys.
 
-        Indexed data has no objects; its record is the prompt's text alone.
+        Indexed data has no JSON objects; its record holds only the prompt's text.
         """
         row = self.data[self.documents[self._supplier(_wrap(index, len(self)))]]
         return row if isinstance(row, dict) else {"text": self.tokenizer.ids_to_text(row.tolist())}
 
     def encode(self, text: str) -> tuple[list[int], int]:
-        """Token ids of a prompt and their number: no BOS, and an end token only with `append_eod` and some text."""
+        """Token ids of a prompt and their number, without BOS; with an end token only if `append_eod` and not empty."""
         if self.apply_ftfy:
-            import ftfy  # here, because it is installed only by those who use this switch
+            import ftfy  # imported here, because it is an optional dependency of this setting
 
             text = ftfy.fix_text(text)
         ids = list(self.tokenizer.text_to_ids(text))
@@ -102,7 +102,7 @@ class RLHFDataset(Dataset):
         return ids, len(ids)
 
     def count_over_long(self) -> int:
-        """Tokenise every prompt once and return how many are empty or over-long; if there are any, warn once.
+        """Tokenise every prompt and return how many are empty or over-long; if there are any, warn once.
 
         Raises:
             ConfigError: if all are.
@@ -126,7 +126,7 @@ class RLHFDataset(Dataset):
         return 1 <= len(ids) <= self.max_prompt_length
 
     def _supplier(self, row: int) -> int:
-        """The row whose prompt serves as the prompt of `row`: itself, or else the next admissible one, cyclically."""
+        """The row whose prompt is used for `row`: itself, or else the next admissible one, cyclically."""
         for distance in range(len(self)):
             candidate = (row + distance) % len(self)
             if self._is_admissible(self._prompt_ids(candidate)):
@@ -141,7 +141,7 @@ class RLHFDataset(Dataset):
 
 
 class BlendedDataset(Dataset):
-    """Several prompt datasets as one, mixed evenly in proportion to their weights; items as in `RLHFDataset`."""
+    """Several prompt datasets as one, interleaved evenly in proportion to their weights; items as in `RLHFDataset`."""
 
     def __init__(self, datasets: Sequence[RLHFDataset], weights: Sequence[float], size: int):
         self.datasets = datasets
@@ -160,21 +160,21 @@ class BlendedDataset(Dataset):
         return self.datasets[self._component[row]].record(self._row[row])
 
     def count_over_long(self) -> int:
-        """Empty and over-long prompts of all parts, each prompt counted once however often the blend repeats it."""
+        """Empty and over-long prompts of all parts, each counted once even if the blend repeats it."""
         return sum(dataset.count_over_long() for dataset in self.datasets)
 
 
 def blend_rows(weights: Sequence[float], lengths: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deal `size` places to components in proportion to their weights, spread evenly, rows in order and cyclically.
+    """Assign `size` positions to components in proportion to their weights, spread evenly, rows in order and cyclic.
 
-    The places go by Sainte-Laguë's rule of apportionment: the j-th row of a component (from 0) has its turn at
-    (j + 1/2) / weight, ties to the earlier component. Every beginning of the sequence is thus itself in proportion.
+    Follows Sainte-Laguë's rule of apportionment: the j-th row of a component (from 0) is due at (j + 1/2) / weight,
+    ties go to the earlier component. Every prefix of the sequence is thus itself in proportion.
 
     Returns:
-        the component of each place, int64 [size], and its row within the component, int64 [size]
+        the component of each position, int64 [size], and its row within the component, int64 [size]
     """
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-    # no component gets more than this: the rule exceeds share * size by at most share * (components - 1) / 2 + 1 / 2
+    # Upper bound for each component: the rule exceeds share * size by at most share * (components - 1) / 2 + 1 / 2.
     enough = np.ceil(shares * size).astype(np.int64) + len(shares)
     component = np.repeat(np.arange(len(shares)), enough)
     turn = np.concatenate([np.arange(count) for count in enough])
@@ -189,7 +189,7 @@ def _wrap(index: int, length: int) -> int:
 
 
 def _longest_prompt(cfg, seq_length: int) -> int:
-    """Tokens that the longest response leaves for the prompt; half of all if no response length is configured."""
+    """Tokens left for the prompt by the longest response; half of all tokens if no response length is configured."""
     for key in ("length_params.max_length", "rs.length_params.max_length"):
         max_response_length = OmegaConf.select(cfg, key)
         if max_response_length is not None:

@@ -10,13 +10,13 @@ from nemo_aligner.utils.errors import ConfigError
 
 
 class PromptFile:
-    """The records of a prompt file by row number; blank lines are no rows.
+    """The records of a prompt file by row number; blank lines do not count.
 
-    Opening reads and checks the whole file, which takes no tokenizer, but keeps only 8 bytes a record; the records
-    themselves are read when asked for. An instance holds no open file, so loader workers can be sent a copy.
+    Opening reads and checks the whole file, without a tokenizer, but keeps only 8 bytes per record; records are read on
+    access. An instance holds no open file, so it can be pickled to loader workers.
 
-    Opening raises ValueError, in one line that names the file, the line and the fix, for the first thing that is wrong.
-    Asking for a record raises ConfigError if the file has changed since it was opened.
+    Opening raises ValueError, in one line that names the file, the line and the fix, for the first error found.
+    Accessing a record raises ConfigError if the file has changed since it was opened.
     """
 
     def __init__(self, path: str):
@@ -43,12 +43,12 @@ class PromptFile:
             return False
         if version[0] != self._version[0] or _checksum(file) != self._checksum:
             return True
-        self._version = version  # touched, or copied there once more
+        self._version = version  # touched, or replaced by an identical copy
         return False
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
-    """Size and time of the last change, by which to tell that a file is no longer the same."""
+    """Size and modification time, to detect changes of a file."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
@@ -61,7 +61,7 @@ def _checksum(file: BinaryIO) -> int:
 
 
 def _find_records(path: str) -> tuple[array, tuple[int, int], int]:
-    """Byte offsets of all records of a file, each of which has been checked, the version read and its checksum."""
+    """Check all records of a file; returns their byte offsets, the file's version and its checksum."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such prompt file; correct the path in model.data.data_prefix")
     offsets = array("q")
@@ -81,7 +81,7 @@ def _find_records(path: str) -> tuple[array, tuple[int, int], int]:
 
 def _parse_record(line: bytes, where: str) -> dict:
     try:
-        # "-sig" because some editors put a byte order mark in front of the first line
+        # "-sig" because some editors write a byte order mark before the first line.
         record = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error.reason}, byte {error.start}); save the file as UTF-8") from None
@@ -91,7 +91,7 @@ def _parse_record(line: bytes, where: str) -> dict:
         ) from None
     except RecursionError:
         raise ValueError(f"{where}: JSON nested too deeply to be read; flatten it") from None
-    except ValueError as error:  # of all numbers only integers of thousands of digits
+    except ValueError as error:  # raised only for integers of thousands of digits
         raise ValueError(f"{where}: {error.args[0].split(';')[0]}; write the number as a string") from None
     if not isinstance(record, dict):
         raise ValueError(f'{where}: a {type(record).__name__}, not an object; write one {{"text": "..."}} per line')

@@ -1,7 +1,7 @@
-"""Batch samplers: which rows of a dataset each data-parallel rank takes, and in which order.
+"""Batch samplers: the rows of a dataset that each data-parallel rank takes, and their order.
 
 All ranks together take a *run* of rows at a time: micro_batch_size * data_parallel_size rows, or global_batch_size rows
-if the loader hands out whole steps. A run is cut into blocks of micro_batch_size rows, dealt to the ranks in turn.
+if the loader yields whole steps. A run is split into blocks of micro_batch_size rows, assigned to ranks round-robin.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ import torch
 
 
 class PaddingRow(int):
-    """A row number that only fills a batch: a dataset flags the item fetched by it, so that it can be left out."""
+    """A row number that only fills a batch: a dataset flags its item, so that it can be ignored."""
 
 
 class _BatchSampler:
-    """What both samplers share; the attributes are read by the trainer.
+    """Base of both samplers; the trainer reads the attributes.
 
-    total_samples: rows of the dataset. consumed_samples: rows that the whole job has taken, over all epochs.
+    total_samples: rows of the dataset. consumed_samples: rows consumed by all ranks, over all epochs.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class _BatchSampler:
         load_gbs: bool,
     ):
         """load_gbs: yield this rank's global_batch_size / data_parallel_size rows of a step at once instead of
-        micro_batch_size rows. Sizes that do not divide are refused by `build_dataloader`."""
+        micro_batch_size rows. `build_dataloader` refuses sizes that do not divide evenly."""
         if total_samples < 1:
             raise ValueError("the dataset has no rows; check the files in model.data.data_prefix")
         if consumed_samples < 0:
@@ -46,7 +46,7 @@ class _BatchSampler:
         self._run_size = global_batch_size if load_gbs else micro_batch_size * data_parallel_size
 
     def _share_of_rank(self, run: Sequence[int]) -> list[int]:
-        """This rank's rows of a run; the last run of a dataset may be incomplete, and the share then short or empty."""
+        """This rank's rows of a run; if the last run of a dataset is incomplete, the share may be short or empty."""
         first = self.data_parallel_rank * self.micro_batch_size
         stride = self.micro_batch_size * self.data_parallel_size
         return [row for start in range(first, len(run), stride) for row in run[start : start + self.micro_batch_size]]
@@ -55,15 +55,15 @@ class _BatchSampler:
 class RandomBatchSampler(_BatchSampler):
     """Training: every epoch has total_samples // global_batch_size full steps under its own permutation of all rows.
 
-    Epoch and position follow from `consumed_samples` alone, and the permutation from seed and epoch alone, so the rows
-    of a step are the same for every data-parallel size and micro-batch size, and so is the continuation of a resumed
-    run. An iterator goes to the end of the epoch; the next one starts the next epoch. `consumed_samples` counts what
-    the sampler has handed out (loader workers fetch ahead of the trainer) and may be set before an iterator is made.
+    Epoch and position depend only on `consumed_samples`, and the permutation only on seed and epoch, so the rows of a
+    step, also after resuming, are the same for every data-parallel size and micro-batch size. An iterator ends with the
+    epoch; the next one starts the next epoch. `consumed_samples` counts the rows that the sampler has yielded (loader
+    workers prefetch ahead of the trainer) and may be set before an iterator is created.
     """
 
     def __init__(self, *args, seed: int, **kwargs):
         """Raises ValueError if the dataset is smaller than a step, RuntimeError if `drop_last` is off with runs of
-        more than one row (the incomplete last step could not be dealt out evenly)."""
+        more than one row (the incomplete last step could not be distributed evenly)."""
         super().__init__(*args, **kwargs)
         self.seed = seed
         if not self.drop_last and self.micro_batch_size * self.data_parallel_size > 1:
@@ -95,7 +95,7 @@ class RandomBatchSampler(_BatchSampler):
         order = torch.randperm(self.total_samples, generator=generator)[: self._rows_per_epoch]
         for start in range(offset, self._rows_per_epoch, self._run_size):
             run = order[start : start + self._run_size].tolist()
-            # counted before the rows are handed out: nobody asks again after the last batch of an epoch
+            # Counted before yielding: the iterator may not be advanced again after the last batch of an epoch.
             self.consumed_samples += len(run)
             yield self._share_of_rank(run)
 
@@ -103,11 +103,11 @@ class RandomBatchSampler(_BatchSampler):
 class SequentialBatchSampler(_BatchSampler):
     """Validation: the rows from `consumed_samples` on, in order, the same in every pass.
 
-    Every rank yields the same number of batches, `len()`, none of them empty, because generation communicates. One
-    pass of validation takes global_batch_size rows, that is min(len(), global_batch_size / (mbs * dp)) micro-batches.
+    Every rank yields the same number of batches, `len()`, none of them empty, because generation uses collectives. One
+    validation pass takes global_batch_size rows, that is min(len(), global_batch_size / (mbs * dp)) micro-batches.
     The last run may be incomplete: its rows still appear once, in shorter batches, and a rank that has none of them
     yields a single `PaddingRow`. With `drop_last` such a run is dropped, unless there are fewer than
-    global_batch_size rows, for then a pass would miss it.
+    global_batch_size rows, as a pass would then miss it.
     """
 
     def __init__(self, *args, **kwargs):
