@@ -143,7 +143,7 @@ def _check_keys(cfg: DictConfig) -> None:
                 continue
             for near in difflib.get_close_matches(key, known, n=1, cutoff=0.8 if is_open else 0.0):
                 raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
-            logging.warning(f"{section}.{key} is not a key of this library; it is ignored unless your own code reads it")
+            logging.warning(f"{section}.{key} is not a key of this library and is ignored, unless your code reads it")
     for key in set(cfg) - TOP_LEVEL_KEYS:  # scripts may add their own sections
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.8)
         if near and near[0] not in cfg:
