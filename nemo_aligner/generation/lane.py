@@ -220,8 +220,8 @@ class Lane:
         self._is_limited = num_rows < wanted
         if self._is_limited:
             logging.warning(
-                f"rollouts: memory for keys and values of {num_rows} rows in flight instead of {wanted}; "
-                "the others wait for their turn"
+                f"rollouts: memory for the keys and values of {num_rows} rows in flight instead of {wanted}; "
+                "the others wait for a free slot"
             )
         logging.info(
             f"rollouts: {(self._cache.num_bytes + self._prompts.num_bytes) / 2**20:.0f} MiB for keys and values of "

@@ -82,8 +82,7 @@ def check_resumed(state: dict, own: dict, ckpt_path: str | Path) -> None:
     if changed:
         differences = ", ".join(f"{key}={own.get(key)} (was {stored.get(key)})" for key in changed)
         logging.warning(
-            f"resuming {ckpt_path} with other settings, which hold from here on; what was trained is the checkpoint's: "
-            f"{differences}"
+            f"resuming {ckpt_path} with changed settings, which apply to the steps from here on: {differences}"
         )
 
 

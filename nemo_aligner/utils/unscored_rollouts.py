@@ -104,16 +104,16 @@ class UnscoredRollouts:
             stored = torch.load(path, weights_only=True)
         except Exception as error:
             raise RewardError(
-                f"{path} could not be read ({type(error).__name__}); move it away, and its rollouts are made anew"
+                f"{path} could not be read ({type(error).__name__}); move it away to generate its rollouts again"
             ) from error
         changed = [name for name, value in self.made_with.items() if stored["made_with"].get(name) != value]
         if changed == ["reward"]:
-            logging.warning(f"{path}: the reward is another one since; all of its rollouts are scored by that")
+            logging.warning(f"{path}: the reward has changed since; all of its rollouts are scored again")
             return [_without_rewards(rollouts) for rollouts in stored["rollout_batches"]]
         if changed:
-            logging.warning(f"{path} was made with another {' and '.join(changed)}; rolling out anew")
+            logging.warning(f"{path} was made with another {' and '.join(changed)}; generating new rollouts")
             return []
-        logging.info(f"taking up {len(stored['rollout_batches'])} micro-batches of rollouts from {path}")
+        logging.info(f"resuming with {len(stored['rollout_batches'])} micro-batches of rollouts from {path}")
         return stored["rollout_batches"]
 
     def drop_later(self, step: int) -> None:
@@ -126,7 +126,9 @@ class UnscoredRollouts:
         for path in self.folder.glob("unscored_*_step*_rank*.pt"):
             found = re.fullmatch(r"unscored_\w+_step(\d+)_rank\d+", path.stem)
             if found is not None and int(found[1]) > step:
-                logging.warning(f"{path} is of other weights than this run has, which goes on at step {step}: deleted")
+                logging.warning(
+                    f"{path} is from later weights than this run has, which resumes at step {step}: deleted"
+                )
                 path.unlink(missing_ok=True)
 
     def remove(self, split: str, step: int) -> None:
@@ -152,6 +154,6 @@ def _if_answering(batch: dict, rollouts: dict | None, num_rollouts: int, step: i
     if rollouts is None:
         return None
     if not torch.equal(rollouts["prompt_tokens"], batch["text"].repeat_interleave(num_rollouts, dim=0)):
-        logging.warning(f"unscored rollouts of step {step} answer other prompts; rolling out anew")
+        logging.warning(f"unscored rollouts of step {step} answer other prompts; generating new rollouts")
         return None
     return {key: value.to(current_device()) for key, value in rollouts.items()}

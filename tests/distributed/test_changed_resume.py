@@ -48,7 +48,7 @@ def resume(workplace, start, one_step, name: str, *overrides: str):
 
 
 def warnings_of(output: str) -> list[str]:
-    return [line for line in output.splitlines() if "with other settings, which hold" in line]
+    return [line for line in output.splitlines() if "with changed settings, which apply" in line]
 
 
 def rates(folder) -> dict[int, float]:

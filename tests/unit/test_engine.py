@@ -384,7 +384,7 @@ def test_rows_in_flight_are_halved_until_there_is_memory_for_them_and_one_line_s
         assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
     assert memory.asked == [9, 4, 2, 2]  # the last for the prompts
     assert [message for message in caplog.messages if "instead of" in message] == [
-        "rollouts: memory for keys and values of 2 rows in flight instead of 9; the others wait for their turn"
+        "rollouts: memory for the keys and values of 2 rows in flight instead of 9; the others wait for a free slot"
     ]
 
 

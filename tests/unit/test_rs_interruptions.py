@@ -240,7 +240,7 @@ def test_rollouts_of_another_model_or_seed_are_not_taken_for_this_ones(tmp_path,
     second = make_trainer(rm=SecondTokenReward(), rollout_dir=tmp_path, model=model)
     second.fit()
     assert len(model.requests) == 4, "two micro-batches of each of two steps"
-    assert f"made with another {change}; rolling out anew" in warnings[0]
+    assert f"made with another {change}; generating new rollouts" in warnings[0]
 
 
 @pytest.mark.parametrize("change", ["settings", "prompts"])
@@ -255,7 +255,11 @@ def test_rollouts_of_another_run_are_not_taken_for_this_ones(tmp_path, change, m
         second.train_dataloader.dataset.prompts = ((7,), (8,), (7,), (8,))
     second.fit()
     assert len(second.model.requests) == generated + 6 and list(tmp_path.glob("unscored_*")) == []
-    complaint = "another length_params; rolling out anew" if change == "settings" else "answer other prompts; rolling"
+    complaint = (
+        "another length_params; generating new rollouts"
+        if change == "settings"
+        else "other prompts; generating new rollouts"
+    )
     assert complaint in warnings[0]
 
 
@@ -267,7 +271,7 @@ def test_rollouts_of_a_step_that_a_run_has_gone_back_from_are_not_taken_for_this
     generated = len(first.model.requests)
     make_trainer(rm=SecondTokenReward(), rollout_dir=tmp_path, model=first.model, k=2).fit()
     assert len(first.model.requests) == generated + 4, "two micro-batches of each of two steps"
-    assert warnings == [f"{left} is of other weights than this run has, which goes on at step 0: deleted"]
+    assert warnings == [f"{left} is from later weights than this run has, which resumes at step 0: deleted"]
 
 
 def test_rewards_of_another_function_are_not_mixed_with_those_of_this_one(tmp_path, monkeypatch):
@@ -290,7 +294,7 @@ def test_rewards_of_another_function_are_not_mixed_with_those_of_this_one(tmp_pa
     assert found[1].model.requests == [], "the rollouts are those of the first start"
     ((_, metrics),) = found[1].logger.of("train_rollouts/")
     assert metrics["global_rewards"] == 0.5
-    assert any("the reward is another one since; all of its rollouts are scored by that" in line for line in warnings)
+    assert any("the reward has changed since; all of its rollouts are scored again" in line for line in warnings)
 
 
 def test_a_disk_that_takes_no_rollouts_does_not_end_the_run(tmp_path, monkeypatch):

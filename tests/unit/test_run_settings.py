@@ -92,7 +92,7 @@ def test_one_warning_names_all_differences_also_of_keys_that_came_or_went(warnin
     check_resumed(STATE, own, "saved")
     (warning,) = warnings
     assert "\n" not in warning
-    differences = warning.split("the checkpoint's: ")[1].split(", ")
+    differences = warning.split("from here on: ")[1].split(", ")
     assert sorted(differences) == [
         "model.optim.sched.warmup_steps=10 (was None)", "model.peft.lora_tuning.alpha=16 (was None)",
         "model.rs.num_rollouts_per_prompt=None (was 3)", "model.seed=2 (was 1)",
