@@ -153,9 +153,9 @@ class _ModelOfSeparateRequests(Model):
 
 @contextmanager
 def _requests_apart():
-    """Within the context PyTriton binds models whose requests keep their widths and are answered each by itself.
+    """Within the context, models bound to PyTriton may get requests of different widths, each answered on its own.
 
-    Models of a process's own, which it may bind elsewhere, stay as PyTriton makes them.
+    Only there, so as not to change models that the process binds elsewhere.
     """
     before, pytriton.triton.Model = pytriton.triton.Model, _ModelOfSeparateRequests
     try:

@@ -82,7 +82,8 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         self._inference_mode = InferenceMode(self)
         self._rollout_generator = RolloutGenerator(self, GenerationSettings(**(cfg.rs.get("generation") or {})))
         self._training = TrainingSettings(**(cfg.rs.get("training") or {}))
-        # response tokens of the global batch, and this replica's micro-batches, for the step that is being made
+        # what `get_actor_forward_output_and_loss_func`, which takes no arguments, is to know of the global batch: its
+        # number of response tokens, and this replica's number of micro-batches
         self._counts_of_batch: tuple[torch.Tensor | None, int] = (None, 1)
         self.seed_sampling()
         self.rs_trainer_state: dict[str, int] | None = None
@@ -482,7 +483,7 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         return self._rollout_generator.rollouts(prompt_batches, check, on_last_rows)
 
     def _with_ends(self, rollouts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The rollouts of a subclass's `infer`, with `is_end` by their last tokens if it does not say."""
+        """The rollouts of an overridden `infer`; if it returns no `is_end`, that is derived from the last tokens."""
         if "is_end" in rollouts:
             return rollouts
         strategy = TrackLengthGPTModelTextGenerationStrategy(
