@@ -1,7 +1,7 @@
-"""The training script, or at `score` the reward model's server, with an error on one rank, as FAIL="<place>:<rank>" in
-the environment says.
+"""Run the training script with an error on one rank, given by FAIL="<place>:<rank>" in the environment.
 
-At `select` it is not an error, but a rollout too few.
+The place `score` runs the reward model's server instead. The place `select` drops one rollout instead of raising an
+error.
 """
 
 import os
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     place, rank = os.environ["FAIL"].split(":")
     fail(place, int(rank))
     script = SCRIPTS / ("serve_reward_model.py" if place == "score" else "train_gpt_rs_actor.py")
-    # not runpy, which puts the script where Lightning looks for what to start on the other ranks
+    # not runpy: it would make Lightning start the script itself, without the error, on the other ranks
     exec(compile(script.read_text(), str(script), "exec"))

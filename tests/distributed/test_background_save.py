@@ -1,4 +1,4 @@
-"""Two ranks save behind training: one that is slow is waited for, one that cannot write is known to both."""
+"""Two ranks save in the background: a slow rank is waited for, and both learn of a rank that cannot write."""
 
 import errno
 import math
@@ -35,7 +35,7 @@ def save_beside_others(rank: int, nemo_path: str, folder: str) -> dict:
 
 
 def beside_a_slow_rank(run, is_slow: bool) -> list:
-    """The steps of what is there, and whether a save is pending: after the copy, a moment later, and at the end."""
+    """Steps of the checkpoints on disk, and whether a save is pending: after the copy, a moment later, at the end."""
     from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 
     may_write, write_item = threading.Event(), filesystem_async._write_item
@@ -60,7 +60,10 @@ def beside_a_slow_rank(run, is_slow: bool) -> list:
 
 
 def beside_a_failing_rank(run, error: OSError | None) -> dict:
-    """The failure, and the steps of what is there and in the books, before, after it and after the next save."""
+    """The failure's message, and steps of the checkpoints on disk before it, after it and after the next save.
+
+    "books" are the steps of the checkpoints that the callback keeps track of after the failure.
+    """
     from nemo_aligner.utils import background_save, checkpoints
     from nemo_aligner.utils.checkpoints import advance_save, saving_in_background
 
@@ -72,7 +75,7 @@ def beside_a_failing_rank(run, error: OSError | None) -> dict:
     checkpoints.logging.error = found["complaints"].append
     if error is not None:
         filesystem_async._write_item = fail
-        background_save.open = fail  # for common.pt, which rank 0 writes before all else
+        background_save.open = fail  # for common.pt, which rank 0 writes first
     try:
         with saving_in_background(run.callback):
             run.save(val_global_rewards=float(run.step))
@@ -117,7 +120,7 @@ def test_a_rank_that_cannot_write_is_known_to_both(found, failing_rank, error):
         is_told = error == "full" and rank == 0
         assert [f"rank {failing_rank}: [Errno 28] " in line for line in of_rank["complaints"]] == [True] * is_told
         if error == "full":
-            assert of_rank["message"] is None  # the run goes on
+            assert of_rank["message"] is None  # the run continues
         else:
             assert f"written: rank {failing_rank}: [Errno 5] Input/output error" in of_rank["message"]
         assert of_rank["books"] == of_rank["after"] == of_rank["before"]

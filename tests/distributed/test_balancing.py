@@ -1,4 +1,4 @@
-"""Rows exchanged between two replicas: every optimizer batch keeps its members, and its tokens are shared evenly."""
+"""Rows are exchanged between two replicas: every optimizer batch keeps its rows, with tokens spread evenly."""
 
 import torch
 
@@ -8,7 +8,7 @@ from nemo_aligner.utils.masks import trained_lengths
 from tests.distributed.launch import run_ranks
 from tests.fake_trainer import EOS, make_trainer
 
-LONG = (0, 3, 4, 7)  # prompts with long answers, which the order of the prompts gives to one replica two by two
+LONG = (0, 3, 4, 7)  # prompts with long answers: in prompt order, one replica would get both of a batch's
 BATCH = 4  # rows of a replica in an optimizer batch
 LENGTHS = ([20, 19, 18, 17, 3, 3, 3, 3], [2, 3, 4, 5, 30, 3, 0, 30])  # the first replica's and the second's
 
@@ -32,7 +32,7 @@ def check_exchange(ranks) -> None:
         before = [row for own in LENGTHS for row in own[batch * BATCH : (batch + 1) * BATCH]]
         after = [rows[batch] for rows in ranks]
         assert sorted(length for rows in after for length, _ in rows) == sorted(before)
-        # no row came twice: its number among all rows is in its tokens
+        # no row occurs twice: each carries its number among all rows in its tokens
         numbers = sorted(number for rows in after for _, number in rows)
         assert numbers == [rank * 8 + batch * BATCH + row for rank in range(2) for row in range(BATCH)]
     # by hand: 20 + 17 + 5 + 2 and 19 + 18 + 4 + 3; then 30 + 3 + 3 + 3 and 30 + 3 + 3 + 0
@@ -49,7 +49,7 @@ def check_trainer(balanced, in_order) -> None:
 
 
 def exchanged_rows(rank: int) -> list[list[tuple[int, int]]]:
-    """(length, number) of the rows that this rank has of each batch, after a check of what else came with them."""
+    """(length, number) of this rank's rows in each batch, after checking the other columns that came with them."""
     width, prompt_width = 32, 3 + rank
     mask, tokens = torch.zeros(8, width - 1), torch.full((8, width), EOS)
     for row, length in enumerate(LENGTHS[rank]):
@@ -77,7 +77,7 @@ def exchanged_rows(rank: int) -> list[list[tuple[int, int]]]:
 
 
 def trained_by_the_trainer(loss_normalization: str) -> list[list[tuple[int, int]]]:
-    """(prompt, tokens trained on) of the rows that this rank's model got in each optimizer batch."""
+    """(prompt, number of tokens trained on) of the rows that this rank's model got in each optimizer batch."""
     answers = {index: ([50] * (12 if index in LONG else 1) + [EOS],) for index in range(8)}
     trainer = make_trainer(
         prompts=tuple((1 + index,) for index in range(8)), n=1, g=8, gbs=4, num_val=2, answers=answers,
@@ -91,7 +91,7 @@ def trained_by_the_trainer(loss_normalization: str) -> list[list[tuple[int, int]
 
 
 def num_steps_taken(rank: int) -> int:
-    """Of three, in the first of which both replicas have tokens, in the second one of them, in the third none."""
+    """Out of three steps: both replicas have tokens in the first, one of them in the second, none in the third."""
     trainer = make_trainer(n=1, g=4, gbs=4, num_val=2)
     trainer.run_training(iter([{"mask": torch.full((2, 5), float(has_tokens))} for has_tokens in (1, rank, 0)]))
     return trainer.scheduler.last_epoch

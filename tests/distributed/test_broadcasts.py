@@ -30,7 +30,7 @@ BEYOND_FLOAT32 = 2**40 + 1
 
 
 def rank_main(rank: int) -> None:
-    """Four ranks in every layout that a check needs, in one launch, since starting the ranks is what takes the time."""
+    """All checks in one launch of four ranks, in every layout they need, because starting the ranks is slow."""
     Utils.initialize_model_parallel(pipeline_model_parallel_size=4)
     check_broadcast_of_any_shape_and_dtype(rank)
     check_broadcast_casts(rank)
@@ -100,7 +100,7 @@ def check_2d_broadcasts(rank):
     assert broadcast_2d_tensor_within_pp(own, from_last=False).dtype == torch.float32
     ids = broadcast_2d_tensor_within_mp(torch.tensor([[BEYOND_FLOAT32 + rank]]), dtype=torch.int64)
     assert ids.dtype == torch.int64 and ids.tolist() == [[BEYOND_FLOAT32]]
-    # Only the source has a tensor of a wrong shape, but nobody may be left waiting.
+    # Only the source has a tensor of the wrong shape, but no rank may be left waiting.
     with pytest.raises(AssertionError, match=r"2-D tensor is required, not one of shape \[3\]"):
         broadcast_2d_tensor_within_mp(torch.ones(3) if rank == 0 else torch.ones(1, 1))
 
@@ -141,7 +141,7 @@ def check_masked_statistics(rank):
     assert (mean.item(), variance.item()) == (4.0, 5.0)
     torch.testing.assert_close(normalize_tensor(values, mask), (values - 4) / 5**0.5, equal_nan=True)
 
-    # 2^24 and 2^24 + 2 on two ranks each: the deviations of 1 from the mean exist in float64 only.
+    # 2^24 and 2^24 + 2 on two ranks each: the deviations of 1 from the mean can be represented in float64 only.
     large = torch.tensor([2.0**24 + 2 * (rank % 2)])
     _, variance = masked_global_mean_var(large, torch.ones(1))
     assert variance.item() == 1.0

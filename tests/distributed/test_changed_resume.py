@@ -1,4 +1,4 @@
-"""A run that is resumed with other settings follows them, and says which ones have changed."""
+"""A run resumed with changed settings uses the new ones and reports which have changed."""
 
 import json
 import math
@@ -18,7 +18,7 @@ LR, MIN_LR = 1e-3, 9e-8
 
 @pytest.fixture(scope="module")
 def start(workplace):
-    """Start the script in a folder: its exit code and what it printed."""
+    """Run the script with a given log folder; returns its exit code and output."""
     zygote = Zygote(workplace, environment())
 
     def start(log_dir: str, *overrides: str) -> tuple[int, str]:
@@ -39,7 +39,7 @@ def one_step(workplace, start):
 
 
 def resume(workplace, start, one_step, name: str, *overrides: str):
-    """Go on in a copy of the run's folder: exit code, output, folder."""
+    """Resume in a copy of the run's folder; returns exit code, output and folder."""
     folder = workplace / name
     shutil.copytree(one_step, folder)
     (folder / "checkpoints/tiny.nemo").unlink()
@@ -52,7 +52,7 @@ def warnings_of(output: str) -> list[str]:
 
 
 def rates(folder) -> dict[int, float]:
-    """The learning rate by optimizer step, over all starts."""
+    """The learning rate by optimizer step, across all starts of the run."""
     logged = [pair for part in [folder, *folder.glob("run_*")] for pair in scalars(part).get("train_optim/lr", [])]
     return dict(logged)
 
@@ -66,9 +66,9 @@ def test_an_extended_run_goes_on_at_the_rates_of_a_run_of_that_length(workplace,
     assert code == 0, output[-3000:]
     found = rates(folder)
     assert found.keys() == set(range(6))
-    for step in range(2):  # of two
+    for step in range(2):  # a schedule of two steps
         assert found[step] == pytest.approx(cosine(LR, MIN_LR, 2, step), rel=1e-6)
-    for step in range(2, 6):  # of six
+    for step in range(2, 6):  # a schedule of six steps
         assert found[step] == pytest.approx(cosine(LR, MIN_LR, 6, step), rel=1e-6)
 
     (warning,) = warnings_of(output)
@@ -95,11 +95,11 @@ def test_other_optimizer_settings_hold_from_the_resumed_step_on(workplace, start
     code, output, folder = resume(workplace, start, one_step, "other_optimizer", *changes)
     assert code == 0, output[-3000:]
     found = rates(folder)
-    for step in (2, 3):  # of four, the first of which is warm-up
+    for step in (2, 3):  # a schedule of four steps, the first of which is warm-up
         assert found[step] == pytest.approx(cosine(2e-3, 1e-3, 3, step - 1), rel=1e-6)
     last = newest_complete_checkpoint(folder / "checkpoints")
     (optimizer,) = torch.load(last / "common.pt", weights_only=True)["optimizer_states"]
-    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.3, 0.0]  # norms and biases have none
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.3, 0.0]  # none for norms and biases
     assert all(group["betas"] == (0.8, 0.9) for group in optimizer["param_groups"])
     assert all(group["step"] == 4 for group in optimizer["param_groups"])
     (warning,) = warnings_of(output)

@@ -1,4 +1,4 @@
-"""A run that is killed, again and again, ends where one that was left alone ends: bit for bit."""
+"""A run that is killed repeatedly ends with exactly the result of an undisturbed run, bit for bit."""
 
 import json
 import os
@@ -23,7 +23,7 @@ NUM_KILLS = 20
 
 @pytest.fixture(scope="module")
 def zygote(workplace):
-    """The training script, imported; the model has dropout, so that training draws random numbers too."""
+    """The imported training script; its runs use dropout, so that training draws random numbers too."""
     started = Zygote(workplace, environment())
     yield started
     started.close()
@@ -44,7 +44,7 @@ def run(zygote: Zygote, workplace: Path, log_dir: str, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace, zygote):
-    """The folder of a run that was left alone, and the seconds that it took."""
+    """The folder of an undisturbed run, and how many seconds it took."""
     started = time.monotonic()
     run(zygote, workplace, "undisturbed")
     return workplace / "undisturbed", time.monotonic() - started
@@ -60,14 +60,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def trajectory(folder: Path) -> dict:
-    """Rollouts with rewards and selections by step, losses by optimizer step; what was done twice has to be equal."""
+    """Rollouts with rewards and selections by step, losses by optimizer step; steps done twice must agree."""
     found = {}
     for split in ("train", "val"):
         lines = rollouts(folder, split)
         for step in {line["step"] for line in lines}:
             found[split, step] = sorted({json.dumps(line) for line in lines if line["step"] == step})
     found["loss"] = {}
-    for part in [folder, *folder.glob("run_*")]:  # a start moves the files of the one before into a folder
+    for part in [folder, *folder.glob("run_*")]:  # each start moves the previous start's files into a folder
         for step, loss in scalars(part).get("train_optim/loss", []):
             assert found["loss"].setdefault(step, loss) == loss, f"optimizer step {step} was done twice and differed"
     return found
@@ -95,7 +95,7 @@ def test_twenty_kills_at_random_moments_change_nothing(workplace, zygote, undist
                 os.kill(pid, signal.SIGKILL)
             code = zygote.wait()
             finished = code == 0
-            if finished and is_fresh:  # the machine is faster than it was when the undisturbed run was timed
+            if finished and is_fresh:  # the machine is faster than when the undisturbed run was timed
                 seconds *= 0.8
             kills += code == -signal.SIGKILL
             assert code in (0, -signal.SIGKILL), (workplace / f"{log_dir}.log").read_text()[-3000:]
@@ -106,7 +106,7 @@ def test_twenty_kills_at_random_moments_change_nothing(workplace, zygote, undist
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(workplace, zygote, undisturbed):
-    """Killed as soon as the folder of a checkpoint in the making appears, in the middle of the run."""
+    """The run is killed midway, as soon as the folder of an unfinished checkpoint appears."""
     checkpoints = workplace / "writing/checkpoints"
     for step in (2, 4):
         pid = zygote.start(arguments("writing"), workplace / "writing.log")
@@ -219,8 +219,8 @@ def test_a_run_that_could_judge_nothing_leaves_the_weights_and_continues(workpla
     assert not all(torch.equal(trained[name], untrained[name]) for name in untrained)
 
 
-# A user's module that also plays a disk which is full in the second and third step: before anything is written, then in
-# the middle of writing.
+# A user's module that also simulates a full disk: in the second step before anything is written, in the third in the
+# middle of writing.
 FULL_DISK = """
 import errno, shutil
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -251,7 +251,7 @@ def test_a_full_disk_is_reported_and_survived(workplace, zygote, undisturbed):
     (workplace / "full_disk.py").write_text(FULL_DISK)
     run(zygote, workplace, "full", "model.rs.reward.target=full_disk.py:last_token")
     complaints = [line for line in (workplace / "full.log").read_text().splitlines() if "could not be written" in line]
-    # the last checkpoint of two steps, and the best one where a step is better than the one before
+    # two steps fail to write their last checkpoint, and their best one if they improve on the step before
     assert 2 <= len(complaints) <= 4
     assert all("the run goes on, its last checkpoint is" in line and "step=1-" in line for line in complaints)
     assert "has room for 5 of" in complaints[0] and "No space left on device" in complaints[-1]

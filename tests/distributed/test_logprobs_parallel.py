@@ -1,7 +1,7 @@
 """Vocab-parallel log-probabilities and entropy, values and gradients, against one process that holds all logits.
 
 The reference is `torch.log_softmax` in float64. The tolerances are those of the interface, except that bfloat16 values
-may differ by their final rounding only, half of 2^-7: that the arithmetic before it is float32 is part of the promise.
+may be off only by their final rounding, half of 2^-7: the interface promises float32 arithmetic up to that point.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ def make_cases() -> dict[str, Case]:
     weight = torch.randn(B, S, generator=generator)
     # First and last id of every shard, for two and for four ranks.
     borders = torch.tensor([[0, 3, 4, 7, 8], [15, 12, 11, 8, 7]])
-    # One logit towers over the rest by 1e4: at the target, beside it, in its own shard and in another one.
+    # One logit is 1e4 above the rest (first row) or below it (second row): the target's or another one, in the target's
+    # shard or in a different one.
     gap = logits.clone()
     gap[0, :, 9] += 1e4
     gap[1, :, 0] -= 1e4
@@ -87,12 +88,12 @@ def own_shard(logits: torch.Tensor, tp: int) -> torch.Tensor:
 
 
 def portable(tensor: torch.Tensor):
-    """A tensor as what a queue between processes carries safely, and its dtype."""
+    """A tensor in a form that a queue between processes can carry safely, and its dtype."""
     return tensor.detach().double().numpy(), tensor.dtype
 
 
 def rank_main(rank: int, world_size: int) -> dict:
-    """All that is computed on ranks, in one launch, since starting the ranks is what takes the time."""
+    """Everything computed on ranks, in one launch because starting the ranks is slow."""
     Utils.initialize_model_parallel(world_size)
     results = {"cases": log_probs_of_all_cases(world_size), "entropy": entropy_and_gradient(world_size)}
     check_what_is_refused_and_saved(world_size)
@@ -102,7 +103,7 @@ def rank_main(rank: int, world_size: int) -> dict:
 
 
 def log_probs_of_all_cases(tp: int) -> dict:
-    """Values and this rank's gradient shard, case by case."""
+    """Values and this rank's gradient shard for each case."""
     results = {}
     for name, case in CASES.items():
         logprobs.MAX_CHUNK_ENTRIES = case.max_chunk_entries
@@ -144,7 +145,7 @@ MASK = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]])
 
 
 def entropy_and_gradient(tp: int) -> list:
-    """Without and with a mask."""
+    """Entropy and gradient, without and with a mask."""
     results = []
     for mask in (None, MASK):
         shard = own_shard(CASES["float32"].logits, tp).requires_grad_()

@@ -1,4 +1,4 @@
-"""LoRA in the training script, from its first step to a merged model, and in two processes."""
+"""LoRA in the training script, from the first step to a merged model, and in two processes."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ OVERRIDES = (
     "model.optim.lr=0.02", "model.rs.sampling_params.use_greedy=True",
     f"trainer.rs.max_steps={STEPS}", "trainer.rs.val_check_interval=1",
 )  # fmt: skip
-# Starts the script with a look at the weights before and after its loop.
+# Runs the script and records the weights before and after its training loop.
 SPY = f"""
 import runpy, sys
 if __name__ == "__main__":
@@ -80,7 +80,7 @@ def workplace(tmp_path_factory, tiny_nemo):
 
 
 def lora_command(log_dir: str, *overrides: str) -> list[str]:
-    """The script under the spy, whose findings go to `<log_dir>.pt`."""
+    """Run the script under SPY, which saves its findings to `<log_dir>.pt`."""
     python, _, *settings = command(log_dir, *OVERRIDES, *overrides)
     return [python, "spy.py", f"{log_dir}.pt", *settings]
 
@@ -138,7 +138,7 @@ def test_the_archive_with_its_base_gives_a_hf_model_with_these_rollouts(run, wor
         ids = tokenizer(f"the quick brown val {index}", return_tensors="pt").input_ids
         padding = list(range(len(tokenizer), llama.config.vocab_size))
         answer = llama.generate(ids, max_new_tokens=8, do_sample=False, suppress_tokens=padding)[0, ids.size(1) :]
-        assert response and tokenizer.decode(answer).startswith(response)  # which may have ended at an end string
+        assert response and tokenizer.decode(answer).startswith(response)  # it may have ended at an end string
 
 
 def test_the_archive_holds_what_was_learnt_and_starts_another_run(run, workplace):
@@ -169,7 +169,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(run, workplace):
     resumed = run_lora(workplace, "killed", "trainer.rs.val_at_start=True")
     assert not all(torch.equal(resumed["before"][name], run["before"][name]) for name in run["before"])
     assert resumed["step"] == run["step"] == STEPS
-    num_trained = sum(loss > 0 for loss in trajectory(workplace / "lora")["loss"].values())  # not left out
+    num_trained = sum(loss > 0 for loss in trajectory(workplace / "lora")["loss"].values())  # steps not skipped
     assert resumed["adam_steps"] == run["adam_steps"] == [num_trained] and num_trained >= STEPS
     for name, weight in run["after"].items():
         assert torch.equal(resumed["after"][name], weight), name
@@ -178,8 +178,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(run, workplace):
 # ---- the distributed optimizer
 
 MCORE = "model.optim.name=mcore_distributed_optim"
-# One optimizer step for each RS step, so that replicas train on the same rows together, however many there are. The eps
-# keeps Adam from making a whole step of a gradient that is all rounding error.
+# One optimizer step per RS step, so that any number of replicas together train on the same rows. The eps keeps Adam
+# from taking a full step on a gradient that is nothing but rounding error.
 TOGETHER = (
     f"model.global_batch_size={G * K}", f"+model.optim.sched.max_steps={STEPS}", "+model.optim.eps=1e-4",
     "model.rs.sampling_params.use_greedy=False", "trainer.rs.gradient_clip_val=0.5",
@@ -192,7 +192,7 @@ LAYOUTS = {
 
 
 def test_the_distributed_optimizer_of_one_process_is_adamw(run, workplace):
-    """But for the order in which it adds up the norm by which gradients are clipped."""
+    """Except for the order of summation in the norm used to clip gradients."""
     found = run_lora(workplace, "mcore", "trainer.rs.val_at_start=True", MCORE)
     assert_adapters_alone_have_learnt(found)
     for name, weight in run["after"].items():
@@ -234,7 +234,7 @@ def test_two_processes_that_were_interrupted_are_one_with_adamw(workplace, adamw
 def run_layout(
     rank: int, nemo_path: str, adapters: str, folder: str, world_size: int, tp: int, pp: int, vpp: int | None = None
 ) -> dict:
-    """Loss, gradients, greedy rollouts with adapters from an archive, then merged; leaves an archive of its own."""
+    """Loss, gradients, and greedy rollouts before and after merging adapters from an archive; saves its own archive."""
     from megatron.core import dist_checkpointing, parallel_state
 
     from nemo_aligner.convert.merge_lora import merge_lora_
@@ -256,7 +256,7 @@ def run_layout(
     loss, _ = model.get_loss_and_metrics(batch, forward_only=False)
     model.finish_training_step()
     gradients = weights(model, lambda parameter: parameter.grad)
-    checkpoint = f"{folder}/checkpoint"  # written by the one process
+    checkpoint = f"{folder}/checkpoint"  # written when there is one process
     if world_size == 1:
         Path(checkpoint).mkdir()
         dist_checkpointing.save(model.sharded_state_dict(), checkpoint)
@@ -277,14 +277,14 @@ def run_layout(
 
 
 def flat(state: dict) -> dict[str, torch.Tensor]:
-    """The weights of virtual stages, which are in a dict for each, beside each other."""
+    """The weights of all virtual stages in one dict, instead of one dict per stage."""
     if "model_0" not in state:
         return state
     return {f"{chunk} {name}": weight for chunk, weights in state.items() for name, weight in weights.items()}
 
 
 def weights(model, of=lambda parameter: parameter) -> dict[str, list]:
-    """This rank's shards of what belongs to the adapters' parameters, under the names of the whole."""
+    """This rank's shards of `of` each adapter parameter, under the names in the whole model."""
     return {
         adapter.whole_prefix + name: of(parameter).tolist()
         for adapter in adapters_of(model)
@@ -301,7 +301,7 @@ def infer(model) -> dict:
 
 
 def whole(outcomes: list[dict], key: str) -> dict[str, torch.Tensor]:
-    """Shards side by side, copies checked to be equal. Megatron-core's shards of a gated fc1 hold gate above up."""
+    """Shards concatenated, copies checked to be equal. A Megatron-core shard of a gated fc1 holds gate above up."""
     shards = {}
     for outcome in outcomes:
         for name, shard in outcome[key].items():
@@ -362,7 +362,7 @@ def test_two_processes_equal_one(tiny_nemo, adapters, one_process, tp, pp, vpp):
         assert outcome["in_checkpoint"]
         assert outcome["rollouts"] == outcome["merged_rollouts"] == one_process[0]["rollouts"]
 
-    # new adapters of two replicas are the same, and so are the shards of what tensor parallelism splits
+    # Newly initialized adapters are the same in both replicas; with TP, the joined shards are those of one process.
     fresh, of_one = whole(outcomes, "fresh"), whole(one_process, "fresh")
     assert all(weight.any() == ("linear_in" in name) for name, weight in fresh.items())
     assert pp == 2 or all(torch.equal(weight, of_one[name]) for name, weight in fresh.items())

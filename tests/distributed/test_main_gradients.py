@@ -1,6 +1,6 @@
-"""A model in bf16 with fp32 gradients: they are reduced over the replicas once, in every way.
+"""A bf16 model with fp32 gradients: they are reduced over the replicas exactly once, in each of the ways to do it.
 
-The first replica has two packs and the second one: what a replica sent in each pack would wait for the other in vain.
+The first replica has two packs, the second has one: a reduction per pack would wait in vain for the other replica.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ def in_all_ways(rank: int, nemo_path: str, world_size: int) -> dict[str, tuple]:
 
 
 def main_gradients(nemo_path: str, world_size: int, way: str) -> tuple[int, float, list[np.ndarray]]:
-    """This replica's number of packs, the norm of all gradients and those that its optimizer would step with."""
+    """This replica's number of packs, the norm of all gradients, and the gradients that its optimizer would use."""
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
@@ -59,7 +59,7 @@ def main_gradients(nemo_path: str, world_size: int, way: str) -> tuple[int, floa
     model.get_loss_and_metrics(share, forward_only=False)
     model.finish_training_step()
     gradients = []
-    if not model.use_mcore_dist_optim:  # whose replicas have each a part of the sum
+    if not model.use_mcore_dist_optim:  # with it, each replica holds only a part of the sum
         gradients = [parameter.grad.numpy().copy() for parameter in model._optimizer.get_parameters_with_grad()]
     return len(model._packs(share, get_num_microbatches())), clip_gradients(model, 1e9), gradients
 
@@ -73,7 +73,7 @@ def of_one_and_two(tiny_nemo):
 def test_two_replicas_have_the_gradients_of_one(of_one_and_two, way):
     ((num_packs, norm, expected),), results = ([found[way] for found in ranks] for ranks in of_one_and_two)
     assert (num_packs, *(of_replica[0] for of_replica in results)) == (3, 2, 1)
-    # each pack's gradient is rounded to bf16 (8 bits) in both; sums in float32 in another order add next to nothing
+    # both round each pack's gradient to bf16 (8 bits); a different order of float32 sums adds next to nothing
     assert [of_replica[1] for of_replica in results] == pytest.approx([norm, norm], rel=2**-8)
     first, second = (of_replica[2] for of_replica in results)
     assert len(first) == len(expected) and (len(expected) > 0) == ("megatron-core" not in way)

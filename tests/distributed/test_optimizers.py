@@ -1,6 +1,6 @@
-"""`mcore_distributed_optim` trains like AdamW in one process, in every layout, and resumes in another one.
+"""`mcore_distributed_optim` trains like one-process AdamW in every layout, and resumes in a different layout.
 
-And optimizers with fp32 master weights keep these over a restart.
+Optimizers with fp32 master weights keep these across a restart.
 """
 
 import shutil
@@ -29,8 +29,8 @@ LAYOUTS = {
 
 
 def settings(num_steps: int) -> tuple[str, ...]:
-    # One optimizer step for each RS step: replicas then train on the same rows together, however many there are. Weight
-    # decay and clipping are strong enough to show.
+    # One optimizer step per RS step, so that any number of replicas together train on the same rows. Weight decay and
+    # clipping are strong enough to have a visible effect.
     return (
         f"trainer.rs.max_steps={num_steps}", "trainer.rs.max_epochs=2", "trainer.rs.val_check_interval=2",
         f"model.global_batch_size={G * K}", f"+model.optim.sched.max_steps={NUM_STEPS}",
@@ -40,7 +40,7 @@ def settings(num_steps: int) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def adamw(workplace):
-    """A run of one process with torch's AdamW."""
+    """A one-process run with torch's AdamW."""
     process = run_script(workplace, "adamw", *settings(NUM_STEPS))
     assert process.returncode == 0, process.stderr[-3000:]
     return workplace / "adamw"
@@ -67,7 +67,7 @@ def test_half_a_run_here_and_half_there_is_a_run_of_adamw(workplace, adamw, half
     norm, expected_norm = (dict(scalars(run)["train_optim/grad_norm"])[NUM_STEPS // 2] for run in (folder, adamw))
     assert norm == pytest.approx(expected_norm, rel=1e-5) and norm > 0.5
     ours, theirs = weights(folder), weights(adamw)
-    for name in theirs:  # as a whole: Adam moves a weight whose gradient is all rounding error by a full step
+    for name in theirs:  # as a whole: Adam takes a full step on a weight whose gradient is pure rounding error
         assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
 
 

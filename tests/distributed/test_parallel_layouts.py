@@ -1,6 +1,6 @@
-"""Parallel layouts and their products over gloo give what one process gives, from rollouts to the saved model.
+"""Parallel layouts and their combinations match one process over gloo, from rollouts to the saved model.
 
-Each launch of processes runs several layouts, one after the other, as importing NeMo takes longer than a tiny model.
+Each launch of processes runs several layouts in turn, because importing NeMo takes longer than running a tiny model.
 """
 
 import re
@@ -17,9 +17,9 @@ from tests.distributed.launch import run_ranks
 from tests.tiny import load_actor, prompt_batch, save_gpt2_like, with_small_packs
 
 PROMPTS = ["the quick brown", "one two three four five six", "a good", "kind and it ends"]
-# prompt and response lengths of the training rows; the longest row, of 23 tokens, has a width that 2 does not divide
+# prompt and response lengths of the training rows; the longest row has 23 tokens, an odd width
 ROW_LENGTHS = [(3, 14), (6, 9), (1, 20), (4, 17), (2, 21), (5, 5), (8, 3), (7, 12)]
-# the tokens that a pack has room for, as micro-batches are of one row
+# tokens that fit into a pack, as micro-batches have one row
 ROW_WIDTH = 24
 CLIP_VALUE, LEARNING_RATE = 0.2, 1e-3
 ERROR = 1e-5
@@ -27,7 +27,7 @@ ERROR = 1e-5
 
 @dataclass
 class Layout:
-    """`model` is "llama" (tied embeddings, RoPE, RMSNorm) or "gpt2" (an output layer of its own, learned positions,
+    """`model` is "llama" (tied embeddings, RoPE, RMSNorm) or "gpt2" (separate output layer, learned positions,
     LayerNorm, biases; twice as many layers)."""
 
     model: str
@@ -41,7 +41,7 @@ class Layout:
 
         virtual = self.overrides.get("virtual_pipeline_model_parallel_size")
         parallel_state.initialize_model_parallel(self.tp, self.pp, virtual)
-        AppState().data_parallel_rank = parallel_state.get_data_parallel_rank()  # as NeMo, when it makes the groups
+        AppState().data_parallel_rank = parallel_state.get_data_parallel_rank()  # as NeMo does when creating groups
         actor = load_actor(
             archives[self.model], world_size, tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
             micro_batch_size=1, global_batch_size=len(ROW_LENGTHS), **self.overrides,
@@ -74,7 +74,7 @@ OF_FOUR = {
 
 
 def run_layouts(rank: int, archives: dict[str, str], folder: str, world_size: int, layouts: dict[str, Layout]) -> dict:
-    """Name of the layout -> what this rank sees of it."""
+    """Name of each layout -> this rank's outcome."""
     from megatron.core import parallel_state
 
     outcomes = {}
@@ -85,7 +85,7 @@ def run_layouts(rank: int, archives: dict[str, str], folder: str, world_size: in
 
 
 def run_layout(model, save_path: str) -> dict:
-    """Rollouts, losses and gradients over fixed rows, and one step of AdamW; the model it leaves is saved."""
+    """Rollouts, losses and gradients over fixed rows, and one step of AdamW, after which the model is saved."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
@@ -113,7 +113,7 @@ def run_layout(model, save_path: str) -> dict:
     batch = training_batch(model, dp_rank, dp_size)
     model.prepare_for_training()
     model.setup_optimizer_param_groups()
-    # eps above the rounding errors of gradients: those of key biases are nothing else
+    # eps exceeds the rounding errors of gradients; the gradients of key biases consist of nothing else
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-6)
     validation_loss, _ = model.get_loss_and_metrics(batch, forward_only=True)
     padded_loss, padded_gradients = padded_step(model, batch)
@@ -160,7 +160,7 @@ def run_layout(model, save_path: str) -> dict:
 
 
 def padded_step(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of this rank on padded rows; leaves no gradients."""
+    """Loss and gradients of this rank on padded rows; clears the gradients afterwards."""
     packed, model._training = model._training, replace(model._training, packing=False)
     model.prepare_for_training_step()
     loss, _ = model.get_loss_and_metrics(batch, forward_only=False)
@@ -185,12 +185,12 @@ def settings(model) -> dict[str, object]:
         f"{owner}:{key}": value
         for owner, values in owners.items()
         for key, value in values.items()
-        if isinstance(value, (bool, int, float, str, type(None))) and key != "input_tensor"  # which is an activation
+        if isinstance(value, (bool, int, float, str, type(None))) and key != "input_tensor"  # an activation
     }
 
 
 def training_only(values: dict[str, object]) -> set[str]:
-    """The switches among `settings` that have to be off in inference, and are not."""
+    """The switches among `settings` that must be off during inference but are on."""
     found = set()
     for path, value in values.items():
         key = path.split(":")[-1]
@@ -217,7 +217,7 @@ def training_batch(model, dp_rank: int, dp_size: int) -> dict[str, torch.Tensor]
 
 
 def local_gradients(model) -> dict[str, torch.Tensor]:
-    """This rank's gradients under global layer numbers; the gate and up halves of a gated MLP apart."""
+    """This rank's gradients under global layer numbers, with the gate and up halves of a gated MLP separated."""
     gradients = {}
     for chunk in model.get_model_module_list():
         first_layer = chunk.decoder.layers[0].layer_number - 1
@@ -235,7 +235,7 @@ def local_gradients(model) -> dict[str, torch.Tensor]:
 
 
 def merged_gradients(outcomes: list[dict]) -> dict[str, torch.Tensor]:
-    """Gradients of the whole model out of those of all ranks: shards side by side, copies checked to be equal."""
+    """Gradients of the whole model from those of all ranks: shards concatenated, copies checked to be equal."""
     shards = {}
     for outcome in outcomes:
         for name, gradient in outcome["gradients"].items():
@@ -257,7 +257,7 @@ def merge(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
 
 
 def saved_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Parameters of an archive, restored in one process."""
+    """Parameters of an archive restored in one process."""
     one = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, **dict.fromkeys(VPP), **SP}
     model = load_actor(path, **{**one, "sequence_parallel": False})
     return {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -315,7 +315,7 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
         assert outcome["is_packing"]
         assert outcome["padded_loss"] == pytest.approx(outcome["numbers"][0], rel=ERROR)
         assert all(error <= ERROR for error in outcome["padded_errors"].values()), outcome["padded_errors"]
-        # virtual stages go through Megatron's schedule
+        # virtual stages use Megatron's schedule instead
         assert outcome["by_engine"] == ("virtual_pipeline_model_parallel_size" not in layout.overrides)
         assert outcome["rollouts"] == expected["rollouts"]
         assert outcome["trained_rollouts"] == expected["trained_rollouts"]
@@ -330,7 +330,7 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict, archive: Path) -> 
 
 
 def check_num_packs(layout: Layout, outcomes: list[dict]) -> None:
-    """Replicas without stages have each its own number of packs."""
+    """Without pipeline stages, each replica has its own number of packs."""
     of_replica = dict(outcome["num_packs"] for outcome in outcomes)
     assert all(of_replica[dp_rank] == num_packs for dp_rank, num_packs in (o["num_packs"] for o in outcomes))
     if layout.pp > 1:
@@ -340,7 +340,7 @@ def check_num_packs(layout: Layout, outcomes: list[dict]) -> None:
 
 
 def check_sampling(outcomes: list[dict], expected: dict) -> None:
-    """A rollout's id settles what is drawn; rollouts without ids are equal within a replica and in no other."""
+    """A rollout's id determines what is drawn; rollouts without ids agree within a replica but not between replicas."""
     assert all(outcome["sampled"] == expected["sampled"] for outcome in outcomes)
     of_replica = {}
     for dp_rank, tokens in (outcome["sampled_without_ids"] for outcome in outcomes):

@@ -1,6 +1,6 @@
-"""Pipeline stages decode groups of rows in turn, over gloo, and draw the tokens that one process draws.
+"""Pipeline stages decode groups of rows in turn, over gloo, and draw the same tokens as one process.
 
-Each launch of processes runs several layouts, one after the other, as importing NeMo takes longer than a tiny model.
+Each launch of processes runs several layouts in turn, because importing NeMo takes longer than running a tiny model.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tests.distributed.launch import run_ranks
 from tests.tiny import load_actor, prompt_batch
 
 MAX_LENGTH = 20
-# tokens that end a row by themselves: so many of the 320 that responses are of all lengths
+# single tokens that end a row: enough of the 320 for responses of all lengths
 END_STRINGS = ["<|endoftext|>", *string.ascii_lowercase]
 LENGTHS = [9, 3, 17, 1, 4, 12, 6, 2, 5, 3, 8]
 NUM_CHECKS_BEFORE_SIGNAL = 7
@@ -58,7 +58,7 @@ OF_FOUR = {
 
 
 def prompts_of(num_rows: int, eod_id: int) -> list[list[int]]:
-    """Ragged prompts with an end-of-text id inside the longer ones."""
+    """Prompts of different lengths, with an end-of-text id inside the longer ones."""
     generator = torch.Generator().manual_seed(3)
     prompts = []
     for length in LENGTHS[:num_rows]:
@@ -86,7 +86,7 @@ def batch_of(actor, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def recorded_exchanges():
-    """What this rank takes part in, in order: sets of what is begun together, each as (what, ranks, number)."""
+    """This rank's exchanges, in order: sets of those started together, each as (kind, ranks, running number)."""
     exchanges, counts = [], Counter()
     batch, broadcast, barrier = (
         getattr(torch.distributed, name) for name in ("batch_isend_irecv", "broadcast", "barrier")
@@ -120,9 +120,9 @@ def recorded_exchanges():
 
 
 def num_stuck(exchanges_of_ranks: list[list[set]]) -> int:
-    """Exchanges that never end if each rank handles its own one after the other, and none without all of its ranks.
+    """Number of exchanges that never complete if each rank handles its own in order and each needs all its ranks.
 
-    So do NCCL's communicators, where a send ends with its receive.
+    NCCL's communicators work like this: a send completes together with its receive.
     """
     queues, met = [deque(exchanges) for exchanges in exchanges_of_ranks], set()
     while True:
@@ -134,7 +134,7 @@ def num_stuck(exchanges_of_ranks: list[list[set]]) -> int:
 
 
 def rollouts_of(actor) -> dict[str, dict[str, list]]:
-    """Of ragged rows that end at different times, of fewer rows than stages, and with settings that look back."""
+    """Rollouts of ragged rows ending at different times, of fewer rows than stages, and with a repetition penalty."""
     settings = {
         "eleven rows": (11, {"use_greedy": False, "end_strings": END_STRINGS}),
         "three rows": (3, {"use_greedy": False, "end_strings": END_STRINGS}),
@@ -149,13 +149,13 @@ def rollouts_of(actor) -> dict[str, dict[str, list]]:
     with mock.patch.dict(actor._sampling_params, sampling):
         batches = [batch_of(actor, prompts_of(num_rows, actor.tokenizer.eos_id)) for num_rows in (2, 7, 4, 1, 6)]
         for number, rollouts in enumerate(actor.infer_each(batches)):
-            torch.distributed.barrier()  # the trainer synchronizes with the other ranks between batches, too
+            torch.distributed.barrier()  # the trainer also synchronizes with the other ranks between batches
             found[f"batch {number}"] = {key: value.tolist() for key, value in rollouts.items()}
     return found
 
 
 def error_of(actor) -> str:
-    """Of rows that break in several groups: in ticks an even row is the first to break, by position an odd one."""
+    """The error when rows of several groups fail: by ticks an even row fails first, by position an odd one."""
     prompts = [[5 + row] * (1 if row % 2 else 12) for row in range(8)]
     uniform_BL = actor._random_streams(batch_of(actor, prompts), MAX_LENGTH)
     is_invalid = uniform_BL[[0, 4, 3, 7, 5], [0, 0, 9, 8, 8]]
@@ -175,9 +175,9 @@ def error_of(actor) -> str:
 
 
 def ticks_and_turns(actor, layout: Layout) -> tuple[int, int]:
-    """How many there are of each until a batch for each stage has all its tokens.
+    """Number of ticks and of turns until one batch per stage has all its tokens.
 
-    Now and then no stage is done with its turn before all of them have begun theirs.
+    At regular intervals a barrier keeps every stage from finishing its turn until all of them have begun theirs.
     """
     ticks, turns, pass_on, forward = [], [], Pipeline.send_recv, decode._Group.forward
 
@@ -201,7 +201,7 @@ def ticks_and_turns(actor, layout: Layout) -> tuple[int, int]:
 
 
 def sizes_of_groups(actor, layout: Layout, memory: int) -> set[int]:
-    """Rows in the groups of a batch of `pp` rows for each stage, with `memory` for so many tokens."""
+    """Numbers of rows in the groups of one batch of `pp` rows per stage, with room for `memory` tokens."""
     sizes, init = set(), decode._Group.__init__
 
     def noting(self, model, strategy, prompts_RP, *args):
@@ -222,7 +222,7 @@ def sizes_of_groups(actor, layout: Layout, memory: int) -> set[int]:
 
 
 def checks_of(actor, is_asked: bool) -> tuple[int, int, int]:
-    """Checks until two batches are complete, and until SIGTERM is answered; batches that were complete by then."""
+    """Number of checks until two batches are complete, and until SIGTERM stops them; batches complete by then."""
     batch = batch_of(actor, prompts_of(7, actor.tokenizer.eos_id))
     num_checks, num_complete, watch = [], 0, TerminationWatch()
 
@@ -269,7 +269,7 @@ def run_layouts(rank: int, archive: str, world_size: int, layouts: dict[str, Lay
 
 @pytest.fixture(scope="module")
 def of_one(tiny_nemo):
-    """What one process generates and fails with, without resets and with them; rollouts from the engine if it can."""
+    """One process's rollouts and error, without and with resets; rollouts come from the engine where it can."""
     plain, resetting = (load(str(tiny_nemo), Layout(overrides=overrides), 1) for overrides in ({}, RESETS))
     errors = error_of(plain), error_of(resetting)
     plain._rollout_generator._settings = GenerationSettings("engine")
@@ -314,8 +314,8 @@ def check(layout: Layout, outcomes: list[dict], of_one: dict) -> None:
         assert outcome["error"] == error
         num_ticks, num_turns = outcome["ticks and turns"]
         assert num_turns == MAX_LENGTH * layout.ticks_per_position
-        assert num_ticks - num_turns == 2 * (layout.pp - 1)  # until all stages have work, and when it ends
-        # of a batch when one has room, of all but one of them, and of all
+        assert num_ticks - num_turns == 2 * (layout.pp - 1)  # while the pipeline fills and drains
+        # groups of one row with no room to spare, then of all rows of a batch but one, then of all
         assert outcome["sizes"][0] == {1} and max(outcome["sizes"][1]) == layout.pp - 1
         assert outcome["sizes"][2] == {layout.pp}
         assert outcome["checks"] == outcomes[0]["checks"]

@@ -1,4 +1,4 @@
-"""The engine over pipeline stages, over gloo, draws the tokens that one process draws."""
+"""The engine with pipeline stages, over gloo, draws the same tokens as one process."""
 
 from unittest import mock
 
@@ -35,7 +35,7 @@ class WatchedLane(lane.Lane):
 
 
 class LaneAhead(WatchedLane):
-    """Its host is a turn behind, as it is with a GPU."""
+    """A lane whose host lags one turn behind, as it does with a GPU."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -53,13 +53,13 @@ def with_engine(actor, max_rows: int = 256):
 
 
 def rollouts_with_slots_for(actor, max_rows: int) -> dict:
-    """Rows wait for slots, few prompts are prefilled at once, and the host is behind."""
+    """Rollouts where rows wait for slots, few prompts are prefilled at once, and the host lags behind."""
     with mock.patch.object(lane, "MAX_PROMPTS_PER_PREFILL", 2), mock.patch.object(engine, "Lane", LaneAhead):
         return rollouts_of(with_engine(actor, max_rows))
 
 
 def rows_in_lanes(actor, num_prompts: int, num_rollouts: int) -> list[int]:
-    """Most rows in flight in each lane, of a batch with that many, behind a larger one."""
+    """Most rows in flight in each lane for a batch of this size that follows a larger one."""
     prompts = prompts_of(num_prompts, actor.tokenizer.eos_id)
     with mock.patch.object(engine, "Lane", WatchedLane):
         with_engine(actor).infer(batch_of(actor, [[7, 8]] * 20))
@@ -71,7 +71,7 @@ def rows_in_lanes(actor, num_prompts: int, num_rollouts: int) -> list[int]:
 
 
 def slots_in_lanes(actor) -> tuple[list[int], float]:
-    """Slots in each lane where memory limits them, and the share of the memory that they take."""
+    """Slots in each lane when memory limits them, and the share of the memory that they use."""
     memory, lanes = 2**20, []
 
     def usable_memory(device) -> float:

@@ -1,4 +1,4 @@
-"""A Python reward function behind HTTP: what it sees, what its mistakes do, how its server starts and stops."""
+"""A Python reward function behind HTTP: what it sees, what its errors cause, how its server starts and stops."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def tokenizer(tiny_hf):
 
 @pytest.fixture
 def make(functions, tokenizer):
-    """A server, not serving, of one of the functions; and the list of (prompts, responses) of each of its calls."""
+    """A server for one of the functions, not started, and the list of (prompts, responses) of each call."""
 
     def build(name, **settings):
         function = load_reward_function(f"{functions}:{name}")
@@ -76,7 +76,7 @@ def make(functions, tokenizer):
 
 @pytest.fixture
 def rollouts(tokenizer):
-    """`tokens`, `sequence_lengths` and `prompt_lengths` of (prompt, response) pairs."""
+    """Turns (prompt, response) pairs into `tokens`, `sequence_lengths` and `prompt_lengths`."""
 
     def build(*pairs):
         ids = [(tokenizer.text_to_ids(prompt), tokenizer.text_to_ids(response)) for prompt, response in pairs]
@@ -102,10 +102,10 @@ def rewards_of(answer):
 def test_the_function_sees_what_it_would_see_in_the_trainer(make, rollouts):
     server, seen = make("exact")
     request = rollouts(("the dog", f" is kind{END}"), ("one", " two DONE"), ("one", " two DONE"))
-    first = {"text": f"{END}the dog", "answer": " is kind"}  # as the prompt stands in its file
+    first = {"text": f"{END}the dog", "answer": " is kind"}  # the prompt as written in its file
     request |= {"finished": flags(True, True, False), "records": records(first, {"answer": " is kind"}, {"answer": 0})}
     (answer,) = server.answer([request])
-    # The ending of a finished response is cut off, that of an unfinished one is text.
+    # The end string is cut off a finished response, but is part of the text in an unfinished one.
     assert seen == [([f"{END}the dog", "one", "one"], [" is kind", " two ", " two DONE"])]
     assert rewards_of(answer) == [1, 0, 0]
 
@@ -194,7 +194,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def script(functions, tiny_nemo):
-    """The port of the server that the script starts, with the tokenizer of an archive."""
+    """The port of a server started by the script with an archive's tokenizer."""
     skip_if_triton_cannot_run()
     port = free_port()
     command = [
@@ -324,7 +324,7 @@ def pack(path, tokenizer_section, *files):
     OmegaConf.save(OmegaConf.create({"tokenizer": tokenizer_section, **sizes}), config)
     with tarfile.open(path, "w:") as archive:
         archive.add(config, "./model_config.yaml")
-        archive.add(config, "./model_weights.ckpt")  # which nobody reads
+        archive.add(config, "./model_weights.ckpt")  # never read
         for file in files:
             archive.add(file, f"./abc_{file.name}")
     return path
@@ -341,7 +341,7 @@ def test_a_sentencepiece_tokenizer_of_an_archive(tmp_path):
     loaded = load_tokenizer(pack(tmp_path / "model.nemo", section, tmp_path / "tokenizer.model"))
     plain = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     assert loaded.text_to_ids(TEXTS[2]) == plain.encode(TEXTS[2]) and loaded.eos_id == plain.eos_id()
-    del section["sentencepiece_legacy"]  # NeMo's old form has the end token only if the config adds it
+    del section["sentencepiece_legacy"]  # NeMo's legacy mode has the end token only if the config adds it
     with pytest.raises(ConfigError, match="has no end token"):
         load_tokenizer(pack(tmp_path / "old.nemo", section, tmp_path / "tokenizer.model"))
     section["additional_special_tokens"] = {"eos_token": "</s>"}

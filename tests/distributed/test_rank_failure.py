@@ -42,7 +42,7 @@ with end_all_ranks_on_error():
 
 
 def run_ranks(tmp_path: Path, body: str, world_size: int = 2) -> tuple[list[int], list[str], list[float]]:
-    """Exit codes, lines of the shared stderr and seconds of processes that run PREAMBLE and `body` behind it."""
+    """Run PREAMBLE followed by `body` in processes; returns exit codes, lines of the shared stderr and durations."""
     seconds = {}
     script = tmp_path / "ranks.py"
     script.write_text(PREAMBLE + "".join(f"    {line}\n" for line in body.strip().splitlines()))
@@ -81,7 +81,7 @@ collective()
 """
     codes, lines, seconds = run_ranks(tmp_path, body, world_size=3)
     assert codes == [1, 1, 1]
-    assert seconds[0] == min(seconds)  # or Lightning might see another fail, and kill it
+    assert seconds[0] == min(seconds)  # or Lightning might see another rank fail and kill rank 0
     assert lines[-1] == f"error: rank {failing}: RuntimeError: out of memory, sadly"
     assert 'raise RuntimeError("out of memory' in "\n".join(lines), "the traceback is missing"
 
@@ -133,7 +133,7 @@ def test_one_process_fails_as_python_does(tmp_path):
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 
 
-# What srun tells the tasks of a job on one node, beside their numbers. Without MASTER_PORT the job's id gives the port.
+# What srun sets for the tasks of a one-node job, besides their numbers. Without MASTER_PORT the job id gives the port.
 SLURM = {
     "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
     "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0",
@@ -143,7 +143,7 @@ SLURM = {
 def start_script(
     launcher: str, script: Path, arguments: list, workplace: Path, **variables: str
 ) -> tuple[list[int], str]:
-    """Exit codes of the launcher, or of both ranks without one, and what went to stderr."""
+    """Exit codes of the launcher (or of both ranks if there is none), and the stderr output."""
     port = str(free_port())
     tasks = [{**SLURM, "MASTER_PORT": port, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
     starts = {
@@ -173,7 +173,7 @@ def start_script(
         ("lightning", "loss", 0, "ValueError: a loss that is none"),
         ("lightning", "infer", 1, "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
         ("torchrun", "data", 1, "RuntimeError: the prompts are odd"),
-        # replicas with unequal numbers of rollouts would enter collectives of training unequally often
+        # replicas with unequal numbers of rollouts would enter different numbers of training collectives
         ("slurm", "select", 1, f"ValueError: this replica has 1 rollouts to train on, but each replica must have {K}"),
     ],
 )
@@ -185,7 +185,7 @@ def test_an_error_in_the_training_script(workplace, launcher, place, rank, messa
     assert set(codes) == {1}, stderr[-3000:]
     assert time.monotonic() - started < LIMIT_S
     message, lines = f"error: rank {rank}: {message}", stderr.splitlines()
-    if launcher == "torchrun":  # which adds what it read in the failed rank's file
+    if launcher == "torchrun":  # torchrun appends what it reads from the failed rank's file
         assert message in lines and f"rank      : {rank} (local_rank: {rank})\n  exitcode  : 1" in stderr
     else:
         assert lines[-1] == message, stderr[-3000:]
@@ -202,7 +202,7 @@ def test_prompts_that_one_rank_cannot_read_end_the_run_on_all_in_one_line(workpl
 
 @pytest.mark.parametrize(("launcher", "codes"), [("lightning", [2]), ("slurm", [2, 1]), ("torchrun", [1])])
 def test_a_log_folder_that_another_run_holds(workplace, launcher, codes):
-    """Rank 0 alone finds that out, before the model is restored."""
+    """Only rank 0 detects this, before the model is restored."""
     hold_log_dir(workplace / "held")
     arguments = command("held", "trainer.devices=2")[2:]
     script = Path(__file__).parents[2] / "examples/nlp/gpt/train_gpt_rs_actor.py"
@@ -211,7 +211,7 @@ def test_a_log_folder_that_another_run_holds(workplace, launcher, codes):
     assert ended == codes and time.monotonic() - started < LIMIT_S
     lines = [line for line in stderr.splitlines() if "is in use by" in line]
     assert len(lines) == 1 and lines[0].startswith(f"error: the log folder held is in use by process {os.getpid()} on ")
-    if launcher != "torchrun":  # which adds words of its own
+    if launcher != "torchrun":  # torchrun appends its own message
         assert stderr.splitlines()[-1] == lines[0]
 
 
@@ -240,7 +240,7 @@ def reward_nemo(tmp_path_factory):
     ("rank", "message"),
     [
         (0, "RuntimeError: the reward server ended: no room"),
-        (1, "MemoryError: no room"),  # while rank 0 waits for it in the forward pass
+        (1, "MemoryError: no room"),  # while rank 0 waits for rank 1 in the forward pass
     ],
 )
 def test_an_error_in_the_reward_server(reward_nemo, tmp_path, rank, message):
@@ -264,14 +264,14 @@ def test_an_error_in_the_reward_server(reward_nemo, tmp_path, rank, message):
         for child in psutil.Process(process.pid).children(recursive=True):
             (ranks if any("fail_on_rank" in word for word in child.cmdline()) else triton).append(child)
         started = time.monotonic()
-        with pytest.raises(OSError):  # an answer of 500, or none
+        with pytest.raises(OSError):  # a 500 response, or none at all
             urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer", REQUEST, timeout=LIMIT_S)
         assert process.wait(LIMIT_S) == 1
         _, left = psutil.wait_procs(ranks, timeout=LIMIT_S)
         assert len(ranks) == 1 and left == [] and time.monotonic() - started < LIMIT_S
     finally:
         process.kill()
-        for child in (*ranks, *triton):  # Triton itself may wait half a minute for answers that do not come
+        for child in (*ranks, *triton):  # Triton may wait half a minute for responses that never come
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
     assert log.read_text().splitlines()[-1] == f"error: rank {rank}: {message}", log.read_text()[-3000:]

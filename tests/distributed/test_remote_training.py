@@ -1,4 +1,4 @@
-"""The training script against a reward server that fails under it: nothing is lost, and nothing comes out different."""
+"""The training script with a reward server that fails during the run: nothing is lost and no result changes."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def settings(port: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace, server):
-    """What a run against a healthy server rolls out, scores and keeps."""
+    """The rollouts, scores and selections of a run with a healthy server."""
     process = run_script(workplace, "undisturbed", *settings(server.port))
     assert process.returncode == 0, process.stderr[-3000:]
     found = all_rollouts(workplace / "undisturbed")

@@ -1,4 +1,4 @@
-"""A checkpoint of tensor parallel, pipeline and virtual pipeline ranks continues on any other layout."""
+"""A checkpoint of tensor, pipeline and virtual pipeline parallel ranks can be resumed on any other layout."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ LAYOUTS = {
 
 
 def settings(layout: tuple[str, ...]) -> tuple[str, ...]:
-    # One optimizer step for each RS step: replicas then train on the same rows together, however many there are.
+    # One optimizer step per RS step, so that any number of replicas together train on the same rows.
     return (
         f"trainer.rs.max_steps={NUM_STEPS}", "trainer.rs.max_epochs=2", "trainer.rs.val_check_interval=1",
         f"model.global_batch_size={G * K}", *layout,
@@ -38,7 +38,7 @@ def settings(layout: tuple[str, ...]) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace):
-    """A run of one process that was left alone."""
+    """An undisturbed one-process run."""
     process = run_script(workplace, "one_process", *settings(LAYOUTS["one"]))
     assert process.returncode == 0, process.stderr[-3000:]
     return workplace / "one_process"
@@ -46,7 +46,7 @@ def undisturbed(workplace):
 
 @pytest.fixture(scope="module")
 def half_way(workplace):
-    """The folder of a run of four ranks, of which one was killed after its second checkpoint."""
+    """The folder of a four-rank run, one rank of which was killed after the second checkpoint."""
     folder = workplace / "half_way"
     process = subprocess.Popen(
         command("half_way", *settings(FIRST_LAYOUT)), cwd=workplace, env=environment(), text=True,
@@ -77,5 +77,5 @@ def test_a_run_continues_on_another_layout(workplace, half_way, undisturbed, lay
     expected, found = trajectory(undisturbed), trajectory(folder)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     ours, theirs = weights(folder), weights(undisturbed)
-    for name in theirs:  # as a whole: Adam moves a weight whose gradient is all rounding error by a full step
+    for name in theirs:  # as a whole: Adam takes a full step on a weight whose gradient is pure rounding error
         assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name

@@ -1,4 +1,4 @@
-"""A reward server that comes up, or does not, for some replicas only: all of them go on, or none."""
+"""A reward server that some replicas can reach only later, or never: either all replicas continue or none."""
 
 import pytest
 from megatron.core import parallel_state
@@ -11,7 +11,7 @@ from tests.distributed.launch import run_ranks
 
 
 def connect(rank: int, times_refused: int) -> tuple[int, str | None]:
-    """Replica 1 is refused so many times; how often this one asked, and what it was told in the end."""
+    """Replica 1 is refused `times_refused` times; returns how often this replica asked, and the error if any."""
     parallel_state.initialize_model_parallel()
     asked = []
 

@@ -1,4 +1,4 @@
-"""Rewards and failures reach every rank of a replica, and of another one only where the job is to stop.
+"""Rewards and failures reach every rank of a replica; they reach other replicas only if the job is to stop.
 
 Four ranks, two replicas of two.
 """
@@ -27,7 +27,7 @@ class LetterTokenizer:
 
 
 class Done:
-    """A future whose outcome is settled."""
+    """A future that is already done."""
 
     def __init__(self, outcome):
         self.outcome = outcome
@@ -39,7 +39,7 @@ class Done:
 
 
 def outcome_of(function):
-    """What a call returns, or its message and the type of its cause if it raises `RewardError`."""
+    """A call's result, or the message and the cause's type if it raises `RewardError`."""
     try:
         return function()
     except RewardError as error:

@@ -1,4 +1,4 @@
-"""A reward model made from a tiny base model: against Hugging Face's hidden states, and the same on 1 and 4 ranks."""
+"""A reward model made from a tiny base model agrees with Hugging Face's hidden states, and on 1 and 4 ranks."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ MEAN, STD = -0.5, 4.0
 
 
 def load_reward_model(nemo_path, world_size=1, load_base_model_only=False, **model_overrides):
-    """In a process of `run_ranks` whose model-parallel groups exist."""
+    """Must run in a process of `run_ranks` whose model-parallel groups exist."""
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
     from omegaconf import OmegaConf, open_dict
     from pytorch_lightning import Trainer
@@ -87,7 +87,7 @@ def from_base_model(rank, tiny_nemo, tiny_hf, archive):
         "training": error_of(lambda: base.get_loss_and_metrics({}, forward_only=True)),
         "keys": sorted(key for key in base.sharded_state_dict() if "rm_head" in key or "output_layer" in key),
     }
-    AppState().data_parallel_rank = 0  # NeMo's strategy notes it when it starts the processes, which it did not here
+    AppState().data_parallel_rank = 0  # NeMo's strategy sets it when it starts the processes; not done here
     base.save_to(archive)
 
     standardized = {"enable": True, "mean": MEAN, "std": STD}
@@ -111,7 +111,7 @@ def from_base_model(rank, tiny_nemo, tiny_hf, archive):
 
 
 def as_lists(found):
-    """Tensors do not survive the process that sends them."""
+    """Convert tensors, which do not survive the process that sends them."""
     return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
 
 
@@ -209,7 +209,7 @@ def test_four_ranks_agree_with_one(one_rank, archive):
 
 
 def environment():
-    """Without what models built in this process have noted about their process group."""
+    """The environment without what models built in this process have set for their process group."""
     return {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")}
 
 

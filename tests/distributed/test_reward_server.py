@@ -1,4 +1,4 @@
-"""The reward server: two ranks that stay in step, and one that PyTriton serves, to clients good and bad."""
+"""The reward server: two ranks that stay in sync, and one served by PyTriton to well-behaved and hostile clients."""
 
 import http.client
 import json
@@ -31,7 +31,7 @@ def error_of(server, inputs):
 
 
 def serve(rank):
-    """Reward = sum of a row's ids + its replica / 10; also notes the shapes this replica saw."""
+    """Reward = sum of a row's ids + its replica / 10; also records the shapes this replica saw."""
     parallel_state.initialize_model_parallel()
     shapes = []
 
@@ -79,8 +79,8 @@ def how_it_ends(server):
 
 def test_requests_are_answered_refused_and_survived():
     first, second = run_ranks(serve, 2, timeout_s=60)
-    # Rows per replica: of one, padded to two; of five, padded to eight; of two sentences; of two that fail.
-    # Columns are stripped to a multiple of four, but never widened. What is refused reaches no replica.
+    # Rows per replica for requests of: one row, padded to two; five, padded to eight; two sentences; two that fail.
+    # Columns are stripped to a multiple of four, but never widened. Refused requests reach no replica.
     assert first["shapes"] == second["shapes"] == [[1, 3], [4, 5], [1, 8], [1, 1]]
     lone, many, sentences = first["answers"]
     assert lone == [[6.0]]
@@ -95,7 +95,7 @@ def test_requests_are_answered_refused_and_survived():
     assert first["failed"] == ("PyTritonUnrecoverableError", "the forward pass failed: MemoryError: no room")
     assert "expected the signal" in second["ended"][0] and "got 3" in second["ended"][0]
     assert second["ended"][1] == "no room"
-    # Between two requests lies a training phase; the default group, with its 60 s here, would give up on rank 1.
+    # A training phase lies between two requests; with the default group's timeout of 60 s here, rank 1 would give up.
     assert first["idle_timeout"] > timedelta(days=30)
 
 
@@ -103,7 +103,7 @@ CONTEXT, VOCABULARY, LIMIT = 64, 100, 512
 
 
 def serve_sums(port, shapes_file):
-    """The reward of a row is the sum of its ids; the shapes of the batches that ran are written down."""
+    """Serve rewards that are the sum of a row's ids; the shapes of the batches that ran are written to a file."""
     from nemo_aligner.compat import cpu
 
     cpu.enable()
@@ -131,7 +131,7 @@ def sums(tmp_path_factory):
 
 
 def ask(port, **inputs):
-    """The rewards, or what the server says is wrong."""
+    """The rewards, or the server's error message."""
     with client(port) as asker:
         try:
             return asker.infer_batch(**inputs)["rewards"].tolist()
@@ -161,7 +161,7 @@ def test_one_bad_request_of_a_merged_batch_leaves_the_others_alone(sums):
     with ThreadPoolExecutor(len(requests)) as threads:
         for number in range(50):
             assert list(threads.map(lambda request: ask(port, **request), requests)) == wanted
-            # Three rows of two requests, padded to the wider: merged, if they came within the 20 ms of the batcher.
+            # Three rows of two requests, padded to the wider one: merged if they arrived within the batcher's 20 ms.
             is_merged = "3 10" in shapes.read_text().splitlines()
             if is_merged and number >= 4:
                 break
@@ -210,7 +210,7 @@ def valid(rng):
 
 
 def junk(rng, depth=0):
-    """Some JSON value."""
+    """A random JSON value."""
     kind = rng.randrange(9 if depth < 3 else 7)
     if kind == 7:
         return [junk(rng, depth + 1) for _ in range(rng.randrange(4))]
@@ -222,7 +222,7 @@ def junk(rng, depth=0):
     return [None, rng.random() < 0.5, rng.randint(-3, 3), huge, rng.random() * 1e300, word, ""][kind]
 
 
-# Each gives a body and the size that it claims for its header, None for none.
+# Each function returns a body and the size claimed for its header, or None for no claim.
 def random_bytes(rng):
     return rng.randbytes(rng.randrange(300)), rng.choice([None, 1, 5, -1, 10**15, "x"])
 
@@ -256,7 +256,7 @@ def huge_declared_shape(rng):
     shape = rng.choice([[10**9, 20], [2**40, 2**40], [2**61, 1], [9999999, 9999], [1] * 99, [1, 10**30]])
     tokens, lengths = valid(rng)
     tokens[0]["shape"] = shape
-    if rng.random() < 0.5:  # as JSON, whose declared size Triton would allocate
+    if rng.random() < 0.5:  # as JSON: Triton would allocate the declared size
         header = {"name": "tokens", "shape": shape, "datatype": "INT64", "data": [1, 2]}
         return body((header, b""), lengths)
     return body(tokens, lengths)
@@ -310,7 +310,7 @@ def bad_strings(rng):
     ("headers", "content", "status"),
     [
         ("Content-Length: 1000000000000", b"abc", 413),
-        ("Content-Length: 10", b"abc", 400),  # and the client says that there is no more
+        ("Content-Length: 10", b"abc", 400),  # and the client closes its side of the connection
         ("Content-Length: -1", b"abc", 400),
         ("Content-Length: 99999999999999999999", b"abc", 400),
         ("Transfer-Encoding: chunked", b"ffffffffffff\r\nabc", 415),
@@ -358,7 +358,7 @@ NUM_HOSTILE, NUM_ATTACKERS = 10_000, 3
 
 
 def attack(port, seed):
-    """Send bodies over one connection as long as it holds; returns a list of what went wrong."""
+    """Send bodies over one connection as long as it stays open; returns a list of what went wrong."""
     rng = random.Random(seed)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     wrong = []

@@ -1,4 +1,4 @@
-"""Two replicas of which one has lost what an earlier start could not score: they go on together all the same."""
+"""Two replicas, one of which has lost the rollouts that an earlier start could not score, still continue together."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def fail_and_start_again(rank: int, folder: str, split: str) -> dict:
 
 @pytest.mark.parametrize("split, generated", [("train", [1, 3]), ("val", [0, 1])])
 def test_a_replica_that_lost_its_file_rolls_out_anew(tmp_path, split, generated):
-    # 4 prompts a step: two rollout micro-batches for each replica, and one of validation
+    # 4 prompts per step: two rollout micro-batches per replica, plus one for validation
     ranks = run_ranks(fail_and_start_again, 2, str(tmp_path), split, timeout_s=60)
     assert [found["step"] for found in ranks] == [1, 1]
     assert [found["generated"] for found in ranks] == generated

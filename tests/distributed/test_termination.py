@@ -1,4 +1,4 @@
-"""SIGTERM to one rank, while replicas generate that are not equally fast."""
+"""SIGTERM to one rank while replicas generate at different speeds."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.fake_trainer import FakeModel, make_trainer
 
 
 class UnequalModel(FakeModel):
-    """Generates on rank 1 for much longer than on rank 0; one of them may be asked to end in its second batch."""
+    """Generates on rank 1 for much longer than on rank 0; one of them may get SIGTERM in its second batch."""
 
     def __init__(self, rank: int, is_asked: bool):
         super().__init__()
@@ -27,7 +27,7 @@ class UnequalModel(FakeModel):
 
 
 def train(rank: int, folder: str) -> dict:
-    """Which rank is asked to end, if any -> what this rank sees of the run."""
+    """Rank that gets SIGTERM, if any -> what this rank sees of the run."""
     parallel_state.initialize_model_parallel()
     return {asked: train_once(rank, Path(folder, str(asked)), rank == asked) for asked in (None, 0, 1)}
 
@@ -49,7 +49,7 @@ def ranks(tmp_path_factory):
 
 
 def test_replicas_meet_as_often_as_each_likes_while_they_generate(ranks):
-    # four batches, and one of validation
+    # four batches, plus one for validation
     assert [found[None] for found in ranks] == [{"step": 1, "generated": 5, "stopped": ""}] * 2
 
 
@@ -58,6 +58,6 @@ def test_all_ranks_stop_at_the_same_meeting_and_keep_what_is_complete(ranks, ask
     for rank, found in enumerate(ranks):
         assert found[asked]["step"] == 0
         assert f"unscored_train_step0_rank{rank}.pt" in found[asked]["stopped"]
-    # rank 0 is through with all of its batches when rank 1 is in its first
+    # rank 0 has finished all its batches when rank 1 is in its first
     generated = [found[asked]["generated"] for found in ranks]
     assert generated == ([2, 0] if asked == 0 else [4, 2])

@@ -1,4 +1,4 @@
-"""The training script itself, as a user starts it: on the CPU, with a tiny model, in processes of its own."""
+"""The training script as a user starts it: on the CPU, with a tiny model, in separate processes."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ from tests.tiny import END, load_actor
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples/nlp/gpt/train_gpt_rs_actor.py"
 G, N, K, NUM_VAL = 2, 3, 2, 3
-# Of the tokenizer's 320 tokens, so many end a response that about every second one ends within 8 tokens.
+# So many of the tokenizer's 320 tokens end a response that about every second response ends within 8 tokens.
 END_STRINGS = json.dumps(list(string.ascii_uppercase + string.digits))
 REWARD = """
 import time
@@ -36,7 +36,7 @@ def last_token(prompts, responses, *, response_tokens, records, seconds=0):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tiny_nemo):
-    """A folder with prompts and a reward function, where the script is started."""
+    """A folder with prompts and a reward function, in which the script is started."""
     folder = tmp_path_factory.mktemp("run")
     for name, count in (("train", 6), ("val", NUM_VAL)):
         lines = [json.dumps({"text": f"{END}the quick brown {name} {i}"}) for i in range(count)]
@@ -67,7 +67,7 @@ def command(log_dir: str, *overrides: str) -> list[str]:
 
 
 def environment() -> dict:
-    """This process's, less what earlier tests set for process groups of their own."""
+    """This process's environment, without what earlier tests set for their own process groups."""
     group = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
     own = {key: value for key, value in os.environ.items() if key not in group}
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
@@ -91,7 +91,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def finished_run(workplace):
-    """The folder that a run of two steps, the second one traced, leaves behind."""
+    """The folder left by a run of two steps, the second of which is traced."""
     process = run_script(workplace, "finished", "--profile", "1")
     assert process.returncode == 0, process.stderr[-3000:]
     return workplace / "finished"
@@ -134,12 +134,12 @@ def test_metrics_reach_tensorboard(finished_run):
     means = [(step, pytest.approx(sum(values) / len(values))) for step, values in rewards.items()]
     assert logged["train_rollouts/global_rewards"] == means
     assert [step for step, _ in logged["val_rollouts/global_rewards"]] == [2]
-    # G * K rows a step in batches of G: two optimizer steps for each of two RS steps
+    # G * K rows per step in batches of G: two optimizer steps in each of two RS steps
     assert [step for step, _ in logged["train_optim/loss"]] == [0, 1, 2, 3]
     assert all(loss > 0 for _, loss in logged["train_optim/loss"])
     rates = [rate for _, rate in logged["train_optim/lr"]]
     assert rates[0] == pytest.approx(1e-3) and rates == sorted(rates, reverse=True)
-    # half way down the cosine, from 1e-3 to 9e-8, after two of four optimizer steps
+    # halfway down the cosine, from 1e-3 to 9e-8, after two of four optimizer steps
     assert rates[2] == pytest.approx(1e-3 / 2, rel=1e-3)
 
 
@@ -180,7 +180,7 @@ def test_the_trained_model_restores(finished_run, tiny_nemo):
     after = dict(trained.named_parameters())
     assert before.keys() == after.keys()
     changes = [(before[name] - after[name]).abs().max().item() for name in before]
-    # Adam moves a weight by about the learning rate in each of the four steps, in the weights that got a gradient.
+    # In each of the four steps Adam moves a weight that has a gradient by about the learning rate.
     assert max(changes) == pytest.approx(2.5e-3, abs=2e-3) and sum(change > 0 for change in changes) > len(changes) / 2
     assert trained.tokenizer.ids_to_text(trained.tokenizer.text_to_ids("the quick brown")) == "the quick brown"
     Utils.destroy_model_parallel()
@@ -210,12 +210,12 @@ def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(workplace, o
 
 
 def test_ctrl_c_ends_a_run_at_once_and_keeps_its_rollouts(workplace):
-    # 6 prompts are one reward call each, 5 seconds long; the interrupt comes after the first of them
+    # each of the 6 prompts is one reward call of 5 seconds; the interrupt comes after the first call
     slow = ("model.rs.num_rollout_samples=6", "model.rs.reward.kwargs={seconds: 5}", "trainer.rs.val_check_interval=0")
     process = subprocess.Popen(
         command("interrupted", *slow), cwd=workplace, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        # a shell starts its background jobs, which this suite may be one of, deaf to Ctrl-C
+        # a shell starts background jobs, of which this suite may be one, with Ctrl-C ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     first_rollouts = workplace / "interrupted/rollouts/train_rank0.jsonl"
@@ -225,7 +225,7 @@ def test_ctrl_c_ends_a_run_at_once_and_keeps_its_rollouts(workplace):
     interrupted_at = time.monotonic()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output[-3000:]
-    assert time.monotonic() - interrupted_at < 16  # the call that is under way is waited for, the other four are not
+    assert time.monotonic() - interrupted_at < 16  # the running call is waited for, the other four are not
     assert "Traceback" not in output
     (message,) = [line for line in output.splitlines() if "interrupted" in line and "rollouts so far" in line]
     assert message.endswith("interrupted/rollouts")

@@ -1,7 +1,7 @@
-"""Starts the training script over and over without importing it anew: a process that forks one run per request.
+"""Starts the training script repeatedly without importing it each time: a process that forks one run per request.
 
 Requests are lines of JSON on stdin, {"arguments": [...], "log": path, "environment": {...}}; answers are lines on
-stdout: the run's process id, and once it has ended its exit code, negative for a signal.
+stdout: the run's process id and, once it has ended, its exit code (negative for a signal).
 """
 
 import json
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "examples/nlp/gpt/train_gpt_rs_actor.py"
 
 
 class Zygote:
-    """The process, from the outside."""
+    """The process as seen by its parent."""
 
     def __init__(self, folder: Path, environment: dict):
         self.process = subprocess.Popen(
@@ -32,7 +32,7 @@ class Zygote:
         return int(self.process.stdout.readline())
 
     def wait(self) -> int:
-        """The exit code of the run that was started first among those not yet waited for."""
+        """Exit code of the earliest started run that has not been waited for yet."""
         print(file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 

@@ -1,4 +1,4 @@
-"""Everything below runs on a GPU, or is skipped; measured deviations are printed as a table at the end."""
+"""Tests in this folder run on a GPU or are skipped; measured deviations are printed as a table at the end."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-# Kernels in Triton's interpreter, on a CPU; modules that say so can be tested like that.
+# Kernels run in Triton's interpreter on a CPU; only modules that set RUNS_INTERPRETED are tested this way.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -26,10 +26,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_matmuls():
-    """Float32 means float32: no TF32 while these tests compare."""
+    """Float32 means float32: no TF32 in these tests."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine does not ask torch; cuBLAS reads it when first used
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine ignores torch's flags; cuBLAS reads this at first use
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def normal() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def own_layers():
-    """For tests of the layers that stand in for those of Transformer Engine."""
+    """For tests of our own layers, which are used where Transformer Engine is not installed."""
     if not INTERPRETED and importlib.util.find_spec("transformer_engine") is not None:
         pytest.skip("Transformer Engine's layers take the place of ours")
 
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`made_once(name, make)`: a path that `make` fills once, also if pytest-xdist runs the tests in many processes."""
+    """`made_once(name, make)`: a path that `make` fills once, even if pytest-xdist runs tests in many processes."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent

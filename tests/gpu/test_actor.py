@@ -1,4 +1,4 @@
-"""The actor on a GPU against Hugging Face's computation of the same tiny model."""
+"""The actor on a GPU against Hugging Face's implementation of the same tiny model."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Rows added to an embedding's gradient, against float64.
 
-Also on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_embedding_kernels.py`.
+Also runs on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_embedding_kernels.py`.
 
 Legend: M tokens, V vocabulary, H hidden size.
 """

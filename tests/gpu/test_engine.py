@@ -1,4 +1,4 @@
-"""The engine on a GPU, through captured graphs: tokens of Hugging Face, weights that change, precision in bf16."""
+"""The engine on a GPU with captured graphs: same tokens as Hugging Face, changing weights, precision in bf16."""
 
 import gc
 
@@ -33,7 +33,7 @@ def with_engine(actor, max_rows=256):
 
 @pytest.fixture
 def replays(monkeypatch):
-    """The numbers of rows of all graphs that were replayed."""
+    """The numbers of rows of all graph replays."""
     sizes, run = [], StepGraphs.run
 
     def counted(self, num_rows):
@@ -69,7 +69,7 @@ def test_greedy_tokens_equal_hugging_face_with_rows_ending_and_joining(actor, ti
         rollouts = with_engine(actor, max_rows).infer(batch_of(actor, ragged_prompts(24)))
         assert rollouts["response_tokens"].is_cuda
         assert responses_of(rollouts) == expected
-    assert len(set(replays)) > 2  # more rows than one graph
+    assert len(set(replays)) > 2  # graphs for several numbers of rows
 
 
 def test_prefills_have_few_sizes(actor, monkeypatch):
@@ -118,14 +118,14 @@ def test_weights_that_changed_in_place_or_moved_are_seen_through_captured_graphs
     optimizer.step()
     replays.clear()
     stepped = rollouts("engine")
-    # the graphs of the first call, captured before the step
+    # replays graphs captured in the first call, before the step
     assert len(replays) * 2 >= NUM_NEW_TOKENS and stepped == rollouts("nemo") != first
     weight.data = -weight.data
     assert rollouts("engine") == rollouts("nemo") != stepped
 
 
 def forget_earlier_tests():
-    """Their actors, with graphs and memory, live on in cycles."""
+    """Free their actors, which reference cycles keep alive together with graphs and memory."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -133,7 +133,7 @@ def forget_earlier_tests():
 @pytest.mark.parametrize("memory", ["the same", "other"])
 def test_graphs_are_captured_anew_only_if_other_memory_comes_back(actor, monkeypatch, memory):
     forget_earlier_tests()
-    # torch gives tensors above 10 MiB memory of their own; smaller ones share what other tensors have left
+    # torch allocates tensors above 10 MiB separately; smaller ones reuse what other tensors have left
     monkeypatch.setattr(lane_module, "CAPACITY_STEP", 2**14)
     captured, capture = [], StepGraphs._capture
     monkeypatch.setattr(StepGraphs, "_capture", lambda self, size: captured.append(size) or capture(self, size))
@@ -155,7 +155,7 @@ def test_graphs_are_captured_anew_only_if_other_memory_comes_back(actor, monkeyp
 
 def test_memory_that_captured_graphs_hold_is_not_usable(actor, monkeypatch):
     forget_earlier_tests()
-    memory_info = torch.cuda.mem_get_info()  # other processes may work on the same GPU
+    memory_info = torch.cuda.mem_get_info()  # other processes may use the same GPU
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: memory_info)
     device, batch = current_device(), batch_of(actor, ragged_prompts(8))
     actor.infer(batch)
@@ -171,7 +171,7 @@ def test_memory_that_captured_graphs_hold_is_not_usable(actor, monkeypatch):
     held = held_bytes(pools)
     assert len(pools) == 1 and held > 0
     actor._rollout_generator._engine.lanes[0]._graphs = None
-    # the pool is there still, and torch would give it up; the graphs' random state, two numbers, has gone with them
+    # the pool still exists, but torch could free it; the graphs' random state, two numbers, went with the graphs
     assert pools_in_use() == set() and usable_memory(device) == pytest.approx(usable + 0.85 * held, abs=2048)
     torch.cuda.empty_cache()
     assert held_bytes(pools) == 0
@@ -197,7 +197,7 @@ def test_weights_that_are_nan_end_the_run_through_captured_graphs(actor, replays
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_log_probabilities_while_decoding_are_those_of_the_training_forward(actor, monkeypatch, dtype, bound):
     actor.model.to(dtype)
-    # This random model's logits reach 20, where bf16 knows sixteenths only: they are brought to a few units.
+    # This random model's logits reach 20, where bf16 is exact only to a sixteenth, so they are scaled to a few units.
     actor.model.decoder.final_layernorm.weight.data.mul_(0.25)
     seen, next_logits = {}, Lane._next_logits
 
@@ -208,7 +208,7 @@ def test_log_probabilities_while_decoding_are_those_of_the_training_forward(acto
         return logits_BV
 
     monkeypatch.setattr(Lane, "_next_logits", recording)
-    # a graph would not call it
+    # a graph would not call the recording function
     monkeypatch.setattr(StepGraphs, "run", lambda self, num_rows: self._step(num_rows))
     with_engine(actor, 5).infer(batch_of(actor, ragged_prompts(12)))
     differences = []

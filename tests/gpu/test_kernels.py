@@ -1,7 +1,7 @@
 """The Triton kernels against the same operations in plain torch, in float32 on the same inputs.
 
-They also run on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_kernels.py`. Its products of
-bfloat16 are wrong: float16 stands for it there.
+They also run on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_kernels.py`. The
+interpreter's bfloat16 products are wrong, so float16 is used there instead.
 
 Legend: B rows, G key/value groups, Q query heads per group, T positions of the cache, D channels per head, V ids.
 """
@@ -30,7 +30,7 @@ triton_sampling = pytest.importorskip("nemo_aligner.generation.triton_sampling")
 
 RUNS_INTERPRETED = True
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# One rounding of the result, and in attention of keys and queries turned by their positions.
+# Bounds: one rounding of the result, and in attention also of keys and queries after rotation by their positions.
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 BOUND = {torch.float32: 1e-6, HALF: 4e-3}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
@@ -183,8 +183,8 @@ def test_products_are_activated(normal, rows, size_in, size, with_bias, is_gated
         (3, 2, 1, 64, 2000, 64),  # few rows: positions are split
         (5, 3, 3, 64, 512, 64),  # SmolLM2's heads
         (2, 1, 4, 128, 4096, 128),
-        (2, 2, 4, 256, 300, 256),  # in float32 three stages are too many for an H100
-        (4, 2, 2, 80, 300, 32),  # channels that are no power of two, and of which some are turned
+        (2, 2, 4, 256, 300, 256),  # in float32, three pipeline stages are too many for an H100
+        (4, 2, 2, 80, 300, 32),  # channels are not a power of two, and only some are rotated
         (1, 8, 8, 128, 192, 0),  # learned positions
     ],
 )
@@ -209,7 +209,7 @@ def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B
     expected_values.transpose(1, 2)[row, positions] = value
     is_filled = torch.arange(T, device=DEVICE) <= positions[:, None]
     expected = torch_ops.decode_attention(query.unflatten(1, (G, Q)), expected_keys, expected_values, is_filled)
-    # what is not filled must not be read
+    # unfilled positions must not be read
     hidden = (torch.arange(T, device=DEVICE) > positions[:, None])[:, None, :, None]
     keys.masked_fill_(hidden, torch.nan), values.masked_fill_(hidden, torch.nan)
 
@@ -223,7 +223,7 @@ def test_attention_reads_what_is_filled_and_keeps_the_new_token(normal, dtype, B
 
 @pytest.mark.parametrize("V", [96, 384, 32000, 49152, 128256])
 def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
-    logits = (normal(64, 2, V, dtype=torch.float32) * 3)[:, 1]  # rows that lie apart
+    logits = (normal(64, 2, V, dtype=torch.float32) * 3)[:, 1]  # rows are not adjacent in memory
     logits[:, 5] = logits[:, 128:256] = -torch.inf
     numbers = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     numbers[0], numbers[1] = 0.0, 1 - 2**-53
@@ -231,7 +231,7 @@ def test_draws_are_those_of_the_cpu_for_the_same_numbers(normal, V):
         triton_sampling.sample_token(logits, numbers.to(DEVICE)).cpu(),
         sampling.sample_token(logits.cpu(), numbers),
     )
-    assert (ours != theirs).sum() <= 1  # where a number falls on the border of two tokens, to float32's last digit
+    assert (ours != theirs).sum() <= 1  # where a number is on the border of two tokens, to float32's last digit
     assert (ours != 5).all() and (ours < V).all()
 
 
@@ -252,11 +252,11 @@ def test_the_next_tokens_are_those_of_the_cpu_for_the_same_rows(normal, dtype, t
     numbers = torch.rand(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     rows = [Row([3] * (1 + index % 7), number, 0) for index, number in enumerate(numbers)]
     on_cpu.put_(list(range(40)), rows), on_gpu.put_(list(range(40)), rows)
-    num_generated = torch.arange(40) % 6  # two rows in six are at their ends and still decoded
+    num_generated = torch.arange(40) % 6  # two rows in six have reached their end and are still decoded
     for state in (on_cpu, on_gpu):
         state.position_R[:40] += num_generated.to(state.position_R.device)
     logits = normal(40, V, dtype=torch.float32).to(dtype)
-    logits[:, 2] += 12  # an end that nearly every row would draw
+    logits[:, 2] += 12  # an end token that nearly every row would draw
     logits[:, num_tokens:] += 30
     theirs = on_cpu.sample(logits.cpu().clone(), 20)
     ours = triton_sampling.draw_next(
@@ -293,7 +293,7 @@ def test_prompts_are_placed_for_attention_and_in_the_cache_as_on_the_cpu(
         cache = KVCache(2, 5, G, capacity, D, x.dtype, DEVICE)
         cache.keys_LRGTD.fill_(torch.nan), cache.values_LRGTD.fill_(torch.nan)
         attend = attention(weights, tables, cache, lengths, num_padding)
-        attend(0, -x)  # what one layer leaves behind, the next one must not see
+        attend(0, -x)  # the next layer must not see what this one leaves behind
         context = attend(1, x)
         made.append((context, cache.keys_LRGTD, cache.values_LRGTD))
     assert of_one_kernel == ([] if INTERPRETED or dtype == torch.float32 else [dtype] * 2)

@@ -1,7 +1,7 @@
-"""A training layer's kernels against float64, beside torch's own functions in the same precision.
+"""A training layer's kernels against float64, compared with torch's own functions in the same precision.
 
-They also run on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_layer_kernels.py`. It cuts
-bfloat16 off where a GPU rounds.
+They also run on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_layer_kernels.py`. It
+truncates to bfloat16 where a GPU rounds.
 
 Legend: T tokens, H hidden size, F width of the MLP, Z parts of a sum.
 """
@@ -28,18 +28,18 @@ rotary_kernels = pytest.importorskip("nemo_aligner.models.nlp.gpt.rotary_kernels
 RUNS_INTERPRETED = True
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-# Of sums in float32.
+# Error of sums in float32.
 SUMMED = 2e-6
 NUM_PARTS = 5
 
 
 def on_device(x):
-    """Copies, which may be written to."""
+    """Copy to DEVICE, so that kernels may overwrite it."""
     return x.clone().to(DEVICE) if isinstance(x, torch.Tensor) else x
 
 
 def parts(*widths: int | None) -> list[torch.Tensor | None]:
-    """Room for sums, beside one another as those of a layer are; what is not written would be seen."""
+    """Buffers for sums, side by side as in a layer; NaN reveals entries that are not written."""
     of_all = torch.full((NUM_PARTS, sum(width or 0 for width in widths)), torch.nan, device=DEVICE)
     pieces = of_all.split([width or 0 for width in widths], dim=1)
     return [None if width is None else piece for width, piece in zip(widths, pieces, strict=True)]
@@ -51,7 +51,7 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def check(ours: torch.Tensor, of_torch: torch.Tensor, exact: torch.Tensor, record_property, name: str) -> None:
-    """No farther from the exact values than torch's result in the same precision."""
+    """Ours must be no farther from the exact values than torch's result in the same precision."""
     dtype = ours.dtype
     assert of_torch.dtype == dtype
     ours, of_torch = error(ours, exact), error(of_torch, exact)
@@ -169,7 +169,7 @@ def test_sums_of_the_turned_gradient(normal, dtype, G, Q, D, turned, T):
     (place,) = parts(qkv[0].numel())
     summed = rotary_kernels.qkv_gradient(*given, place)
     assert torch.equal(summed, rotary_kernels.qkv_gradient(*given, None))
-    # in float32 the angles themselves are no better
+    # in float32 the angles themselves are no more accurate
     assert error(place.sum(0), exact) <= 1e-5
 
 
@@ -189,14 +189,14 @@ def called_kernel(called: list[str], name: str, kernel, *args):
 @pytest.mark.usefixtures("own_layers")
 @pytest.mark.parametrize("kind", ["llama", *MODELS])
 def test_a_layer(kind, tiny_hf, tiny_nemo, tmp_path, monkeypatch):
-    """Gradients of all parameters, some of which are frozen, against megatron-core's modules."""
+    """Gradients of all parameters, without and with frozen ones, against megatron-core's modules."""
     path = tiny_nemo if kind == "llama" else save_gpt2_like(tiny_hf, tmp_path / "model.nemo", **MODELS[kind])
     layer = load_actor(path).model.decoder.layers[0].train()
     called = []
     for name in ("norm_and_residual", "norm_gradient", "activation_gradient", "qkv_gradient"):
         module = rotary_kernels if name == "qkv_gradient" else layer_kernels
         spy = functools.partial(called_kernel, called, name, getattr(module, name))
-        # the interpreter's tensors are on the CPU, where nobody would call them
+        # with the interpreter, tensors are on the CPU, where the kernels would not be called
         monkeypatch.setattr(fused_layer if INTERPRETED else module, name, spy)
     if INTERPRETED:
         monkeypatch.setattr(layer_ops, "_num_parts", lambda device: NUM_PARTS)

@@ -1,4 +1,4 @@
-"""The kernels of log-probabilities against float64, beside torch's own functions in the same precision.
+"""The log-probability kernels against float64, compared with torch's own functions in the same precision.
 
 They also run on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_logprob_kernels.py`.
 
@@ -20,7 +20,7 @@ RUNS_INTERPRETED = True
 
 
 def nothing_seen(num_positions: int, dtype=torch.float32) -> list[torch.Tensor]:
-    """Maxima, sums and target logits in front of the first piece."""
+    """Maxima, sums and target logits before the first piece."""
     zeros = torch.zeros(2, num_positions, dtype=dtype)
     return [on_device(x) for x in (torch.full((num_positions,), torch.finfo(dtype).min, dtype=dtype), *zeros)]
 
@@ -35,7 +35,7 @@ def through_pieces(logits_RV, targets_R, sizes: list[int], add_piece_) -> list[t
 
 @pytest.fixture
 def logits_and_targets(normal):
-    """Logits of which the first rows have some that are, and pieces that are only, -inf; targets in every shard."""
+    """Logits with -inf entries, and pieces of only -inf, in the first and last rows; targets in every shard."""
 
     def make(num_positions: int, num_entries: int, dtype):
         logits_RV = normal(num_positions, num_entries, dtype=dtype) * 3
@@ -105,8 +105,8 @@ def test_what_is_not_a_number_stays_seen():
 @pytest.mark.parametrize("num_positions", [0, 1, 23])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 def test_log_probabilities_and_gradients(normal, tiny_nemo, monkeypatch, record_property, dtype, num_positions):
-    """All that is between hidden states and log-probabilities, a gradient without memory of its own included."""
-    load_actor(tiny_nemo)  # makes the process groups
+    """Everything between hidden states and log-probabilities, for an incoming gradient without memory of its own."""
+    load_actor(tiny_nemo)  # creates the process groups
     monkeypatch.setattr(logprobs, "MAX_CHUNK_ENTRIES", 130 * max(1, num_positions))
     num_calls = 0
 
@@ -137,7 +137,7 @@ def test_log_probabilities_and_gradients(normal, tiny_nemo, monkeypatch, record_
 
     exact, of_torch = outcome(torch.float64, "cpu", plain), outcome(dtype, "cpu", plain)
     for name in ("add_piece_", "piece_gradient"):
-        # the interpreter's tensors are on the CPU, where nobody would call them
+        # with the interpreter, tensors are on the CPU, where the kernels would not be called
         kernel = counted(getattr(logprob_kernels, name))
         monkeypatch.setattr(target_logprobs if INTERPRETED else logprob_kernels, name, kernel)
     found = outcome(dtype, DEVICE, ours)
@@ -153,5 +153,5 @@ def test_log_probabilities_and_gradients(normal, tiny_nemo, monkeypatch, record_
             record_property(name, ours_)
             record_property("torch's", torch_)
             assert torch_ <= (1e-6 if dtype == torch.float32 else 0.02)
-            # products round differently on a GPU; the interpreter cuts bfloat16 off
+            # products round differently on a GPU; the interpreter truncates to bfloat16
             assert ours_ <= max((5 if INTERPRETED else 1.25) * torch_, SUMMED), name

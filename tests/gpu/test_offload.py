@@ -1,4 +1,4 @@
-"""The optimizer's state on its way to the host and back, bit for bit, whatever order the calls come in."""
+"""The optimizer's state survives the way to the host and back bit for bit, in whatever order the calls come."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ SIZES = (1, 1000, 4096, 3_000_001)
 
 @pytest.fixture
 def state():
-    """Tensors of several sizes and dtypes; two of them look at the same memory."""
+    """Tensors of several sizes and dtypes; two of them share memory."""
     generator = torch.Generator("cuda").manual_seed(1)
     tensors = [torch.randn(size, generator=generator, device="cuda") for size in SIZES]
     tensors.append(torch.randint(-(2**15), 2**15, (777,), dtype=torch.int16, device="cuda", generator=generator))
@@ -29,7 +29,7 @@ def memory_of(tensors) -> int:
 
 
 def use_the_gpu() -> torch.Tensor:
-    """Something that takes a while and the freed memory."""
+    """Run something that takes a while and uses the freed memory."""
     matrix = torch.ones(4096, 4096, device="cuda")
     for _ in range(20):
         matrix = matrix @ matrix / 4096
@@ -43,7 +43,7 @@ def test_there_and_back(state, offload):
         before = torch.cuda.memory_allocated()
         assert offload.offload() == num_bytes
         freed = before - torch.cuda.memory_allocated()
-        assert num_bytes <= freed < num_bytes + 2**20 * len(state)  # what the allocator may round up to
+        assert num_bytes <= freed < num_bytes + 2**20 * len(state)  # the allocator may round up
         assert memory_of(state) == 0
         in_between = use_the_gpu()
         offload.start_onload()
@@ -125,7 +125,7 @@ def test_a_state_that_has_grown_finds_room(state, offload):
     assert torch.equal(state[-1], torch.arange(5_000_000, device="cuda"))
 
 
-# ---- a state that stays on the host and passes through
+# ---- a state that stays on the host and passes through the GPU in groups
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def groups():
 
 
 def active_bytes() -> int:
-    """With memory that was let go of, as long as copies still read from it."""
+    """Includes memory that has been released while copies still read from it."""
     return torch.cuda.memory_stats()["active_bytes.all.current"]
 
 
@@ -150,11 +150,11 @@ def test_groups_pass_through_and_keep_what_they_are_given(groups):
     num_bytes = offload.offload()
     torch.cuda.synchronize()
     before, here = active_bytes(), []
-    for _ in range(3):  # what left last may still be on its way when the next round begins
+    for _ in range(3):  # the last groups may still be on their way out when the next round begins
         order = sorted(groups, reverse=True)
         for key, wanted in zip(offload.passing_through({key: groups[key] for key in order}), order, strict=True):
             assert key == wanted
-            use_the_gpu()  # what is changed before it has arrived, or leaves before it is changed, goes wrong
+            use_the_gpu()  # exposes changes before a group has arrived and departures before it is changed
             for tensor, value in zip(groups[key], expected[key], strict=True):
                 tensor.mul_(key + 2)
                 value.mul_(key + 2)

@@ -1,7 +1,7 @@
 """Training on packs on a GPU, in float32 and, through variable-length attention, in bfloat16.
 
-What packs may change is how sums are rounded. So the gradients of both ways, on packs and on padded rows, are compared
-with more exact ones, and packs may not be farther from these than padded rows are, but for chance.
+Packs may change only how sums are rounded. So the gradients on packs and on padded rows are both compared with more
+exact ones, and those on packs may not be farther off than those on padded rows, except by chance.
 """
 
 import threading
@@ -22,7 +22,7 @@ from tests.unit.test_layer_spec import layer_norm_formula, norm, rms_formula
 from tests.unit.test_loss import hf_logprobs, hf_training_step, make_batch, token_loss
 from tests.unit.test_packing import ROW_WIDTH, ROWS
 
-# The batch of 8 rows in micro-batches of two becomes two packs.
+# The batch of 8 rows, in micro-batches of two, becomes two packs.
 SETTINGS = {"micro_batch_size": 2, "global_batch_size": 8}
 NUM_PACKS = 2
 
@@ -34,7 +34,7 @@ def float32(tiny_nemo):
 
 @pytest.fixture(scope="module")
 def of_rounded_weights(tiny_nemo):
-    """(loss, gradients) in float32 on padded rows, of the weights that bfloat16 can hold."""
+    """(loss, gradients) in float32 on padded rows, with weights rounded to bfloat16."""
     actor = load_actor(tiny_nemo, **SETTINGS)
     with torch.no_grad():
         for parameter in actor.parameters():
@@ -69,7 +69,7 @@ def test_the_backward_pass_stays_in_the_thread_of_its_caller(float32):
 
 
 def check_errors(packed, padded, exact, record_property) -> None:
-    """Of each parameter and over all of them, packs have the error of padded rows."""
+    """For each parameter and overall, the errors of packs are no larger than those of padded rows, within tolerance."""
     errors = {}
     for name, gradient in exact[1].items():
         assert gradient.norm() > 0
@@ -151,7 +151,7 @@ def test_the_kernel_for_all_sequences_equals_one_after_the_other(record_property
     for name, ours, expected in zip(("context", "query", "key", "value"), *reversed(results), strict=True):
         error, size = (ours.double() - expected).norm().item(), expected.norm().item()
         record_property(name, error / size if size > 0 else error)
-        # a lone token attends to itself whatever its query and key are: their gradients are zero but for float32 sums
+        # a lone token attends only to itself, so gradients of its query and key are zero up to float32 sums
         assert error <= 1e-2 * size + 1e-5 * grad.double().norm().item(), (name, error, size)
 
 
@@ -196,13 +196,13 @@ def test_norms_in_bfloat16_compute_in_float32(name):
         expected = layer_norm_formula(hidden, scale, module.bias.detach().cpu())
     ours = module(hidden.cuda()).cpu()
     assert ours.dtype == torch.bfloat16
-    # the result is rounded once; a shift that cancels leaves the rounding of what it cancelled
+    # the result is rounded once; where the shift cancels the rest, that rest's rounding error remains
     torch.testing.assert_close(ours.double(), expected, rtol=2**-8, atol=2**-12)
 
 
 @pytest.mark.usefixtures("own_layers")
 def test_nothing_in_the_loop_over_packs_makes_the_host_wait(tiny_nemo, monkeypatch):
-    """What would, raises an error that shows where."""
+    """Anything that made it wait would raise an error showing where."""
     actor = load_in_bfloat16(tiny_nemo, "O2 fused")
     training_step(actor, packing=True)
     num_packs = []

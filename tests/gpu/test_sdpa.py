@@ -1,4 +1,4 @@
-"""Which kernel torch chooses for attention on a GPU, left alone and through `compat.sdpa`."""
+"""Which kernel torch chooses for attention on a GPU, on its own and through `compat.sdpa`."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from nemo_aligner.compat import sdpa
 
 
 def random_qkv(num_heads: int = 16, num_groups: int = 16):
-    """Half precision, as it was seen to choose cuDNN: 16 rows, a length that is no power of two."""
+    """Half-precision inputs for which torch was seen to choose cuDNN: 16 rows, a length that is not a power of two."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(16, heads, 100, 128) for heads in (num_heads, num_groups, num_groups)]
     return [torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in shapes]
@@ -17,7 +17,7 @@ def random_qkv(num_heads: int = 16, num_groups: int = 16):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """chosen(): the kernels that torch chose in calls of its operator since the last time."""
+    """chosen(): the kernels that torch chose for its operator since the previous chosen()."""
     found, operator = [], F.scaled_dot_product_attention
 
     def recording(query, key, value, **more):
@@ -35,7 +35,7 @@ def chosen(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
 def test_torch_still_prefers_cudnn():
-    """When this fails, see whether torch takes it for any other shape; if not, compat/sdpa.py can go."""
+    """When this fails, check whether torch chooses cuDNN for any other shape; if not, compat/sdpa.py can go."""
     choice = torch._fused_sdp_choice(*random_qkv(), is_causal=True)
     assert SDPBackend(choice) == SDPBackend.CUDNN_ATTENTION
 

@@ -18,7 +18,7 @@ compat.apply()
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 4
-# With `ENDS` most rows end by themselves after a few tokens; the others would not be trained on.
+# With `ENDS`, most rows end by themselves after a few tokens; rows that do not end would not be trained on.
 REWARD = """
 def reward(prompts, responses):
     return [-abs(len(response) - 6.0) for response in responses]
@@ -32,8 +32,9 @@ OPTIMIZERS = [
     pytest.param("distributed_fused_adam", id="distributed_fused_adam", marks=needs_apex),
     pytest.param("mcore_distributed_optim", id="mcore_distributed_optim"),
 ]
-DIFFERENT_ACROSS_RANKS = [parameter for parameter in OPTIMIZERS if parameter.id != "fused_adam"]  # adamw's way
-# NeMo decays the weights of Transformer Engine's norms in all optimizers but megatron-core's, which goes its own way.
+DIFFERENT_ACROSS_RANKS = [parameter for parameter in OPTIMIZERS if parameter.id != "fused_adam"]  # same as adamw
+# NeMo applies weight decay to Transformer Engine's norms in all optimizers except megatron-core's, which has its own
+# rules.
 NO_DECAY = ["model.optim.weight_decay=0"] if importlib.util.find_spec("transformer_engine") is not None else []
 OVERLAP = ["model.optim.overlap_grad_sync=True", "+model.optim.overlap_param_sync=True"]
 PRECISIONS = {
@@ -77,13 +78,13 @@ def run_script(workplace: Path, name: str, *overrides: str) -> Path:
         "model.optim.lr=1e-3", "model.optim.sched.warmup_steps=0", "model.optim.sched.constant_steps=0",
         "exp_manager.checkpoint_callback_params.save_top_k=0", *NO_DECAY, *overrides,
     ]  # fmt: skip
-    # without the rendezvous of the process group that this process may hold itself
+    # without the rendezvous of a process group that this process itself may have
     rendezvous = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
     environment = {key: value for key, value in os.environ.items() if key not in rendezvous}
     environment["NVIDIA_TF32_OVERRIDE"] = "0"
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert finished.returncode == 0, finished.stderr[-5000:]
-    assert "no CUDA graphs" not in finished.stdout + finished.stderr  # also not with tensor parallelism
+    assert "no CUDA graphs" not in finished.stdout + finished.stderr  # not even with tensor parallelism
     return workplace / name
 
 
@@ -93,14 +94,14 @@ def rollouts(run: Path) -> list[tuple]:
 
 
 def losses(run: Path) -> list[float]:
-    """Step by step, also those of an earlier start, whose logs NeMo moves aside."""
+    """Losses step by step, including those of earlier starts, whose logs NeMo moves aside."""
     starts = [*sorted(run.glob("run_*")), run]
     return [loss for start in starts for _, loss in scalars(start)["train_optim/loss"]]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace, made_once):
-    """The losses, step by step, of a run of torch's AdamW in float32 on one GPU."""
+    """The losses, step by step, of a run with torch's AdamW in float32 on one GPU."""
 
     def make(path: Path) -> None:
         settings = ["model.optim.name=adamw", *PRECISIONS["fp32"], *LAYOUTS["one"]]
@@ -112,9 +113,9 @@ def undisturbed(workplace, made_once):
 
 @pytest.fixture(scope="module")
 def first_loss_in_bf16(workplace, made_once):
-    """That of one GPU on padded rows, with rollouts from either backend.
+    """The first loss on one GPU with padded rows and rollouts from the given backend.
 
-    In bf16 they draw other tokens than in float32, than the other backend does, and than in the other kind of bf16.
+    Tokens drawn in bf16 differ from those in float32, between backends, and between the two kinds of bf16.
     """
 
     def of(backend: str, precision: str) -> list[float]:
@@ -133,7 +134,7 @@ def first_loss_in_bf16(workplace, made_once):
 
 @pytest.fixture
 def check_losses(undisturbed, record_property):
-    """Compares the losses of a run's first steps with those of the undisturbed one, and notes the largest deviation."""
+    """Compare the losses of a run's first steps with those of the undisturbed run and record the largest deviation."""
 
     def check(run: Path, num_steps: int, tolerance: float, expected: list[float] = undisturbed):
         measured, expected = losses(run)[:num_steps], expected[:num_steps]
@@ -155,7 +156,7 @@ def test_half_a_run_and_the_rest_after_a_restart(workplace, check_losses, first_
         folder = run_script(workplace, name, f"trainer.rs.max_steps={max_steps}", *settings)
     if precision.startswith("fp32"):
         check_losses(folder, NUM_STEPS, 1e-5)
-    else:  # later steps are sampled from other logits
+    else:  # later steps are sampled from different logits
         check_losses(folder, 1, 0.02, first_loss_in_bf16("engine", precision))
     lines = [json.loads(line) for line in (folder / "rollouts/train_rank0.jsonl").open()]
     assert len(lines) == NUM_STEPS * 4 * 4 and sum(line["kept"] for line in lines) == NUM_STEPS * 4
@@ -184,13 +185,13 @@ def test_bf16_on_two_gpus(workplace, check_losses, first_loss_in_bf16, optimizer
         workplace, f"{optimizer}_{layout}_bf16_O2", f"trainer.rs.max_steps={NUM_STEPS // 2}",
         f"model.optim.name={optimizer}", *PRECISIONS["bf16_O2"], *LAYOUTS[layout],
     )  # fmt: skip
-    # about the same rows: logits are rounded differently
+    # rows are only about the same, as logits are rounded differently
     check_losses(folder, 1, 0.1, first_loss_in_bf16("engine", "bf16_O2"))
 
 
 @needs_two_gpus
 def test_stages_with_few_slots_generate_what_one_gpu_does(workplace, check_losses):
-    """With three slots in each stage a prompt's four rows are dealt to both, and leave while others wait."""
+    """With three slots per stage, a prompt's four rows are split between both stages and leave while others wait."""
     runs = {}
     for layout in ("one", "pp2"):
         runs[layout] = run_script(
@@ -205,7 +206,7 @@ def test_stages_with_few_slots_generate_what_one_gpu_does(workplace, check_losse
 @needs_apex
 @pytest.mark.parametrize("layout", ["one", pytest.param("dp2", marks=needs_two_gpus)])
 def test_a_state_that_passes_through_the_gpu_gives_the_same_losses(workplace, record_property, layout):
-    """Also over a save and a restart, for which it is on the GPU."""
+    """Also across a save and a restart, for which the state is on the GPU."""
     settings = ["model.optim.name=distributed_fused_adam", *PRECISIONS["bf16_O2"], *LAYOUTS[layout], *OVERLAP]
     name = f"streamed_{layout}"
     resident = run_script(workplace, f"resident_{layout}", f"trainer.rs.max_steps={NUM_STEPS}", *settings)
@@ -218,7 +219,7 @@ def test_a_state_that_passes_through_the_gpu_gives_the_same_losses(workplace, re
 
 @pytest.mark.parametrize("layout", ["one", pytest.param("tp2", marks=needs_two_gpus)])
 def test_adapters_train_and_generate(workplace, record_property, layout):
-    """The engine's graphs with adapters, whose weights change in every step, against NeMo's way of decoding."""
+    """The engine's graphs with adapters, whose weights change in every step, against NeMo's decoding."""
     found = {}
     for backend in ("engine", "nemo"):
         found[backend] = losses(run_script(

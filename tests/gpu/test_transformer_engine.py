@@ -1,7 +1,7 @@
-"""Layers out of Transformer Engine, where it is installed: NeMo builds them, and they are trained and generated with.
+"""Transformer Engine's layers, where it is installed: NeMo builds them, and they are used to train and generate.
 
-With Transformer Engine all other tests in this folder that load a model are about these layers as well, but for those
-of our own (`own_layers`).
+With Transformer Engine, all other tests in this folder that load a model also use these layers, except tests of our own
+layers (`own_layers`).
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def actor(tiny_nemo):
-    """From an archive that was written without Transformer Engine, on a CPU."""
+    """Loaded from an archive that was written on a CPU without Transformer Engine."""
     return load_actor(tiny_nemo, rs={"length_params.max_length": 32, "sampling_params.end_strings": []}, **SETTINGS)
 
 
@@ -52,7 +52,7 @@ def test_they_are_restored_bit_for_bit(actor, tmp_path):
 
 
 def training_step_of_hf(tiny_hf, gpt_model, dtype: torch.dtype):
-    """(loss, gradients) of the weights that bfloat16 can hold, computed in `dtype`."""
+    """(loss, gradients) of the weights rounded to bfloat16, computed in `dtype`."""
     model = LlamaForCausalLM.from_pretrained(tiny_hf, torch_dtype=torch.bfloat16).to(dtype).cuda().eval()
     batch = {key: value.cuda() for key, value in make_batch(ROWS).items()}
     loss = token_loss(hf_logprobs(model, batch["response_tokens"]), batch["mask"])
@@ -75,11 +75,11 @@ def test_training_in_bfloat16_is_as_exact_as_hugging_face(tiny_nemo, tiny_hf, re
     ours, theirs = torch.tensor(errors).norm(dim=0).tolist()
     record_property("error", ours)
     record_property("of Hugging Face", theirs)
-    assert 0 < ours <= 1.25 * theirs  # but for chance; it keeps sums in float32 longer
+    assert 0 < ours <= 1.25 * theirs  # up to chance; ours keeps sums in float32 longer
 
 
 def test_both_backends_generate_with_them(actor, monkeypatch, log_lines):
-    """What they generate is Hugging Face's, in test_engine.py."""
+    """That they generate the same as Hugging Face is tested in test_engine.py."""
     actor.prepare_for_inference()
     found = {}
     for backend in ("engine", "nemo"):
