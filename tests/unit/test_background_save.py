@@ -310,7 +310,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", range(7))
 def test_a_kill_between_any_two_renames_loses_nothing(run, tmp_path, monkeypatch, after):
-    """Renames of the tables of contents and the list of deletions, of two old and two new checkpoints; then deletion."""
+    """Renames: the tables of contents and the list of deletions, two old checkpoints, two new ones; then deletion."""
     run.save(val_global_rewards=0.0)
     renames, rename = [], Path.rename
 

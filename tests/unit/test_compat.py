@@ -587,7 +587,10 @@ def test_adam_steps_as_ever_after_a_checkpoint_before_its_first_step():
 
 
 def test_writing_and_resuming_still_need_their_stand_ins():
-    """If this fails, megatron-core writes without forking, or NeMo takes the newer of two last checkpoints; delete ours."""
+    """If this fails, delete our stand-in.
+
+    Either megatron-core no longer forks to write, or NeMo takes the newest of two last checkpoints.
+    """
     assert "get_context('fork')" in inspect.getsource(async_utils) and "Manager()" in inspect.getsource(
         filesystem_async
     )
