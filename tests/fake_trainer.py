@@ -1,4 +1,4 @@
-"""Small fakes for RSTrainer's collaborators: a policy with scripted answers and a reward that reads them."""
+"""Small fakes for RSTrainer's collaborators, without a real model: a policy with scripted answers and a reward."""
 
 import torch
 from omegaconf import OmegaConf

@@ -69,7 +69,7 @@ NAMES = {
     ),
     "nemo_aligner.utils.parallel_state": "get_model_parallel_src_rank get_data_parallel_world_size is_initialized",
     "nemo_aligner.testing.utils": "Utils",
-    # what the scripts import from elsewhere
+    # what the scripts import from other packages
     "megatron.core": "parallel_state",
     "megatron.core.utils": "divide",
     "nemo.core.config": "hydra_runner",

@@ -100,7 +100,7 @@ def test_values_of_a_wrong_kind_are_refused_before_anything_is_computed(files, k
 
 
 def test_a_single_string_is_no_list_of_end_strings(files):
-    """Each of its characters would end a response."""
+    """Otherwise each of its characters would end a response."""
     assert "must be a list of strings" in refusal("model.rs.sampling_params.end_strings=stop")
 
 

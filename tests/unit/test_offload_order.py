@@ -125,7 +125,7 @@ class Run:
         return [SimpleNamespace(is_cuda=True, untyped_storage=lambda s=s: s) for s in self.groups[key]]
 
     def step(self, key) -> None:
-        """A kernel that reads and writes the group, as an optimizer's does."""
+        """A kernel that reads and writes the group, like an optimizer's."""
         self.expected[key] += 1
         for storage in self.groups[key]:
             self.machine.launch(self.machine.main, storage.block, is_write=True)

@@ -151,7 +151,7 @@ def test_loss_and_every_gradient_equal_plain_pytorch(reference, exact, actor, pr
 
 
 def _training_step(model, tokens_RS: torch.Tensor, mask_RS: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss and the gradients by name; only the layers are in the model's precision."""
+    """The loss and the gradients by name; everything after the logits is in float64."""
     logprobs = model(tokens_RS).logits[:, :-1].double().log_softmax(dim=-1)
     logprobs = logprobs.gather(-1, tokens_RS[:, 1:, None]).squeeze(-1)
     loss = -(logprobs * mask_RS).sum() / mask_RS.sum()

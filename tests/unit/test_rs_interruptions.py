@@ -199,7 +199,7 @@ def test_sigterm_is_answered_in_the_middle_of_a_microbatch(tmp_path):
 def test_a_save_that_failed_is_tried_again_before_the_end(tmp_path):
     trainer = make_trainer(rm=FlakyReward({3}), rollout_dir=tmp_path, answers=ANSWERS, k=2, val_check_interval=1,
                            save_interval=1)  # fmt: skip
-    trainer.ckpt_callback.has_last_save_failed = True  # on a full disk, say
+    trainer.ckpt_callback.has_last_save_failed = True  # for example, on a full disk
     with pytest.raises(RewardError):
         trainer.fit()
     assert [int(saved["step"]) for saved, _ in trainer.ckpt_callback.saved] == [1, 1]
