@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory):
-    """Folder of a tiny random Llama model with its tokenizer; see tests/tiny.py."""
+    """Folder with a tiny random Llama model and its tokenizer; see tests/tiny.py."""
     from tests.tiny import save_tiny_llama
 
     return save_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
@@ -32,7 +32,7 @@ def tiny_nemo(tiny_hf, tmp_path_factory):
         from nemo_aligner.convert.hf_to_nemo import convert
 
         convert(tiny_hf, path)
-    else:  # the converter runs on the CPU, so in a process of its own
+    else:  # the converter runs on the CPU, so it needs its own process
         script = Path(__file__).parent.parent / "examples/nlp/gpt/convert_hf_to_nemo.py"
         subprocess.run([sys.executable, script, "--input", tiny_hf, "--output", path], check=True)
     return path
@@ -40,7 +40,7 @@ def tiny_nemo(tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def log_lines(monkeypatch):
-    """What goes to NeMo's log from warnings upwards, also what is said once only and has been said before."""
+    """NeMo's log messages at WARNING and above, including log-once messages that were already logged earlier."""
     from nemo.utils import logging as nemo_logging
 
     lines = []
@@ -56,7 +56,7 @@ def log_lines(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def leave_no_process_group():
-    """Loading a model joins a process group; the next module starts without one."""
+    """Loading a model initializes a process group; destroy it, so that the next module starts without one."""
     yield
     if torch.distributed.is_initialized():
         from megatron.core import parallel_state

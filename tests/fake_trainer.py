@@ -1,4 +1,4 @@
-"""What surrounds RSTrainer, in small and without a model: a policy with prepared answers, a reward that reads them."""
+"""Small fakes for RSTrainer's collaborators, without a real model: a policy with scripted answers and a reward."""
 
 import torch
 from omegaconf import OmegaConf
@@ -7,7 +7,7 @@ from nemo_aligner.algorithms.rs import RSTrainer
 from nemo_aligner.data.nlp.builders import build_dataloader, collate_with_pad_to_max_batch
 from nemo_aligner.utils.distributed import Timer
 
-EOS = 9  # not 0, and not 1: a mask padded with it, or with whatever it is padded with by default, would show
+EOS = 9  # neither 0 nor 1, so that a mask padded with it, or with the default padding, is noticed
 
 
 class Tokenizer:
@@ -19,7 +19,7 @@ class Tokenizer:
 
 
 class Prompts(torch.utils.data.Dataset):
-    """Given prompts; those whose index is in `replaced` are flagged as stand-ins."""
+    """The given prompts; those whose index is in `replaced` are flagged as replacements."""
 
     def __init__(self, prompts, replaced=()):
         self.prompts, self.replaced = prompts, replaced
@@ -39,7 +39,7 @@ class Prompts(torch.utils.data.Dataset):
 
 
 class FakeModel:
-    """Answers the n-th request for a prompt with the n-th entry of `answers[prompt_index]`, cyclically.
+    """Answers the n-th request for a prompt with the n-th entry of `answers[prompt_index]`, cycling through them.
 
     An answer is the list of generated ids; one that does not end in `EOS` was cut off. Its only weight is `weight`, and
     the loss is weight * (number of tokens trained on), so the gradient is that number.
@@ -49,7 +49,7 @@ class FakeModel:
     with_distributed_adam = megatron_amp_O2 = False
     trains_with_sequence_parallel = False
     default_answers = ([50, EOS],)
-    num_checks = 0  # while it works on a batch
+    num_checks = 0  # calls of `check` while it works on a batch
     restored_from = "/models/tiny.nemo"
 
     def __init__(self, answers=None, events=None, loss_normalization="global_batch"):
@@ -119,7 +119,7 @@ class FakeModel:
 
 
 class SecondTokenReward:
-    """The reward of a rollout is the first id that was generated; NaN for 99."""
+    """The reward of a rollout is its first generated id; NaN if that is 99."""
 
     def __init__(self, events=None):
         self.events = [] if events is None else events

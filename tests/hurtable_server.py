@@ -1,4 +1,4 @@
-"""A reward server to be hurt: a real Triton server without a model, in a process of its own, and a proxy before it.
+"""A reward server to inject faults into: a real Triton server without a model, in its own process, behind a proxy.
 
 The reward of a row is the sum of its ids below its length, modulo 7.
 """
@@ -19,14 +19,14 @@ from pytriton.utils.distribution import get_libs_path
 
 from tests.ports import free_port
 
-# What Triton 2.51 says when it aborts while it starts, as it rarely does: it is started once more.
+# Triton 2.51's message when it aborts during startup, which is rare; the server is then started again.
 STILLBORN = "what():  boost::interprocess::lock_exception"
-# What the server does instead of its job.
+# Ways in which the server misbehaves.
 ILLNESSES = ("none", "slow", "error", "nan", "wrong shape", "no rewards")
 
 
 def skip_if_triton_cannot_run() -> None:
-    """With an argument that it does not understand, the server prints how it is used."""
+    """A server that can start prints its usage when given an argument that it does not understand."""
     server = Path(pytriton.__file__).parent / "tritonserver" / "bin" / "tritonserver"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(get_libs_path())}
     try:
@@ -67,7 +67,7 @@ class HurtableServer:
                 self.start()
 
     def kill(self) -> None:
-        """SIGKILL for the server and all its processes."""
+        """Send SIGKILL to the server and all its processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -82,7 +82,7 @@ class HurtableServer:
 
 
 class DroppingProxy:
-    """Forwards connections to a port, and drops every tenth request (POST) in the middle of its answer."""
+    """Forwards connections to a port, and drops every tenth request (POST) in the middle of the response."""
 
     def __init__(self, to_port: int):
         self.to_port = to_port
@@ -132,7 +132,7 @@ def serve(port: int, illness: str, seconds_per_request: float) -> None:
     from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
     from pytriton.triton import Triton, TritonConfig
 
-    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")  # which libpython Triton's worker is to load
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")  # where Triton's worker finds libpython
 
     @batch
     def infer(tokens, sequence_lengths):

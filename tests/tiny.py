@@ -1,4 +1,4 @@
-"""A tiny Llama model with a tokenizer of its own, and the actor restored from it."""
+"""A tiny Llama model with its own tokenizer, and the actor restored from it."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def save_tiny_llama(folder: Path, seed: int = 0, model_class=LlamaForCausalLM, *
 def save_gpt2_like(tiny_hf: Path, path: Path, **overrides) -> Path:
     """Write a `.nemo` archive of a model with LayerNorm, learned positions, GELU and biases, all parameters random.
 
-    `overrides` are keys of its config, the tokenizer is the one in `tiny_hf`.
+    `overrides` are keys of its config; the tokenizer is the one in `tiny_hf`.
     """
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
@@ -51,7 +51,7 @@ def save_gpt2_like(tiny_hf: Path, path: Path, **overrides) -> Path:
     }  # fmt: skip
     cfg.update({**defaults, **overrides})
     trainer = Trainer(devices=1, accelerator="cpu", strategy=NLPDDPStrategy(), logger=False, enable_checkpointing=False)
-    destroy_num_microbatches_calculator()  # an earlier model's sizes, on which NeMo would insist
+    destroy_num_microbatches_calculator()  # NeMo would insist on an earlier model's batch sizes
     model = ConvertedGPTModel(cfg, trainer)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rs_config(**overrides) -> dict:
-    """The section `model.rs` with greedy decoding of at most 16 tokens; `overrides` are dotted keys of it."""
+    """The section `model.rs` with greedy decoding of at most 16 tokens; `overrides` are dotted keys within it."""
     rs = OmegaConf.create(
         {
             "length_params": {"max_length": 16, "min_length": 0},
@@ -100,7 +100,7 @@ def rs_config(**overrides) -> dict:
 
 
 def load_actor(nemo_path: Path, world_size: int = 1, rs: dict | None = None, **model_overrides):
-    """`MegatronGPTRSModel` on this process's device. In a process started by `run_ranks`, give its `world_size`."""
+    """`MegatronGPTRSModel` on this process's device. In a process started by `run_ranks`, pass its `world_size`."""
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
     from pytorch_lightning import Trainer
 
@@ -122,13 +122,13 @@ def load_actor(nemo_path: Path, world_size: int = 1, rs: dict | None = None, **m
 
 
 def with_small_packs(actor, tokens_of_a_row: int):
-    """The actor, whose packs hold so many tokens for each row of a micro-batch, that a small batch makes several."""
+    """The actor, its packs limited to `tokens_of_a_row` per row of a micro-batch, so a small batch makes several."""
     actor._max_tokens_of_a_pack = lambda width: actor.cfg.micro_batch_size * tokens_of_a_row
     return actor
 
 
 def prompt_batch(rows: list[list[int]], eos_id: int, max_length: int) -> dict[str, torch.Tensor]:
-    """What `infer` takes: ragged prompts, right-padded, with room for `max_length` tokens."""
+    """Input for `infer`: ragged prompts, right-padded, with room for `max_length` tokens."""
     width = max(map(len, rows)) + max_length
     text = torch.full((len(rows), width), eos_id)
     for row, ids in zip(text, rows, strict=True):

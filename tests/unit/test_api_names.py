@@ -1,4 +1,4 @@
-"""Every public name of the contract can be imported from where it is promised, with the promised signature."""
+"""Every public name of the contract can be imported from its promised module and has the promised signature."""
 
 import importlib
 import inspect
@@ -69,7 +69,7 @@ NAMES = {
     ),
     "nemo_aligner.utils.parallel_state": "get_model_parallel_src_rank get_data_parallel_world_size is_initialized",
     "nemo_aligner.testing.utils": "Utils",
-    # what the scripts import from elsewhere
+    # what the scripts import from other packages
     "megatron.core": "parallel_state",
     "megatron.core.utils": "divide",
     "nemo.core.config": "hydra_runner",
@@ -79,7 +79,7 @@ NAMES = {
     "nemo.collections.nlp.parts.nlp_overrides": "NLPDDPStrategy",
 }
 
-# Parameters in order, "=" and the default behind those that have one. What this library adds must be optional.
+# Parameters in order, with "=" and the default where there is one. What this library adds must be optional.
 SIGNATURES = {
     "algorithms.rs.RSTrainer": (
         "cfg, model, optimizer, scheduler, train_dataloader, val_dataloader, logger, ckpt_callback, run_timer, "
@@ -184,7 +184,7 @@ def test_names_can_be_imported(module):
 @pytest.mark.parametrize("path", SIGNATURES)
 def test_signatures(path):
     parts = path.split(".")
-    # modules are in lower case; what follows the first part that is no module are attributes
+    # the longest prefix that is a module (in lower case); the parts after it are attributes
     split = next(i for i in range(len(parts), 0, -1) if _is_module(parts[:i]))
     found = importlib.import_module(".".join(["nemo_aligner", *parts[:split]]))
     for part in parts[split:]:

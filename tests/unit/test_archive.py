@@ -1,4 +1,4 @@
-"""What an archive must not do: write outside its folder, run code, leave files behind, fill the memory, lack a part."""
+"""What an archive must not do: write outside its folder, run code, leave files behind, exhaust memory, lack a part."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ WEIGHTS = "model_weights"
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """Everything that is checked before a model is built; returns the files."""
+    """Run every check that precedes building a model; returns the files."""
     with opened(path) as checkpoint:
         checkpoint.config()
         with naming(checkpoint.where):
@@ -57,7 +57,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
 
 @pytest.fixture(scope="module")
 def files(tiny_nemo, tmp_path_factory) -> dict[str, bytes]:
-    """The members of the tiny model's archive."""
+    """The members of the tiny model's archive, by name."""
     folder = tmp_path_factory.mktemp("extracted")
     with tarfile.open(tiny_nemo) as archive:
         archive.extractall(folder, filter="data")
@@ -75,7 +75,7 @@ def zarr_files(tiny_hf, tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.fixture
 def box(tmp_path, monkeypatch):
-    """A folder in whose subfolder archives lie and in whose other one they are extracted; nothing else may appear."""
+    """The folder for archives, next to the one where they are extracted; nothing else may appear in their parent."""
     for name in ("here", "temporary"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -167,7 +167,7 @@ def test_a_failure_inside_leaves_nothing(files, box):
         raise KeyboardInterrupt
 
 
-# ---- members that have no place in an archive
+# ---- members that do not belong in an archive
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_failure_inside_leaves_nothing(files, box):
 )
 def test_a_member_that_has_no_place(files, box, info, why):
     path = write_tar(box / "bad.nemo", files, info)
-    if why is None:  # the name ends at the zero byte
+    if why is None:  # the zero byte terminates the name
         assert set(read(path)) == {*files, "a"}
     else:
         assert why in refusal(path)
@@ -236,7 +236,7 @@ def test_a_link_or_pipe_in_a_folder(files, box, name):
     assert f"{name} is neither a file nor a folder" in refusal(folder)
 
 
-# ---- parts that are missing or cut
+# ---- parts that are missing or truncated
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_damaged_header_does_not_pass_for_the_end(files, box):
 
 
 def test_a_size_that_is_too_small(files, box):
-    """The rest of the block would be taken for the zeros that fill it."""
+    """The remainder of the content would be mistaken for the zeros that pad its block."""
     data = bytearray(write_tar(box / "bad.nemo", files).read_bytes())
     with tarfile.open(box / "bad.nemo") as archive:
         info = archive.getmember("./model_config.yaml")
@@ -347,7 +347,7 @@ def as_tensor(content: bytes) -> torch.Tensor:
 
 @pytest.fixture
 def evil(box):
-    """A pickle of which it is known that loading it runs something."""
+    """A pickle that is verified to run code when it is loaded."""
     content = pickle.dumps(Evil())
     pickle.loads(content).close()
     Path("ran").unlink()
@@ -355,7 +355,7 @@ def evil(box):
 
 
 def with_part(files: dict[str, bytes], ending: str, content: bytes) -> dict[str, bytes]:
-    """The files with another content of the part whose name ends so, put behind the others."""
+    """The files with new content for the part whose name ends in `ending`, appended to the file of the old one."""
     metadata = pickle.loads(files[f"{WEIGHTS}/.metadata"])
     (place,) = (place for index, place in metadata.storage_data.items() if index.fqn.endswith(ending))
     name = f"{WEIGHTS}/{place.relative_path}"
@@ -423,11 +423,11 @@ def test_torchscript_is_refused(files, box):
         (b"\x80\x04\x8c\x05torch\x8c\x0cSize.__new__\x93.", "torch.Size.__new__"),
         (b"ctorch.storage\n_load_from_bytes\n.", "torch.storage._load_from_bytes"),
         (b"\x80\x02\x82\x01.", "the extension 1"),
-        # calling a storage, or bytes, would allocate as much as the file asks for
+        # calling a storage class, or bytes, would allocate whatever size the file asks for
         (b"ctorch\nFloatStorage\n(J\xff\xff\xff\x7ftR.", "damaged"),
         (b"c__builtin__\nbytes\n(J\xff\xff\xff\x7ftR.", "damaged"),
         (b"Nr\xff\xff\xff\x7f.", "memo index 2147483647"),
-        # giving a class another state would change it for everybody
+        # setting the state of a class would change it for the whole process
         (b"ctorch\nSize\n}b.", "damaged"),
         (b"ctorch\nSize\n(tR}b}b.", "its state twice"),
         (b"\x80\x04\x8c", "damaged"),

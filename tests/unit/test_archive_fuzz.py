@@ -1,7 +1,7 @@
-"""2,000 archives damaged at random: each reads as what was put into it, or is refused in one line.
+"""2,000 archives damaged at random: each reads back as what was put into it, or is refused in one line.
 
-A tar file has checksums of its headers, none of its contents. So a byte that was changed inside a member comes back
-changed, if what the member holds still makes sense; everywhere else a change may not alter what is read.
+A tar file has checksums for its headers but not for its contents. So a byte changed inside a member is read back
+changed, if the member's content still makes sense; anywhere else, a change must not alter what is read.
 """
 
 import collections
@@ -52,7 +52,7 @@ def original(tmp_path_factory) -> Original:
     }  # fmt: skip
     (folder / "model_config.yaml").write_text(yaml.safe_dump(config))
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:") as archive:  # as NeMo writes them
+    with tarfile.open(fileobj=packed, mode="w:") as archive:  # the way NeMo writes archives
         archive.add(folder, arcname=".")
     packed.seek(0)
     with tarfile.open(fileobj=packed) as archive:
@@ -64,7 +64,7 @@ def original(tmp_path_factory) -> Original:
 
 
 def read(path: Path) -> tuple[dict, dict]:
-    """All that is read of an archive before a model is built: its files and the shapes of its tensors."""
+    """Everything that is read from an archive before a model is built: its files and the shapes of its tensors."""
     with opened(path) as checkpoint:
         config = checkpoint.config()
         with naming(checkpoint.where):
@@ -74,7 +74,7 @@ def read(path: Path) -> tuple[dict, dict]:
     return files, weights.shapes
 
 
-# ---- the damage. Each returns the archive, and whether the bytes are still where they were.
+# ---- the damage. Each function changes `data` and returns whether the members' contents are still at their offsets.
 
 
 def flip_bits(rng: random.Random, data: bytearray, original: Original) -> bool:
@@ -89,7 +89,7 @@ def truncate(rng: random.Random, data: bytearray, original: Original) -> bool:
 
 
 def edit_header(rng: random.Random, data: bytearray, original: Original) -> bool:
-    """Write anything into a field of a header, and mend its checksum."""
+    """Overwrite a header field with arbitrary text, and correct the checksum."""
     start = rng.choice(original.headers)
     header = data[start : start + BLOCK]
     size = int(header[124:135], 8)
@@ -131,7 +131,7 @@ def repeat_blocks(rng: random.Random, data: bytearray, original: Original) -> bo
 
 
 def remove_blocks(rng: random.Random, data: bytearray, original: Original) -> bool:
-    # Of the last member, zeros of the archive's end would be read instead: nothing tells them from its content.
+    # Never from the last member: the zeros at the archive's end would be read as its content, undetectably.
     start = rng.randrange(0, max(original.places.values()), BLOCK)
     del data[start : start + BLOCK * rng.randint(1, 4)]
     return False
@@ -149,7 +149,7 @@ def append(rng: random.Random, data: bytearray, original: Original) -> bool:
 
 
 def edit_content(rng: random.Random, data: bytearray, original: Original) -> bool:
-    """Damage what describes the tensors, whose parsers are the likeliest to stumble."""
+    """Damage the files that describe the tensors: their parsers are the likeliest to fail."""
     name = rng.choice([name for name in original.files if not name.endswith(".distcp")])
     place, size = original.places[name], len(original.files[name])
     for _ in range(rng.randint(1, 8)):
@@ -176,7 +176,7 @@ def damage_plain(rng: random.Random, original: Original) -> tuple[str, bytes, di
 
 
 def damage_gzipped(rng: random.Random, original: Original) -> tuple[str, bytes, dict[str, bytes]]:
-    """Damage below the compression, whose checksum catches everything, or above."""
+    """Damage the archive either before compression, or after it, where gzip's checksum catches everything."""
     if rng.random() < 0.3:
         name, data, expected = damage_plain(rng, original)
         return name, gzip.compress(data, 1), expected
@@ -210,7 +210,7 @@ def test_a_damaged_archive_reads_as_it_was_or_is_refused(original, damage, tmp_p
                 assert shapes == original.shapes, (seed, kind)
             for name, content in expected.items():
                 found = files[name]
-                # A size within the last block of a member may have grown over the zeros that fill it.
+                # A damaged size may have grown, within the member's last block, over the zeros that pad it.
                 assert found.startswith(content) and not found[len(content) :].strip(b"\0"), (seed, kind, name)
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["damaged.nemo", "temporary"], (seed, kind)
         assert not list((tmp_path / "temporary").iterdir()), (seed, kind)

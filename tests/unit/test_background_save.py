@@ -1,4 +1,4 @@
-"""Checkpoints that are written behind training: what they hold, when they appear, and what failures leave behind."""
+"""Checkpoints written while training goes on: what they hold, when they appear, and what failures leave behind."""
 
 import contextlib
 import copy
@@ -39,7 +39,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def tiny_run(tiny_nemo, tmp_path_factory):
-    before = dict(vars(AppState()))  # NeMo's experiment manager leaves there where the run's folder is
+    before = dict(vars(AppState()))  # NeMo's experiment manager stores the run's folder there
     run = Checkpoints(*build(tiny_nemo, tmp_path_factory.mktemp("run"), OVERRIDES))
     run.empty_books = {name: getattr(run.callback, name) for name in CALLBACK_STATE}
     yield run
@@ -49,7 +49,7 @@ def tiny_run(tiny_nemo, tmp_path_factory):
 
 @pytest.fixture
 def run(tiny_run, tmp_path):
-    """A run that has saved nothing, and saves to `tmp_path`."""
+    """A run that has saved nothing yet, and saves to `tmp_path`."""
     tiny_run.callback.dirpath = str(tmp_path)
     vars(tiny_run.callback).update(tiny_run.empty_books, best_k_models={})
     tiny_run.step = 0
@@ -57,7 +57,7 @@ def run(tiny_run, tmp_path):
 
 
 class Disk:
-    """Stops every write of a tensor until `go_on`, or fails it with `error`."""
+    """Blocks every write of a tensor until `go_on`, or makes it fail with `error`."""
 
     def __init__(self, monkeypatch):
         self.may_write, self.error = threading.Event(), None
@@ -77,7 +77,7 @@ def disk(monkeypatch):
 
 
 def names(folder: Path) -> set[str]:
-    """The checkpoints in a folder, shortly: the step, and whether it is the last one."""
+    """The checkpoints in a folder, in short form: the step, and "-last" if it is the last one."""
     return {f"{read_counters(path)['step']}{'-last' * path.name.endswith('-last')}" for path in folder.glob("[!.]*")}
 
 
@@ -121,7 +121,7 @@ def test_the_one_before_goes_only_when_the_next_is_there(run, disk, tmp_path):
         run.save(val_global_rewards=1.0)
         assert names(tmp_path) == {"1", "1-last"}
         disk.may_write.set()
-        run.save(val_global_rewards=0.5)  # waits for the one before
+        run.save(val_global_rewards=0.5)  # waits for the previous save
         assert names(tmp_path) == {"2", "2-last"}
     assert names(tmp_path) == {"2", "3-last"}
     assert [Path(path).name for path in run.callback.best_k_models] == [Path(run.callback.best_model_path).name]
@@ -147,7 +147,7 @@ def test_a_save_without_validation_is_not_among_the_best_and_has_no_reward_in_it
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
 def test_a_save_whose_reward_is_no_number_is_not_among_the_best(run, tmp_path, monkeypatch, reward):
-    """NeMo takes the values of the best from their names, and gives up on one that is no number."""
+    """NeMo parses the values of the best checkpoints from their names, and fails on one that is not a number."""
     warnings = []
     monkeypatch.setattr(checkpoints.logging, "warning", warnings.append)
     run.save(val_global_rewards=-1.0)
@@ -204,7 +204,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class FullDisk(io.RawIOBase):
-    """Has room for the first bytes of a file."""
+    """Has room for the first 1000 bytes of a file only."""
 
     room = 1000
 
@@ -310,7 +310,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", range(7))
 def test_a_kill_between_any_two_renames_loses_nothing(run, tmp_path, monkeypatch, after):
-    """Of the tables of contents and of what goes, of two old checkpoints, of two new ones; then comes the removal."""
+    """Renames: the tables of contents and the list of deletions, two old checkpoints, two new ones; then deletion."""
     run.save(val_global_rewards=0.0)
     renames, rename = [], Path.rename
 
@@ -403,7 +403,7 @@ def test_what_is_not_a_checkpoint_s_fault_passes_through(error):
 
 
 class Save:
-    """A save that is under way until somebody waits for it."""
+    """A save that stays pending until it is waited for."""
 
     is_pending = True
     trainer = type("Trainer", (), {"loggers": []})

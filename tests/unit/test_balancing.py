@@ -1,4 +1,4 @@
-"""Rows dealt out to replicas: equal numbers, and about equal tokens."""
+"""Rows dealt out to replicas: equal numbers of rows, and about equal numbers of tokens."""
 
 import random
 
@@ -10,13 +10,13 @@ from nemo_aligner.utils.masks import trained_lengths
 
 
 def test_the_longest_row_goes_to_the_emptiest_share_that_is_not_full():
-    # 9 | 8, then 7 to the second, 2 to the first: 11 | 15. No swap makes that difference of 4 smaller: 8 for 9 and 7
-    # for 2 leave 6, 8 for 2 and 7 for 9 leave 8.
+    # 9 | 8, then 7 to the second, 2 to the first: 11 | 15. No swap reduces the difference of 4: swapping 8 for 9,
+    # or 7 for 2, leaves 6; swapping 8 for 2, or 7 for 9, leaves 8.
     assert deal_to_replicas([7, 2, 9, 8], 2) == [1, 0, 0, 1]
 
 
 def test_a_swap_mends_what_full_shares_forced():
-    # 10, 5, 5 | 9, 6, 1 are 20 | 16; 10 for 9 makes 19 | 17, and every other swap leaves more
+    # 10, 5, 5 | 9, 6, 1 gives 20 | 16; swapping 10 for 9 gives 19 | 17, and every other swap leaves a larger difference
     assert deal_to_replicas([10, 9, 6, 5, 5, 1], 2) == [1, 0, 1, 0, 0, 1]
 
 
@@ -40,7 +40,7 @@ def test_geometric_lengths_are_balanced_to_half_a_percent(num_shares):
 
 
 def _excess(lengths: list[int], shares: list[int]) -> float:
-    """By how much the fullest share is above the mean."""
+    """By how much the fullest share exceeds the mean."""
     num_shares = max(shares) + 1
     totals = torch.zeros(num_shares, dtype=torch.int64).scatter_add(0, torch.tensor(shares), torch.tensor(lengths))
     return totals.max().item() * num_shares / sum(lengths) - 1

@@ -35,7 +35,7 @@ def warnings(monkeypatch):
 
 @pytest.fixture
 def prompts(tmp_path):
-    """Write a prompt file of the given name, one prompt a letter."""
+    """Write a prompt file of the given name with one prompt per letter."""
 
     def write(name: str, texts) -> str:
         path = tmp_path / name
@@ -151,7 +151,7 @@ def test_blend(prompts):
             "test": [prompts("t", "t")],
         }
     )
-    # 2 + 3 places (D20), two of three to the first file: see test_blend_rows_by_hand
+    # 2 + 3 places (D20), two out of three for the first file: see test_blend_rows_by_hand
     assert texts_of(train) == "acbad"
 
 
@@ -307,7 +307,7 @@ def test_training_dataloader(prompts, data_parallel, num_workers):
     rows = []
     for rank in (0, 1):
         data_parallel(rank, 2)
-        # 8 rows of 10 make an epoch: 12 consumed is the second step of the second epoch
+        # an epoch uses 8 of the 10 rows: with 12 consumed, the second step of the second epoch is next
         loader = build_dataloader(cfg, dataset, 12, mbs=2, gbs=4, collate_fn=collate, load_gbs=False)
         (batch,) = loader
         rows.append(batch["prompt_index"].tolist())

@@ -1,4 +1,4 @@
-"""The stand-ins for what is not installed: only where something is missing, once, and only while it is needed."""
+"""The stand-ins for packages that are not installed: only where something is missing, once, and only while needed."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ without_apex = pytest.mark.skipif(importlib.util.find_spec("apex") is not None, 
 without_te = pytest.mark.skipif(megatron_gpt_model.HAVE_TE, reason="Transformer Engine is installed")
 on_cpu = pytest.mark.skipif(not device.on_cpu(), reason="the suite runs on a GPU")
 
-# Everything that a stand-in takes the place of.
+# Every name that a stand-in replaces.
 APEX_NAMES = (
     (nlp_overrides, "McoreDistributedOptimizer"),
     (nlp_overrides, "MegatronDistributedFusedAdam"),
@@ -112,7 +112,7 @@ def test_the_version_of_nvidia_s_container_is_set_only_if_missing(monkeypatch, v
     monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
     if version is not None:
         monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", version)
-    monkeypatch.setattr(megatron_gpt_model, "HAVE_TE", True)  # which says nothing about the container
+    monkeypatch.setattr(megatron_gpt_model, "HAVE_TE", True)  # this says nothing about the container
     no_transformer_engine.apply()
     assert os.environ["NVIDIA_PYTORCH_VERSION"] == (version or "")
 
@@ -199,7 +199,7 @@ def test_enabling_the_cpu_again_changes_nothing():
     assert everything_that_is_replaced() == before
 
 
-# ---- only while it is needed: each of these fails when a stand-in can be removed
+# ---- only while needed: each of these tests fails once a stand-in can be removed
 
 PROBE = """
 import importlib.util, inspect, json, os, re
@@ -246,7 +246,7 @@ print("PROBED " + json.dumps({
     **specs(),
 }))
 """
-# The layer specs that NeMo chooses from, under their names, with and without our stand-in.
+# The layer specs that NeMo chooses from, by name, with and without our stand-in.
 PROBE = (
     """
 import sys, types
@@ -322,13 +322,13 @@ def test_virtual_stages_without_O2_still_need_their_stand_ins(bare):
 
 
 def _recorder(calls: list, kind: str):
-    """Stands for `isend` and `irecv`, whose peer's argument has another name in each."""
+    """A stand-in for `isend` and `irecv`, which name the argument for the peer differently."""
     return lambda tensor, peer=None, group=None, **peers: calls.append((kind, group, tensor))
 
 
 @pytest.mark.parametrize("exchange", [p2p_communication._batched_p2p_ops, p2p_communication._p2p_ops])
 def test_batched_messages_between_two_stages_are_still_confused(monkeypatch, exchange):
-    """Between two ranks, a group's sends and receives are paired by their order."""
+    """Between two ranks, the sends and receives of a group are matched by their order."""
     distributed, calls = torch.distributed, {0: [], 1: []}
     monkeypatch.setattr(p2p_communication, "get_pipeline_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "P2POp", lambda op, tensor, peer, group: op(tensor, peer, group))
@@ -372,10 +372,10 @@ class Evil:
 
 
 def test_torch_still_runs_pickles_of_checkpoints(tmp_path, monkeypatch):
-    """Of both kinds that no argument of a caller makes safe; why `checkpoint_pickles` reads them first."""
+    """Both kinds of pickles that no caller's argument can make safe; hence `checkpoint_pickles` reads them first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with contextlib.suppress(AttributeError):  # what it ran did not return metadata
+    with contextlib.suppress(AttributeError):  # the code that it ran returned no metadata
         filesystem.FileSystemReader(tmp_path).read_metadata()
     assert (tmp_path / "ran").exists()
     (tmp_path / "ran").unlink()
@@ -400,7 +400,7 @@ def test_the_libraries_still_name_cuda_outright(bare, what):
     assert bare[what]
 
 
-# ---- that they do what they stand for
+# ---- that the stand-ins do what they replace
 
 
 @without_te
@@ -452,7 +452,7 @@ def test_random_states_are_tracked_on_the_cpu():
     with get_cuda_rng_tracker().fork():
         second_inside = draw()
     woven.append(draw())
-    assert woven == outside  # the fork leaves the outer stream where it was
+    assert woven == outside  # the fork does not advance the outer stream
     assert first_inside != second_inside and first_inside not in outside
     model_parallel_cuda_manual_seed(5)
     with get_cuda_rng_tracker().fork():
@@ -506,7 +506,7 @@ def test_megatrons_linear_layers_do_not_warn_of_themselves(groups, kind):
 
 
 def test_megatrons_linear_layers_still_give_a_deprecated_argument():
-    """When this fails, compat/log_noise.py has nothing to leave out."""
+    """If this fails, compat/log_noise.py has nothing left to filter out."""
     assert "async_grad_allreduce=allreduce_dgrad" in inspect.getsource(layers.RowParallelLinear)
 
 
@@ -522,7 +522,7 @@ def test_groups_of_one_rank_are_not_connected_when_they_are_created(monkeypatch,
 
 
 def test_lightning_still_binds_process_groups_to_a_device():
-    """Red: torch connects no group when it is created, and compat/communicators.py has nothing to do."""
+    """If this fails, torch no longer connects groups on creation, and compat/communicators.py can be deleted."""
     assert 'kwargs["device_id"] = self.root_device' in inspect.getsource(DDPStrategy.setup_distributed)
 
 
@@ -531,7 +531,7 @@ STRIPPED = "the quick <extra_id_1>  brown <|im end|> fox<extra_id_1>"
 
 @pytest.fixture(params=[True, False], ids=["special", "added"])
 def stripping(request, tmp_path):
-    """NeMo's wrapper of a tokenizer with tokens that take the blanks beside them along, and that tokenizer itself."""
+    """NeMo's wrapper of a tokenizer whose added tokens strip the blanks next to them, and that tokenizer itself."""
     own = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path))
     right, both = AddedToken("<extra_id_1>", rstrip=True), AddedToken("<|im end|>", lstrip=True, rstrip=True)
     if request.param:
@@ -551,7 +551,7 @@ def test_tokens_that_take_blanks_along_are_as_in_transformers(stripping):
 
 
 def test_nemo_still_looks_up_such_tokens_with_their_blanks(bare, stripping):
-    """Red: transformers names the token alone, or NeMo asks for ids; delete compat/token_ids.py."""
+    """If this fails, transformers names the token without blanks, or NeMo asks for ids; delete compat/token_ids.py."""
     wrapper, _ = stripping
     assert None in wrapper.tokens_to_ids(wrapper.text_to_tokens(STRIPPED))
     assert bare["looks tokens up"]
@@ -568,7 +568,7 @@ def test_special_tokens_are_asked_for_once_a_text(tmp_path, monkeypatch):
 
 
 def test_nemo_still_asks_for_special_tokens_with_every_token(bare):
-    """Red: delete `_ids_to_text` of compat/token_ids.py."""
+    """If this fails, delete `_ids_to_text` of compat/token_ids.py."""
     assert bare["asks for special tokens"]
 
 
@@ -587,7 +587,10 @@ def test_adam_steps_as_ever_after_a_checkpoint_before_its_first_step():
 
 
 def test_writing_and_resuming_still_need_their_stand_ins():
-    """Red: megatron-core no longer forks to write, or NeMo takes the newest of two last checkpoints; delete ours."""
+    """If this fails, delete our stand-in.
+
+    Either megatron-core no longer forks to write, or NeMo takes the newest of two last checkpoints.
+    """
     assert "get_context('fork')" in inspect.getsource(async_utils) and "Manager()" in inspect.getsource(
         filesystem_async
     )

@@ -1,4 +1,4 @@
-"""Mistakes in a configuration are refused in one line that names them, before any model is loaded."""
+"""Mistakes in a configuration are refused with one line that names them, before any model is loaded."""
 
 import importlib.util
 import io
@@ -32,7 +32,7 @@ OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A folder with what a run needs, which is the working directory of the test."""
+    """The test's working directory, with the files that a run needs."""
     monkeypatch.chdir(tmp_path)
     with tarfile.open("model.nemo", "w") as archive:
         for name, content in (("./model_config.yaml", b"a: 1"), ("./model_weights/weights", bytes(5000))):
@@ -100,7 +100,7 @@ def test_values_of_a_wrong_kind_are_refused_before_anything_is_computed(files, k
 
 
 def test_a_single_string_is_no_list_of_end_strings(files):
-    """Each of its characters would end a response."""
+    """Otherwise each of its characters would end a response."""
     assert "must be a list of strings" in refusal("model.rs.sampling_params.end_strings=stop")
 
 
@@ -211,7 +211,7 @@ def test_the_time_limit_of_a_run(files):
     assert "exp_manager.max_time_per_run='4h' must be null, or a time" in refusal("exp_manager.max_time_per_run=4h")
 
 
-# ---- what every file says
+# ---- the contents of every YAML file
 
 
 @pytest.mark.parametrize("name", ["gpt_rs_actor", "quickstart"])
@@ -288,7 +288,7 @@ def test_keys_of_a_subclass_are_warned_of(files, monkeypatch):
         (["model.rs.top_n_rollouts=0"], ["model.rs.top_n_rollouts=0 must be a positive whole number"]),
         (["model.rs.num_rollout_samples=2.5"], ["model.rs.num_rollout_samples=2.5 must be a positive whole number"]),
         (["model.global_batch_size=0"], ["model.global_batch_size=0 must be a positive whole number"]),
-        # G * K over gbs, gbs over mbs * DP, G over rollout micro-batch * DP, validation prompts the same; DP is 2
+        # divisibility: G * K by gbs, gbs by mbs * DP, G and validation prompts by rollout micro-batch * DP; DP is 2
         (
             ["model.global_batch_size=12"],
             ["model.rs.num_rollout_samples=8 * model.rs.top_n_rollouts=1", "multiple of model.global_batch_size=12"],
@@ -370,7 +370,7 @@ def test_transformer_engine_s_attention_reads_no_mask(files, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     message = refusal(*overrides, "trainer.accelerator=gpu")
     assert message.startswith("model.data.reset_attention_mask=True needs a mask, which Transformer Engine's causal")
-    check_rs_config(config(*overrides))  # on a CPU, where our own layers stand in
+    check_rs_config(config(*overrides))  # on a CPU, our own layers are used instead
     check_rs_config(config(overrides[0], "+model.transformer_engine=False", "trainer.accelerator=gpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_rs_config(config(*overrides, "trainer.accelerator=gpu"))
@@ -417,7 +417,7 @@ def test_keys_of_the_model_that_look_like_slips_of_the_pen(monkeypatch):
 
 
 def test_a_section_that_looks_like_a_slip_of_the_pen(files):
-    check_rs_config(config("+remote_rm_2={reward_model: {name: other}}"))  # a second server, beside remote_rm
+    check_rs_config(config("+remote_rm_2={reward_model: {name: other}}"))  # a second server alongside remote_rm
     message = refusal("~remote_rm", "+remote_rmm={reward_model: {name: other}}")
     assert message == "remote_rmm is not a known section; did you mean remote_rm?"
 
@@ -560,7 +560,7 @@ def test_a_server_that_is_not_there_is_noticed_before_a_model_is_loaded(files, w
     not_there = f"no model 'reward_model' at http://localhost:{port} after 1 s; start the server, or correct "
     message = refusal(*remote, "remote_rm.wait_for_server_s=1")
     assert message.startswith(not_there + "remote_rm.reward_model.name, .ip and .port; remote_rm.wait_for_server_s")
-    patient = config(*remote, "~remote_rm.wait_for_server_s")  # files of the original do not have that key
+    patient = config(*remote, "~remote_rm.wait_for_server_s")  # configs of the original NeMo-Aligner lack that key
     started = time.monotonic()
     check_rs_config(patient)
     assert time.monotonic() - started < 10
@@ -699,7 +699,7 @@ def test_virtual_stages_in_bf16_need_O2(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     overrides = ("trainer.accelerator=gpu", "trainer.precision=bf16", "model.megatron_amp_O2=False", f"{PP}=2", VPP)
     assert "needs model.megatron_amp_O2=True with trainer.precision=bf16" in refusal(*overrides)
-    for spelling in ("bf16-mixed", "16-mixed", 16):  # by its dtype, not by how that is spelt
+    for spelling in ("bf16-mixed", "16-mixed", 16):  # checked by dtype, however it is spelled
         cfg = config(*overrides, f"trainer.precision={spelling}")
         with pytest.raises(ConfigError, match=f"needs model.megatron_amp_O2=True with trainer.precision={spelling}"):
             check_parallel(cfg)

@@ -1,4 +1,4 @@
-"""Hugging Face models to `.nemo` archives: packing, whole models, the tokenizer that travels along, refused sources."""
+"""Hugging Face models to `.nemo` archives: packing, whole models, the tokenizer that is included, refused sources."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content
 
 
 def test_qkv_is_packed_group_by_group():
-    # 4 query heads in 2 groups, 2 channels a head, hidden size 1: query 1xx, key 2xx, value 3xx; head, then channel
+    # 4 query heads in 2 groups, 2 channels per head, hidden size 1: query 1xx, key 2xx, value 3xx; head, then channel
     query = torch.tensor([[100], [101], [110], [111], [120], [121], [130], [131]])
     key, value = torch.tensor([[200], [201], [210], [211]]), torch.tensor([[300], [301], [310], [311]])
     assert pack([query, key, value], num_groups=2).flatten().tolist() == [
@@ -94,7 +94,7 @@ def test_a_converted_model_gives_the_same_logits(tmp_path, config, layout):
         theirs = hf_model(tokens).logits
     assert theirs.std() > 0.5
     assert (ours - theirs).abs().max() <= 1e-5
-    # bit for bit, whatever the logits say
+    # bit for bit, in addition to the logits
     tensors = hf_model.state_dict()
     for name, parameter in actor.model.named_parameters():
         expected = pack([tensors[hf_name] for hf_name in hf_names(name)], hf_model.config.num_key_value_heads)
@@ -122,7 +122,7 @@ def test_the_archive_carries_its_tokenizer(tmp_path):
     assert tokenizer.tokenizer.apply_chat_template(messages, tokenize=False) == "[user] hello\n"
 
 
-# What is refused, with its reason
+# What is refused, and with which reason
 
 CONFIGS = [
     ({"architectures": ["MistralForCausalLM"]}, r"architectures is 'MistralForCausalLM': only LlamaForCausalLM"),
@@ -177,7 +177,7 @@ def test_a_missing_tensor_is_named(copied, tmp_path):
         ),
         ("model.norm.weight", float("nan"), r"the tensor 'model\.norm\.weight' has values that are NaN"),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", 1.0, None),
-        ("lm_head.weight", 1.0, None),  # of a model with tied embeddings
+        ("lm_head.weight", 1.0, None),  # redundant: the model has tied embeddings
     ],
 )
 def test_tensors_that_would_be_lost_and_values_that_are_none(copied, tmp_path, name, value, message):

@@ -1,4 +1,4 @@
-"""Sequence classifiers of Hugging Face as reward models: the same scores, and what is refused."""
+"""Hugging Face sequence classifiers as reward models: equal scores, and what is refused."""
 
 import json
 import tarfile
@@ -32,7 +32,7 @@ def save_classifier(folder, num_labels, **config):
 
 
 def serve(archive, precision=32):
-    """The model as examples/nlp/gpt/serve_reward_model.py builds it on a CPU, with nothing set but the precision."""
+    """The model as examples/nlp/gpt/serve_reward_model.py builds it on a CPU, with only the precision set."""
     cfg = OmegaConf.load(SERVER_CONFIG)
     cfg.trainer.precision = precision
     OmegaConf.resolve(cfg)
@@ -116,7 +116,7 @@ def test_the_archive_ends_in_one_head(tmp_path):
 
 
 def test_a_missing_head_is_named(tmp_path):
-    folder = save_tiny_llama(tmp_path / "hf", num_hidden_layers=1)  # a language model, relabelled
+    folder = save_tiny_llama(tmp_path / "hf", num_hidden_layers=1)  # a language model, relabelled as a classifier
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""When a step is run, captured and replayed; on the GPU itself in tests/gpu/test_engine.py."""
+"""When a step is run, captured and replayed; tests/gpu/test_engine.py tests this on a GPU."""
 
 import logging
 from typing import ClassVar
@@ -10,7 +10,7 @@ from nemo_aligner.generation.cuda_graph import StepGraphs, graph_size, pools_in_
 
 
 class Graph:
-    """Stands for `torch.cuda.CUDAGraph`: what happens to it is noted in `events`."""
+    """A stand-in for `torch.cuda.CUDAGraph` that records what happens to it in `events`."""
 
     events: ClassVar[list[str]] = []
 

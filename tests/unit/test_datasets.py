@@ -9,7 +9,7 @@ from nemo_aligner.utils.errors import ConfigError
 
 
 class LetterTokenizer:
-    """One token a character: a is 1, b is 2, and so on."""
+    """One token per character: a is 1, b is 2, and so on."""
 
     eos_id = 0
     vocab_size = 27
@@ -121,7 +121,7 @@ def test_no_room_for_a_prompt(max_length, seq_length):
 
 
 def test_over_long_and_empty_prompts_are_replaced(warnings):
-    # 4 tokens are admitted; "" and "e..." are not, and row 3 finds its replacement beyond the end
+    # up to 4 tokens are allowed; "" and "e..." are replaced, the latter (row 3) by wrapping around to the start
     dataset = make_dataset(["abcd", "", "b", "eeeee"])
     items = [dataset[i] for i in range(4)]
     assert [item["text"].tolist() for item in items] == [[1, 2, 3, 4], [2], [2], [1, 2, 3, 4]]
@@ -182,7 +182,7 @@ def test_blend_rows_follow_sainte_lague(weights):
     counts = [0] * len(weights)
     component, row = blend_rows(weights, lengths, 200)
     for c, r in zip(component.tolist(), row.tolist(), strict=True):
-        # the textbook form: the next seat goes to the largest weight / (2 * seats + 1)
+        # the textbook formulation: the next seat goes to the largest weight / (2 * seats + 1)
         quotients = [weight / (2 * count + 1) for weight, count in zip(weights, counts, strict=True)]
         assert quotients[c] == pytest.approx(max(quotients))
         assert r == counts[c] % lengths[c]

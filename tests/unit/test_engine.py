@@ -1,4 +1,4 @@
-"""The generation engine on the tiny model: against Megatron's schedule, transformers and the training forward.
+"""The generation engine on the tiny model, compared with Megatron's schedule, transformers and the training forward.
 
 What `infer` promises, whichever backend generates, is in test_generation.py.
 """
@@ -40,7 +40,7 @@ def actor(tiny_nemo):
 
 @pytest.fixture
 def generating(actor, monkeypatch):
-    """generating(backend, max_rows) -> the actor with these settings and an engine of its own."""
+    """generating(backend, max_rows) -> the actor with these settings and its own engine."""
 
     def change(backend="engine", max_rows=256):
         monkeypatch.setattr(actor, "_rollout_generator", RolloutGenerator(actor, GenerationSettings(backend, max_rows)))
@@ -50,7 +50,7 @@ def generating(actor, monkeypatch):
 
 
 def ragged_prompts(number: int = NUM_PROMPTS, longest: int = 30) -> list[list[int]]:
-    """Lengths 1 to `longest`; some neighbours are equal."""
+    """Prompts of 1 to `longest` tokens; some adjacent ones are equal."""
     generator = torch.Generator().manual_seed(7)
     prompts = []
     while len(prompts) < number:
@@ -74,7 +74,7 @@ def batch_of(actor, prompts, **more):
 
 @pytest.fixture(scope="module")
 def hf_responses(tiny_hf, actor):
-    """Greedy responses of transformers to the ragged prompts, behind their end filled up with the end token."""
+    """Greedy responses of transformers to the ragged prompts, padded with the end token."""
     model = LlamaForCausalLM.from_pretrained(tiny_hf).eval()
     prompts, eos_id = ragged_prompts(), actor.tokenizer.eos_id
     width = max(map(len, prompts))
@@ -88,7 +88,7 @@ def hf_responses(tiny_hf, actor):
 
 
 def single_token_ends(actor, responses: list[list[int]], number: int) -> tuple[list[str], set[int]]:
-    """Some of the commoner tokens of `responses` as end strings, and the ids that then end a row."""
+    """Some of the more frequent tokens of `responses` as end strings, and the ids that then end a row."""
     strategy = TrackLengthGPTModelTextGenerationStrategy(actor, torch.zeros(1, dtype=torch.int64), 1)
     eos_id, texts, ids = actor.tokenizer.eos_id, [], {actor.tokenizer.eos_id}
     for token in torch.tensor(responses).flatten().bincount().argsort(descending=True)[10:].tolist():
@@ -102,7 +102,7 @@ def single_token_ends(actor, responses: list[list[int]], number: int) -> tuple[l
 def test_greedy_tokens_equal_the_schedules_and_transformers_with_rows_ending_and_joining_at_all_times(
     generating, hf_responses, monkeypatch
 ):
-    """64 ragged prompts, up to 64 tokens each, in the engine at most 7 in flight, or all."""
+    """64 ragged prompts, up to 64 new tokens each, with at most 7 rows in flight in the engine, or all."""
     actor = generating()
     texts, ends = single_token_ends(actor, hf_responses, number=5)
     monkeypatch.setitem(actor._sampling_params, "end_strings", texts)
@@ -189,7 +189,7 @@ FILTERED = [
 
 
 def many_device_rows(decoding: Decoding) -> tuple[DeviceRows, torch.Tensor]:
-    """20,000 rows behind a prompt of two tokens, and their logits."""
+    """20,000 rows that follow a prompt of two tokens, and their logits."""
     numbers = uniforms(11)
     rows = DeviceRows(len(numbers), 6, decoding, torch.device("cpu"))
     rows.put_(list(range(len(numbers))), [Row([4, 1], number[None].expand(3), 0) for number in numbers])
@@ -210,13 +210,13 @@ def test_draws_before_the_minimum_length_leave_out_what_ends_a_row():
 
 def test_draws_with_a_repetition_penalty_count_the_rows_own_tokens_and_no_others():
     rows, _ = many_device_rows(Decoding(SamplingParams(repetition_penalty=2.0), 3, 0, (5,), num_tokens=6))
-    rows.tokens_RT[:, 2:] = 3  # left over from a row that had this slot before
+    rows.tokens_RT[:, 2:] = 3  # left over from an earlier row in this slot
     logits = torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0, 0.0]).repeat(len(rows.position_R), 1)
-    penalized = torch.tensor([1.0, 1.0, 0.5, 1.5, -2.0, 0.0])  # of the prompt's tokens 4 and 1
+    penalized = torch.tensor([1.0, 1.0, 0.5, 1.5, -2.0, 0.0])  # the prompt's tokens 4 and 1 are penalized
     assert_drawn_from(rows.sample(logits, 4), penalized.softmax(0))
 
 
-# What is shared, and who waits
+# What rows share, and who waits
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_rollouts_even_if_they_join_late(generating, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_prompt_is_prefilled_once_for_all_its_rollouts_even_if_they_join_late(
     monkeypatch.setattr(lane_module, "MAX_PROMPTS_PER_PREFILL", 2)
     prompts = [[5, 6, 7]] * 5 + [[8]] * 4 + [[9, 10]] * 5 + [[5, 6, 7]]
     rollouts = actor.infer(batch_of(actor, prompts))
-    assert prefilled == [2, 0, 1, 2]  # all but the last token, which the rows decode
+    assert prefilled == [2, 0, 1, 2]  # all but the last token, which is left to the rows' decoding
     monkeypatch.setattr(lane_module, "PrefillAttention", attention)
     alone = [responses_of(actor.infer(batch_of(actor, [prompt])))[0] for prompt in ([5, 6, 7], [8], [9, 10])]
     assert responses_of(rollouts) == [alone[0]] * 5 + [alone[1]] * 4 + [alone[2]] * 5 + [alone[0]]
@@ -265,12 +265,12 @@ def test_rows_of_later_batches_take_the_places_of_ended_ones_and_batches_come_wh
     assert together == apart
     assert steps_to_the_first < len(num_rows) < steps_apart
     num_generated = sum(len(row) for rows in together for row in rows)
-    assert sum(num_rows) == num_generated  # no row is decoded that has ended
+    assert sum(num_rows) == num_generated  # no ended row is decoded
     assert len({len(row) for rows in together for row in rows}) > 5
 
 
 def test_a_host_that_runs_ahead_queues_no_step_that_no_row_can_need(generating, monkeypatch):
-    """On the CPU it looks at tokens as late as on a GPU."""
+    """On the CPU, the host is made to look at tokens as late as on a GPU."""
     actor, prompts = generating(max_rows=5), ragged_prompts(13)
     expected = responses_of(actor.infer(batch_of(actor, prompts)))
     engine = actor._rollout_generator._engine
@@ -319,8 +319,8 @@ def segment(device, pool, total, allocated):
 def test_memory_that_captured_graphs_hold_is_not_usable(monkeypatch):
     segments = [
         segment(0, (0, 0), 1000, 400),
-        segment(0, (0, 3), 100, 10),  # of graphs that are there
-        segment(0, (0, 2), 50, 0),  # of graphs that were
+        segment(0, (0, 3), 100, 10),  # of graphs that still exist
+        segment(0, (0, 2), 50, 0),  # of graphs that no longer exist
         segment(1, (0, 0), 7000, 0),
     ]
     assert kv_cache.cached_memory(segments, 0, {(0, 3)}) == 600 + 50
@@ -334,7 +334,7 @@ def test_memory_that_captured_graphs_hold_is_not_usable(monkeypatch):
 
 
 def test_rows_that_memory_limits_stay_as_many_from_one_phase_to_the_next(generating, monkeypatch):
-    """As graphs are for a cache of one size; they are dropped before memory is measured only if of no use any more."""
+    """Graphs fit a cache of one size; they are dropped before memory is measured only if they have become useless."""
     actor, prompts = generating(), ragged_prompts(40)
     actor.infer(batch_of(actor, prompts))
     engine = actor._rollout_generator._engine
@@ -361,7 +361,7 @@ def test_rows_that_memory_limits_stay_as_many_from_one_phase_to_the_next(generat
 
 
 class FakeMemory:
-    """Has room for `num_rows` rows of keys and values, and reports all that anyone could want."""
+    """Has room for the keys and values of `num_rows` rows only, and records how many were asked for."""
 
     def __init__(self, num_rows: int):
         self.num_rows, self.asked = num_rows, []
@@ -382,7 +382,7 @@ def test_rows_in_flight_are_halved_until_there_is_memory_for_them_and_one_line_s
     with caplog.at_level(logging.WARNING, "nemo_logger"):
         assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
         assert responses_of(actor.infer(batch_of(actor, prompts))) == expected
-    assert memory.asked == [9, 4, 2, 2]  # the last for the prompts
+    assert memory.asked == [9, 4, 2, 2]  # the last request is for the prompts
     assert [message for message in caplog.messages if "instead of" in message] == [
         "rollouts: memory for the keys and values of 2 rows in flight instead of 9; the others wait for a free slot"
     ]
@@ -391,7 +391,7 @@ def test_rows_in_flight_are_halved_until_there_is_memory_for_them_and_one_line_s
 def test_too_little_memory_on_one_rank_lowers_the_rows_of_all(generating, monkeypatch):
     actor, memory = generating(), FakeMemory(num_rows=9)
     monkeypatch.setattr(lane_module, "KVCache", memory)
-    of_the_other_rank = iter([9, 0, 0, 1])  # rows that it estimates, then whether there was memory for them
+    of_the_other_rank = iter([9, 0, 0, 1])  # its estimate of rows, then whether each allocation succeeded
     monkeypatch.setattr(lane_module, "min_over_ranks", lambda number: min(number, next(of_the_other_rank)))
     actor.infer(batch_of(actor, ragged_prompts(9)))
     assert actor._rollout_generator._engine.lanes[0]._cache.num_rows == 2 and next(of_the_other_rank, None) is None
@@ -400,7 +400,7 @@ def test_too_little_memory_on_one_rank_lowers_the_rows_of_all(generating, monkey
 def test_memory_for_not_even_one_row_is_a_clear_error(generating, monkeypatch):
     actor = generating()
     monkeypatch.setattr(lane_module, "KVCache", FakeMemory(num_rows=0))
-    # 128 positions of the row and 64 of its prompt, 2 * 4 layers * 2 groups * 16 channels * 4 bytes each
+    # 128 positions for the row and 64 for its prompt, 2 * 4 layers * 2 groups * 16 channels * 4 bytes each
     message = r"keys and values of a single row of 128 tokens and its prompt, 0 MiB; lower model\.rs\.length_params"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         actor.infer(batch_of(actor, ragged_prompts(9)))
@@ -424,7 +424,7 @@ def test_memory_cut_for_few_long_rows_is_cut_anew_for_more_shorter_ones(generati
 
 
 def test_what_was_broken_off_leaves_nothing_behind(generating):
-    """The state of rows on the device outlives a phase."""
+    """The device state of rows is kept across phases."""
     actor = generating()
 
     def stop():
@@ -458,13 +458,13 @@ def test_keys_and_values_are_given_back_behind_inference(tiny_nemo):
 
 
 def test_whoever_waits_for_the_last_rows_hears_of_them_once(generating):
-    """Five rows of 2 to 10 tokens, four at a time: the call comes when two are left."""
+    """Five rows of 2 to 10 tokens, four at a time: the callback is called when two are left."""
     actor, in_flight, calls = generating(max_rows=4), [], []
     decoding = Decoding(SamplingParams(use_greedy=True), 10, 0, (actor.tokenizer.eos_id,), actor.tokenizer.vocab_size)
     rows = [Row([5, 6 + number], torch.zeros(10, dtype=torch.float64), 0) for number in range(5)]
 
     class Ends:
-        """The n-th row ends behind 2 n + 2 tokens."""
+        """The n-th row ends after 2 n + 2 tokens."""
 
         def are_completed_by(self, prompt, generated):
             return len(generated) == 2 * (prompt[-1] - 6) + 2
@@ -491,7 +491,7 @@ def test_optimizer_states_come_back_beside_rollouts_if_there_is_room(generating,
 
 
 def test_what_is_checked_between_tokens_can_end_the_generation(generating):
-    """As SIGTERM does: what is complete was yielded before, the rest is dropped, and the engine can go on."""
+    """As on SIGTERM: complete batches were already yielded, the rest is dropped, and the engine remains usable."""
     actor = generating(max_rows=3)
     prompts = ragged_prompts(9)
     batches = [batch_of(actor, prompts[start : start + 3]) for start in (0, 3, 6)]
@@ -507,12 +507,12 @@ def test_what_is_checked_between_tokens_can_end_the_generation(generating):
     with pytest.raises(KeyError, match="enough"):
         for rollouts in actor.infer_each(batches, check):
             found.append(responses_of(rollouts))
-    # three rows of 64 tokens each at a time: in the middle, at the end, and in the middle of the next three
+    # three rows of 64 tokens at a time: checked halfway, at their end, and halfway through the next three
     assert num_steps == [3 * 32, 0, 3 * 32] and found == expected[:1]
     assert [responses_of(rollouts) for rollouts in actor.infer_each(batches)] == expected
 
 
-# Logits that are not numbers
+# Logits that are NaN
 
 
 @pytest.mark.parametrize("use_greedy", [True, False])
@@ -533,7 +533,7 @@ def test_a_row_without_finite_logits_ends_the_run_with_its_prompt_and_token(gene
         patch.setattr(Lane, "_next_logits", spoiling)
         with pytest.raises(FloatingPointError, match=r"token 5 of a response to 'one two three' are NaN .*optim.lr"):
             actor.infer(batch_of(actor, prompts))
-    assert actor._rollout_generator._engine.lanes[0]._cache is None  # keys and values that may be NaN
+    assert actor._rollout_generator._engine.lanes[0]._cache is None  # its keys and values may be NaN
     assert len(responses_of(actor.infer(batch_of(actor, prompts)))[-1]) > 4
 
 
@@ -558,7 +558,7 @@ def test_a_row_that_is_done_or_elsewhere_is_not_broken_by_logits_of_its_place():
     rows.advance_(torch.tensor([INVALID_TOKEN, INVALID_TOKEN, 7, INVALID_TOKEN]))
     assert rows.is_invalid_R.tolist() == [False, True, False, False, False]
     assert rows.is_done_R.tolist() == [True, True, False, True, True]
-    assert rows.position_R.tolist() == [1, 2, 4, 0, 0]  # of a row's newest token
+    assert rows.position_R.tolist() == [1, 2, 4, 0, 0]  # the position of each row's newest token
     assert (rows.tokens_RT >= 0).all()
     rows.move_(0, 1), rows.put_([1], [Row([4], torch.zeros(4, dtype=torch.float64), 0)])
     assert rows.is_invalid_R.tolist() == [True, False, False, False, False]

@@ -1,4 +1,4 @@
-"""`.nemo` archives to Hugging Face folders: bit-equal round trips, trained models, what is refused."""
+"""`.nemo` archives to Hugging Face folders: bit-identical round trips, trained models, what is refused."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def assert_same_tensors(folder, expected):
 
 
 def settings(folder):
-    """config.json, less the path that transformers notes when it loads a model."""
+    """config.json without the path that transformers records when it loads a model."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     return config
@@ -48,7 +48,7 @@ def extract(archive, folder):
 
 
 def test_qkv_is_unpacked_group_by_group():
-    # 4 query heads in 2 groups, 2 channels a head, hidden size 1: query 1xx, key 2xx, value 3xx; head, then channel
+    # 4 query heads in 2 groups, 2 channels per head, hidden size 1: query 1xx, key 2xx, value 3xx; head, then channel
     packed = torch.tensor(
         [100, 101, 110, 111, 200, 201, 300, 301, 120, 121, 130, 131, 210, 211, 310, 311]
     ).unsqueeze(-1)  # fmt: skip
@@ -147,7 +147,7 @@ def test_a_trained_model_comes_out_whole(trained, tmp_path):
         theirs = model(tokens).logits
     assert theirs.std() > 0.5
     assert (ours - theirs).abs().max() <= 1e-5
-    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (0, 0)  # the defaults are 2
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (0, 0)  # both default to 2
 
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = f"the lazy dog \u20ac {END}"
@@ -196,7 +196,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizers(trained, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == 320
 
 
-# What is refused, with its reason
+# What is refused, and with which reason
 
 MISSING = object()
 CHANGES = [

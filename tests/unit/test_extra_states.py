@@ -1,4 +1,4 @@
-"""Extra states, as Transformer Engine's modules have them, that the weights of an archive do and do not hold."""
+"""Extra states like those of Transformer Engine's modules, present in or absent from an archive's weights."""
 
 import pickle
 import re
@@ -26,7 +26,7 @@ def no_groups_left_behind():
 
 
 def with_state(kind: type, *content: int) -> type:
-    """The module as Transformer Engine has it: with bytes in an extra state, or with none where nothing is in FP8."""
+    """The module like Transformer Engine's: its extra state holds bytes, or is empty where nothing is in FP8."""
 
     class WithState(kind):
         state = torch.tensor(content, dtype=torch.uint8)
@@ -42,13 +42,13 @@ def with_state(kind: type, *content: int) -> type:
 
 @pytest.fixture
 def load(tiny_nemo, monkeypatch):
-    """The actor from an archive, with these modules in its layers."""
+    """The actor loaded from an archive, with these modules in its layers."""
 
     def load(path=tiny_nemo, final_norm=Norm, attention=ScaledDotProductAttention, layer=Layer):
         def get_specs(spec_name, config, *args):
             spec = get_block_spec(config)
             spec.layer_norm = final_norm
-            spec.layer_specs[0].module = layer  # one for all layers
+            spec.layer_specs[0].module = layer  # shared by all layers
             spec.layer_specs[0].submodules.self_attention.submodules.core_attention = attention
             return spec
 
@@ -69,12 +69,12 @@ def test_empty_states_of_attention_and_norm_are_restored_if_stored_and_kept_if_n
     actor = load(**modules)
     for (name, expected), found in zip(plain.named_parameters(), actor.parameters(), strict=True):
         assert torch.equal(found, expected), name
-    assert list(states_of(actor).values()) == [[]] * 5  # of four layers, and the last norm
+    assert list(states_of(actor).values()) == [[]] * 5  # of the four layers and the final norm
     saved = {part.key for part in nested_values(actor.sharded_state_dict()) if isinstance(part, ShardedObject)}
     assert "model.decoder.final_layernorm._extra_state" in saved  # although empty
 
     for number, module in enumerate(module for module in actor.model.modules() if hasattr(module, "state")):
-        module.state = torch.tensor(list(pickle.dumps(number)), dtype=torch.uint8)  # Transformer Engine's way
+        module.state = torch.tensor(list(pickle.dumps(number)), dtype=torch.uint8)  # as Transformer Engine does
     actor.cfg.dist_ckpt_format = dist_ckpt_format
     actor.save_to(str(tmp_path / "with_states.nemo"))
     assert states_of(load(tmp_path / "with_states.nemo", **modules)) == states_of(actor)

@@ -1,4 +1,4 @@
-"""A layer over a pack as one function, against the modules of the same layer, and when it gives way to them."""
+"""A fused layer over a pack, compared with the modules of the same layer, and when those are used instead."""
 
 import weakref
 
@@ -13,7 +13,7 @@ from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from tests.tiny import load_actor, save_gpt2_like
 
 LENGTHS = [5, 1, 9]
-# Relative error of float32 between two orders of summation.
+# Relative float32 error from a different order of summation.
 OTHER_ORDER = 2e-6
 
 
@@ -27,7 +27,7 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=["llama", *MODELS])
 def layer(request, tiny_hf, tiny_nemo, tmp_path_factory):
-    """Grouped queries, RMSNorm, gated, no biases; or LayerNorm, biases, half of the channels turned and GELUs."""
+    """Grouped queries, RMSNorm, gated MLP, no biases; or LayerNorm, biases, half of the channels rotated and GELUs."""
     path = tiny_nemo
     if request.param != "llama":
         path = tmp_path_factory.mktemp("fused") / "model.nemo"
@@ -36,19 +36,19 @@ def layer(request, tiny_hf, tiny_nemo, tmp_path_factory):
 
 
 def angles(num_channels: int) -> torch.Tensor:
-    """[T, 1, channels], as megatron-core's table has them."""
+    """Rotary angles [T, 1, channels], laid out as in megatron-core's table."""
     half = torch.rand(sum(LENGTHS), num_channels // 2, generator=torch.Generator().manual_seed(3)) * 6
     return torch.cat([half, half], dim=1).unsqueeze(1)
 
 
 def outcome(layer, forward=layer_spec.Layer.forward) -> dict[str, torch.Tensor]:
-    """Output and gradients of everything, for a random input and a random gradient of the output."""
+    """The output and all gradients, for a random input and a random gradient of the output."""
     generator = torch.Generator().manual_seed(1)
     device = layer.pre_mlp_layernorm.weight.device
     hidden_T1H, grad_T1H = torch.randn(2, sum(LENGTHS), 1, 64, generator=generator).to(device)
     hidden_T1H.requires_grad_()
     layer.zero_grad()
-    # 16 channels a head, half of them turned in the second model
+    # 16 channels per head, half of them rotated in the second model
     turned = angles(16 if layer.config.normalization == "RMSNorm" else 8).to(device)
     output_T1H, context = forward(
         layer, hidden_T1H, None, rotary_pos_emb=turned, packed_seq_params=PackedSequences.of(LENGTHS)
@@ -71,7 +71,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The layers that went the fused way."""
+    """The layers that ran fused."""
     seen, fused_layer = [], layer_spec.fused_layer
 
     def spy(layer, *args):
@@ -90,7 +90,7 @@ def test_output_and_gradients_are_those_of_the_modules(layer, calls):
 
 
 def test_parameters_that_are_not_trained_get_no_gradient(layer):
-    # megatron-core leaves the bias out with a frozen weight
+    # megatron-core computes no gradient of the bias if the weight is frozen
     frozen = [*layer.self_attention.linear_qkv.parameters(), *layer.mlp.linear_fc1.parameters()]
     frozen.append(layer.input_layernorm.weight)
     for parameter in frozen:
@@ -113,7 +113,7 @@ def test_hooks_see_each_gradient_once(layer):
 
 
 def test_queries_keys_and_values_are_let_go_with_the_backward_pass(layer, monkeypatch):
-    """Although the output, and with it the layer's part of the graph, lives on."""
+    """Even though the output, and with it the layer's part of the graph, is still alive."""
     of_attention, attend = [], fused_layer.packed_attention_and_gradient
 
     def spy(*args):

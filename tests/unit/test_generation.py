@@ -1,6 +1,6 @@
-"""`infer` on the tiny model, with its own logits or with scripted ones; transformers and NeMo are the references.
+"""`infer` on the tiny model with its own or with scripted logits; transformers and NeMo are the references.
 
-Both backends keep the same contract: everything below holds for each, unless its name says which one it is about.
+Both backends have the same contract: each test below applies to both, unless its name says which one it is about.
 """
 
 import pytest
@@ -46,16 +46,16 @@ def configured(tiny, backend, monkeypatch):
 
 @pytest.fixture
 def scripted(configured, monkeypatch):
-    """scripted(prompts, responses, **settings) -> what `infer` returns if the model wants nothing but `responses`.
+    """scripted(prompts, responses, **settings) -> what `infer` returns if the model predicts exactly `responses`.
 
-    Behind the end of its response the model wants token 99.
+    After the end of a response, the model predicts token 99.
     """
 
     def run(prompts, responses, **settings):
         actor = configured(**settings)
 
         def logits_at(steps_of_rows):
-            """Steps beyond the prompts, of (row, step) pairs."""
+            """The logits of (row, step) pairs, with steps counted from the end of the prompt."""
             logits_BV = torch.zeros(len(steps_of_rows), 384)
             for logits_V, (row, step) in zip(logits_BV, steps_of_rows, strict=True):
                 logits_V[responses[row][step] if 0 <= step < len(responses[row]) else 99] = 10.0
@@ -96,12 +96,12 @@ def assert_well_formed(rollouts, prompts, eos_id):
         assert all(token == eos_id for token in row[length:])
 
 
-# The model's own logits
+# With the model's own logits
 
 
 @pytest.fixture(scope="module")
 def hf_greedy(tiny_hf, tiny):
-    """Greedy responses of transformers, prompt by prompt, limited to the ids that the tokenizer has."""
+    """Greedy responses of transformers, prompt by prompt, restricted to the ids that the tokenizer has."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tiny_hf).eval()
@@ -185,7 +185,7 @@ def test_greedy_tokens_with_document_resets_equal_a_forward_pass_without_cache(t
     prompts = [[5, 6, eos_id, 7, 8], [9, 10, eos_id], [11, 12]]
     rollouts = actor.infer(prompt_batch(prompts, eos_id, 6))
     for prompt, response in zip(prompts, responses_of(rollouts), strict=True):
-        # with the mask, what stands in front of the last end token is out of sight
+        # the mask hides everything before the last end token
         document = prompt[prompt.index(eos_id) + 1 :] if eos_id in prompt else prompt
         if not document:
             continue
@@ -244,7 +244,7 @@ def test_an_end_string_of_one_and_of_several_tokens(scripted, tiny):
 def test_every_row_has_its_own_budget(scripted, tiny):
     eos = tiny.tokenizer.eos_id
     prompts = [[5], [6] * 5, [7] * 3]
-    # The first row would end at its fifth token while the second is still decoded: too late.
+    # The first row would end at its fifth token, while the second is still being decoded: beyond its budget.
     rollouts = scripted(prompts, [[20, 21, 22, 23, eos], [30, 31, 32, 33], [40, 41, 42, eos]], max_length=4)
     assert_well_formed(rollouts, prompts, eos)
     assert responses_of(rollouts) == [[20, 21, 22, 23], [30, 31, 32, 33], [40, 41, 42, eos]]
@@ -262,7 +262,7 @@ def test_finished_rows_go_on_with_end_tokens_in_nemos_way(scripted, tiny, monkey
         return generated[0]
 
     monkeypatch.setattr(rollouts, "generate", generate)
-    # the first row ends by itself, the second at its budget of 3, the third is decoded to the last column
+    # the first row ends on its own, the second at its budget of 3, the third is decoded up to the last column
     scripted([[5], [6], [7] * 4], [[20, eos], [30, 31, 32, 33], [40, 41, 42]], max_length=3)
     assert generated[0].tolist() == [
         [5, 20, eos, eos, eos, eos, eos],
@@ -291,7 +291,7 @@ def test_nemos_way_stops_when_all_rows_are_done(scripted, tiny, monkeypatch):
 
     monkeypatch.setattr(decode, "sample", sample)
     scripted([[5], [6, 6, 6]], [[eos], [30, eos]], max_length=50)
-    assert positions == [1, 2, 3, 4]  # from behind the shorter prompt to the last end
+    assert positions == [1, 2, 3, 4]  # from the end of the shorter prompt to the last end token
 
 
 @pytest.mark.parametrize("backend", ["engine"], indirect=True)
@@ -313,7 +313,7 @@ def test_min_length_holds_for_every_kind_of_end(scripted, tiny):
     eos, ids = tiny.tokenizer.eos_id, tiny.tokenizer.text_to_ids
     prompts = [[5], [6, 6], [7]]
     stop, q = ids("STOP"), ids("Q")
-    # A forbidden single token is replaced by the next best; a string that comes to its end too early does not count.
+    # A forbidden single token is replaced by the next best; an end string that is completed too early does not count.
     wanted = [[eos] * 9, q * 9, [*stop, 20, *stop]]
     settings = {"max_length": 12, "min_length": 5, "end_strings": ["STOP", "Q"]}
     rollouts = scripted(prompts, wanted, **settings)
@@ -348,7 +348,7 @@ def test_ids_without_a_token_are_never_drawn(configured):
     actor = configured(max_length=16, use_greedy=False, temperature=100.0)
     vocab_size = actor.tokenizer.vocab_size
     assert vocab_size < 384
-    # At this temperature all 384 ids are about equally likely, and 512 draws miss a sixth of them once in 1e40.
+    # At this temperature all 384 ids are about equally likely; 512 draws miss the sixth without a token once in 1e40.
     rollouts = actor.infer(prompt_batch([[5, 6]] * 32, actor.tokenizer.eos_id, 16))
     assert rollouts["response_tokens"].max() < vocab_size
     assert rollouts["response_tokens"].unique().numel() > vocab_size // 2
@@ -368,7 +368,7 @@ def test_the_same_key_gives_the_same_rollouts(configured):
     assert all(other != first for other in others)
     assert first[0] != first[2]  # equal prompts, independent draws
     actor.seed_sampling(3, 1)
-    assert [responses_of(actor.infer(batch)) for _ in range(2)][1] != first  # the stream goes on
+    assert [responses_of(actor.infer(batch)) for _ in range(2)][1] != first  # the random stream continues
 
 
 def test_a_rollout_depends_on_its_id_and_not_on_its_batch(configured):
@@ -417,13 +417,13 @@ def test_an_infer_of_ones_own_need_not_say_which_rows_have_ended(configured, mon
     assert rollouts["is_end"][0] and not rollouts["is_end"].all()
 
 
-# What is left behind
+# What inference leaves behind
 
 
 def test_the_callers_tensors_stay_as_they_are(configured):
     actor = configured(max_length=6)
     batch = prompt_batch(RAGGED, actor.tokenizer.eos_id, 6)
-    batch["text"][0, 10] = 77  # what stands behind a prompt is of no concern to it
+    batch["text"][0, 10] = 77  # `infer` ignores whatever follows a prompt
     kept = {key: value.clone() for key, value in batch.items()}
     rollouts = actor.infer(batch)
     assert all(torch.equal(batch[key], kept[key]) for key in kept)

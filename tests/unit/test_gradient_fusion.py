@@ -1,4 +1,4 @@
-"""Weight gradients added to the optimizer's buffers in the product that makes them, against autograd's own.
+"""Weight gradients accumulated into the optimizer's buffers by the matrix product itself, compared with autograd's.
 
 Legend: R positions, H hidden size, V vocabulary.
 """
@@ -23,7 +23,7 @@ from tests.unit.test_packing import ROW_WIDTH, ROWS
 
 @pytest.fixture(scope="module")
 def groups(tiny_nemo):
-    """The process groups of a loaded model."""
+    """Create the process groups by loading a model."""
     load_actor(tiny_nemo)
 
 
@@ -53,7 +53,7 @@ def test_apex_is_preferred(monkeypatch):
 
 
 def test_the_extension_is_still_needed():
-    """When this fails, compat/gradient_fusion.py can go."""
+    """If this fails, compat/gradient_fusion.py can be deleted."""
     assert "import fused_weight_gradient_mlp_cuda" in inspect.getsource(layers)
 
 
@@ -112,7 +112,7 @@ def test_embeddings_add_their_rows_to_the_buffer(convention, dtype):
 @pytest.mark.parametrize("optimizer", ["mcore_distributed_optim", "adamw"])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
-    """Tied and separate output layers, under both of the wrappers that keep gradients in float32."""
+    """Tied and separate output layers, with both of the wrappers that keep gradients in float32."""
     from nemo_aligner.utils.train_script_utils import init_using_ptl
 
     path = tiny_nemo
@@ -137,7 +137,7 @@ def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
             mock.patch.object(embedding, "add_rows_", wraps=embedding.add_rows_) as add_rows_,
         ):
             actor.get_loss_and_metrics(make_batch(ROWS), forward_only=False)
-        # three packs through four matrices in each of four layers, and the output layer
+        # three packs, each with four matrices in each of four layers and the output layer
         assert accumulate.call_count == (3 * (4 * 4 + 1) if fuses else 0)
         assert add_rows_.call_count == (3 if fuses else 0)
         actor.finish_training_step()
@@ -145,7 +145,7 @@ def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
         gradients[fuses] = {name: parameter.main_grad.clone() for name, parameter in parameters}
     assert gradients[True].keys() == gradients[False].keys()
     for name, gradient in gradients[False].items():
-        # each micro-batch's gradient was rounded to bf16 before it was added
+        # without fusion, each micro-batch's gradient was rounded to bf16 before it was added
         assert gradient.norm() > 0
         assert (gradients[True][name] - gradient).norm() <= 2**-8 * gradient.norm(), name
         assert gradients[True][name].dtype == torch.float32

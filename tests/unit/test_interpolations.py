@@ -1,4 +1,4 @@
-"""An interpolation that cannot be resolved is refused in one line with its key and what that needs."""
+"""An interpolation that cannot be resolved is refused with one line that names its key and what that needs."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -44,12 +44,12 @@ def test_a_value_that_its_function_cannot_take_is_named_with_what_it_must_be(mod
 @pytest.mark.parametrize(
     "settings, message",
     [
-        # relative to its own section, to the one above, and within a list
+        # relative to its own section, to the parent section, and within a list
         ({"a": {"b": "${.c}"}}, "a.b=${.c} needs a.c, which is not set; it must be set"),
         ({"a": {"b": {"c": "${..d}"}}}, "a.b.c=${..d} needs a.d, which is not set; it must be set"),
         ({"a": [1, {"b": "${c}"}]}, "a.1.b=${c} needs c, which is not set; it must be set"),
         ({"a": "${multiply:${b}, 2}", "b": None}, "a=${multiply:${b}, 2} needs b, which is None; it must be set"),
-        # the innermost of those that fail, also through a section
+        # the innermost failing one is named, also if it is reached through a section
         ({"a": "${b}", "b": "${c}", "c": "${d}"}, "c=${d} needs d, which is not set; it must be set"),
         ({"a": "${b.key}", "b": "${d}"}, "b=${d} needs d, which is not set; it must be set"),
         ({"a": "${b}", "b": "${a}"}, "a=${b} cannot be had: Recursive interpolation detected"),

@@ -1,4 +1,4 @@
-"""The operations around a layer's matrix products in plain torch, against autograd in float64.
+"""The operations around a layer's matrix products in plain torch, compared with autograd in float64.
 
 Legend: T tokens, H hidden size, F width of the MLP, C columns, Z parts of a sum.
 """
@@ -22,7 +22,7 @@ def normal():
 
 
 def part(width: int) -> torch.Tensor:
-    """Room for sums in three parts; what is not written would be seen."""
+    """Room for sums in three parts; entries that are not written would be noticed."""
     return torch.full((3, width), torch.nan)
 
 

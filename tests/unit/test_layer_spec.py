@@ -1,4 +1,4 @@
-"""Layers out of plain torch against the formulas they stand for, and a GPT of another family built from them.
+"""Layers in plain torch compared with the formulas they implement, and a GPT of another family built from them.
 
 Shapes as in the module: hidden_SBH, query_SBND, key_SBGD.
 """
@@ -69,7 +69,7 @@ def test_a_new_norm_scales_by_one(name, zero_centered):
 
 
 def test_half_precision_is_normed_in_float32():
-    # the squares of 300 exceed float16 and, summed in bfloat16, lose most of their digits
+    # the square of 300 exceeds float16's range; summed in bfloat16, the squares lose most of their digits
     hidden = HIDDEN * 300
     for dtype, rtol in ((torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
         ours = norm("RMSNorm", dtype=dtype)(hidden.to(dtype))
@@ -99,7 +99,7 @@ def random_qkv(num_queries=5, num_keys=5):
 
 
 def attention_formula(query_SBND, key_TBGD, value_TBGD, visible):
-    """Head by head in float64; `visible(row, query, key)` says what is seen. Heads 0 and 1 share group 0."""
+    """Head by head in float64; `visible(row, query, key)` is the mask. Heads 0 and 1 share group 0."""
     num_queries, num_rows, num_heads, width = query_SBND.shape
     context = torch.zeros(num_queries, num_rows, num_heads, width, dtype=torch.float64)
     for row in range(num_rows):
@@ -148,10 +148,10 @@ def test_dropout_in_training_only():
         assert torch.equal(plain.train()(query, key, value, None), plain.eval()(query, key, value, None))
         first, second = (dropping.train()(query, key, value, None) for _ in range(2))
         assert not torch.equal(first, second)
-        # what is kept is scaled up: position 0 sees itself with weight 1, which becomes 2 or 0
+        # what is kept is scaled up: position 0 attends only to itself, with weight 1, which becomes 2 or 0
         ratio = first[0].unflatten(-1, (2, 2, 3)) / value[0].unsqueeze(2)
         assert ((ratio - 2).abs().lt(1e-5) | ratio.abs().lt(1e-5)).all()
-        # and so, in a pack of sequences of one token, does every position
+        # in a pack of one-token sequences, the same holds for every position
         packed, singles = [x[:, 0] for x in (query, key, value)], PackedSequences.of([1] * 5)
         context = dropping(*packed, None, packed_seq_params=singles)
         ratio = context.unflatten(-1, (2, 2, 3)) / packed[2].unsqueeze(2)
@@ -197,7 +197,7 @@ def gpt2_like(request, tiny_hf, tmp_path_factory):
 
 
 def gpt2_formula(actor, tokens) -> torch.Tensor:
-    """Logits [S, V] of one row of tokens [S], in float64, from the parameters by their names."""
+    """Logits [S, V] of one row of tokens [S], computed in float64 from the named parameters."""
     weights = {name: parameter.detach().double() for name, parameter in actor.model.named_parameters()}
     one = 1.0 if actor.cfg.normalization == "layernorm1p" else 0.0
 

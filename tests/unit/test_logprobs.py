@@ -1,4 +1,4 @@
-"""The arithmetic of one shard, with the other shards played by hand; tests/distributed has real ranks."""
+"""The arithmetic of one shard, with the other shards' values given by hand; tests/distributed has real ranks."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_each_shard_adds_its_part_of_the_sum():
 
 
 def test_only_the_shard_that_holds_the_target_contributes_it():
-    # Ids 1 and 2 lie on either side of the border.
+    # Ids 1 and 2 lie on either side of the boundary between the shards.
     for target, contributions in ((1, [2 / 4, None]), (2, [None, 3 / 4])):
         for shard, quotient in enumerate(contributions):
             entry = shard_target_logits(SHARDS[shard], torch.tensor([[target - 2 * shard]]), MAXIMA)

@@ -1,4 +1,4 @@
-"""LoRA adapters on one process: what they compute, which weights learn, archives, merging, and what is refused."""
+"""LoRA adapters in one process: what they compute, which weights are trained, archives, merging, what is refused."""
 
 import itertools
 
@@ -59,7 +59,7 @@ def randomize_(actor, seed: int = 3, scale: float = 0.1) -> None:
 
 
 def with_merged_weights(hf_folder, actor, alpha_over_dim: float) -> LlamaForCausalLM:
-    """The Hugging Face model with W + alpha / dim * B A in the place of every adapted W, in plain PyTorch."""
+    """The Hugging Face model with W + alpha / dim * B A in place of every adapted W, in plain PyTorch."""
     llama = AutoModelForCausalLM.from_pretrained(hf_folder)
     parameters, of_llama = dict(actor.model.named_parameters()), dict(llama.named_parameters())
     with torch.no_grad():
@@ -90,7 +90,7 @@ def hf_greedy(llama, actor, max_length: int = 16) -> list[list[int]]:
     rows = []
     for prompt in PROMPTS:
         ids = torch.tensor([actor.tokenizer.text_to_ids(prompt)])
-        # the rows beyond the tokenizer's entries are padding of the embedding table
+        # embedding rows beyond the tokenizer's entries are padding
         padding = list(range(actor.tokenizer.vocab_size, llama.config.vocab_size))
         answer = llama.generate(ids, max_new_tokens=max_length, do_sample=False, suppress_tokens=padding)
         rows.append(answer[0].tolist())
@@ -142,7 +142,7 @@ def test_each_target_adds_alpha_over_dim_times_b_a_to_its_weights(tiny_hf, tiny_
 def test_greedy_rollouts_are_those_of_the_merged_model(tiny_hf, tiny_nemo):
     actor = adapted(tiny_nemo)
     base = greedy_rollouts(actor)
-    assert base == hf_greedy(AutoModelForCausalLM.from_pretrained(tiny_hf), actor)  # fresh adapters add nothing
+    assert base == hf_greedy(AutoModelForCausalLM.from_pretrained(tiny_hf), actor)  # new adapters add nothing
     randomize_(actor)
     assert greedy_rollouts(actor) == hf_greedy(with_merged_weights(tiny_hf, actor, alpha_over_dim=1.0), actor)
     assert all(ours != theirs for ours, theirs in zip(greedy_rollouts(actor), base, strict=True))
@@ -168,7 +168,7 @@ def test_dropout_is_for_training_only(tiny_nemo, position):
     assert train_once(plain) == train_once(plain)
 
 
-# Entries of 4 x 64 and 128 x 4 weights have these standard deviations.
+# Standard deviations of the entries of 4 x 64 and 128 x 4 weights.
 INIT_STDS = {
     "xavier": ((2 / (64 + 4)) ** 0.5, (2 / (128 + 4)) ** 0.5),
     "normal": (0.2, 0.2),
@@ -261,7 +261,7 @@ def test_parts_of_four_ranks_make_the_whole():
     whole = torch.arange(16 * 8).reshape(16, 8)
     for name in kinds:
         assert torch.equal(_join(_split(whole, name, 4, cfg), name, cfg), whole)
-    # gate rows 0 to 7, up rows 8 to 15: the first of four ranks has two of each
+    # rows 0 to 7 are gate, rows 8 to 15 up: the first of four ranks has two of each
     assert _split(whole, "lora_hto4h_adapter.linear_out.weight", 4, cfg)[0][:, 0].tolist() == [0, 8, 64, 72]
     assert _split(whole, "lora_kqv_adapter.linear_out.weight", 4, cfg)[0][:, 0].tolist() == [0, 8, 16, 24]
     assert _split(whole, "lora_4htoh_adapter.linear_in.weight", 4, cfg)[0][0].tolist() == [0, 1]

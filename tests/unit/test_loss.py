@@ -1,6 +1,6 @@
-"""The actor's loss and gradients on the tiny model, against transformers' log-probabilities and between batch layouts.
+"""The actor's loss and gradients on the tiny model, compared with transformers and between batch layouts.
 
-Legend: R rows of the global batch, S padded width; response tokens are those with mask 1 at the position in front.
+Legend: R rows of the global batch, S padded width; a token is trained on if the mask is 1 at the position before it.
 """
 
 import pytest
@@ -12,14 +12,14 @@ from nemo_aligner.generation import stages
 from tests.tiny import load_actor
 
 END_ID = 0
-# Relative error of float32 gradients when a matrix product has another width, and so another order of summation.
+# Relative error of float32 gradients when a matrix product has another width, and thus another order of summation.
 OTHER_ORDER = 5e-6
 # (prompt, response) of each row; lengths differ, so that a mean of means is not the mean over tokens
 ROWS = [([5, 6, 7], [8, 9, 10, 11, 12, END_ID]), ([13], [14, END_ID]), ([15, 16], [17, 18, 19]), ([20] * 5, [21])]
 
 
 def make_batch(rows, width=None, padding=END_ID):
-    """`response_tokens` [R, S] and `mask` [R, S - 1]; a response of None stands for a row that is not trained on."""
+    """`response_tokens` [R, S] and `mask` [R, S - 1]; a response of None marks a row that is not trained on."""
     contents = [prompt + (response or [30, 31]) for prompt, response in rows]
     width = width or max(map(len, contents))
     tokens_RS = torch.full((len(rows), width), padding)
@@ -45,7 +45,7 @@ def hf_model(tiny_hf):
 
 
 def training_step(actor, batch, micro_batch_size=1):
-    """(loss, {parameter: gradient}) of one training step without its update."""
+    """(loss, {parameter: gradient}) of one training step without the update."""
     actor.cfg.micro_batch_size, actor.cfg.global_batch_size = micro_batch_size, len(batch["mask"])
     actor.zero_grad()
     actor.prepare_for_training()
@@ -66,7 +66,7 @@ def hf_training_step(hf_model, actor, loss):
 
 
 def hf_logprobs(hf_model, tokens_RS, allowed=None):
-    """Log-probabilities of the tokens behind the first, [R, S - 1]; `allowed` [R, S, S]: who attends to whom."""
+    """Log-probabilities [R, S - 1] of all tokens but the first; `allowed` [R, S, S]: who attends to whom."""
     blocked = None if allowed is None else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
     logprobs = hf_model(tokens_RS, attention_mask=blocked).logits[:, :-1].double().log_softmax(dim=-1)
     return logprobs.gather(-1, tokens_RS[:, 1:, None]).squeeze(-1)
@@ -77,7 +77,7 @@ def token_loss(logprobs, mask):
 
 
 def assert_same(ours, theirs, rel):
-    """Two (loss, gradients), the norms of differences relative to the norms."""
+    """Compare two (loss, gradients); for gradients, norms of differences relative to the gradients' norms."""
     assert ours[0] == pytest.approx(theirs[0], rel=rel)
     assert ours[1].keys() == theirs[1].keys()
     for name, gradient in ours[1].items():
@@ -113,7 +113,7 @@ def test_rows_without_masked_tokens_add_nothing(actor):
     chosen = [ROWS[0], ROWS[2]]
     with_unfit = [ROWS[0], ([50, 51, 52], None), ([53], None), ROWS[2]]
     assert_same(training_step(actor, make_batch(with_unfit), 2), training_step(actor, make_batch(chosen), 2), rel=1e-6)
-    # rows and micro-batches without a token are counted in no mean
+    # rows and micro-batches without a token count in no mean
     assert_same(training_step(actor, make_batch(with_unfit), 1), training_step(actor, make_batch(chosen), 1), rel=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_extreme_logits(actor):
     weight = actor.model.decoder.final_layernorm.weight
     before = weight.detach().clone()
     with torch.no_grad():
-        weight.mul_(1e4)  # gaps of some 10^5 nats: every log of a softmax would be -inf
+        weight.mul_(1e4)  # gaps of about 10^5 nats: the log of a softmax would always be -inf
     try:
         loss, gradients = training_step(actor, make_batch(ROWS))
     finally:
@@ -170,13 +170,13 @@ def test_micro_batch_normalization_is_a_mean_of_means(tiny_nemo, hf_model, micro
     assert_same(ours, hf_training_step(hf_model, actor, expected), rel=1e-5)
 
 
-# Document resets: rows of several documents, each ended by, and including, an end token
+# Document resets: rows of several documents, each ending with, and including, an end token
 
 DOCUMENTS = [([5, 6, END_ID, 7], [8, END_ID, 9, END_ID]), ([10, END_ID], [11, 12]), ([13, 14], [15, END_ID])]
 
 
 def same_document(tokens_RS):
-    """[R, S, S]: whether a position may look at another one, worked out position by position."""
+    """[R, S, S]: whether a position may attend to another one, determined position by position."""
     allowed = torch.zeros(*tokens_RS.shape, tokens_RS.size(1), dtype=torch.bool)
     for row, tokens in enumerate(tokens_RS.tolist()):
         for query in range(len(tokens)):
@@ -189,7 +189,7 @@ def same_document(tokens_RS):
 
 @pytest.mark.parametrize("reset_position_ids", [False, True])
 def test_attention_reset_per_document(actor, hf_model, monkeypatch, reset_position_ids):
-    # Rotary positions are relative, so counting them anew in each document changes nothing within a document.
+    # Rotary positions are relative, so restarting the count in each document changes nothing within a document.
     batch = make_batch(DOCUMENTS)
     joined = training_step(actor, batch)
     monkeypatch.setitem(actor.resets, "reset_attention_mask", True)
@@ -217,7 +217,7 @@ def test_resets_are_read_from_the_data_section(tiny_nemo):
 
 
 def test_stages_send_what_the_next_one_expects(actor, monkeypatch):
-    """Both in training and in generation, whatever dtype a stage computes in; the last one's loss is float32."""
+    """In training and in generation, whatever dtype a stage computes in; the last stage's loss is float32."""
     monkeypatch.setattr(parallel_state, "is_pipeline_last_stage", lambda ignore_virtual=False: False)
     for config in (actor.model_parallel_config, actor.model.config):
         monkeypatch.setattr(config, "pipeline_dtype", torch.bfloat16)

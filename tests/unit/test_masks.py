@@ -10,7 +10,7 @@ TOKENS = torch.tensor([[5, E, 6, 7, E], [5, 6, 7, E, E]])
 
 
 def blocked(*visible_rows: str) -> list[list[bool]]:
-    """One string a query position, 'x' for each position it sees."""
+    """One string per query position, with 'x' for each position that it sees."""
     return [[seen != "x" for seen in row] for row in visible_rows]
 
 

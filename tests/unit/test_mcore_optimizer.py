@@ -1,4 +1,4 @@
-"""megatron-core's distributed optimizer without Apex, under a loop of our own: what is mended, and that it must be."""
+"""megatron-core's distributed optimizer without Apex, in our training loop: what is patched, and that it must be."""
 
 import importlib.util
 import inspect
@@ -20,7 +20,7 @@ WEIGHT_DECAY, EPS = 0.25, 1e-5
 
 @pytest.fixture(scope="module")
 def actor(tiny_nemo):
-    """The tiny model with the optimizer, after one step."""
+    """The tiny model with the optimizer set up."""
     optim = {
         "name": "mcore_distributed_optim", "lr": 1e-2, "weight_decay": WEIGHT_DECAY, "betas": [0.9, 0.98], "eps": EPS,
     }  # fmt: skip
@@ -32,7 +32,7 @@ def actor(tiny_nemo):
 
 
 def train_one_step(actor) -> torch.Tensor:
-    """Gradients of all weights, as one vector, as they stand before the optimizer's step."""
+    """Train one step; returns the gradients of all weights before the optimizer's step, as one vector."""
     actor.prepare_for_training()
     actor.prepare_for_training_step()
     generator = torch.Generator().manual_seed(3)
@@ -54,7 +54,7 @@ def groups_by_dimension(optimizer) -> dict[bool, float]:
 
 
 def fresh_copy_of(module):
-    """The module as its file has it, without what `compat` changed."""
+    """The module loaded from its file again, without the changes of `compat`."""
     spec = importlib.util.spec_from_file_location("fresh_copy", module.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)

@@ -1,8 +1,8 @@
-"""The order of copies between GPU and host, checked without a GPU: no two of them may touch the same memory unordered.
+"""The order of copies between GPU and host, checked without a GPU: no two may access the same memory unordered.
 
-Streams are simulated by vector clocks (Mattern 1989): every launch gets a time on its stream, and a stream knows of
-another only what it has waited for. Two accesses of which neither knows of the other, one of them a write, are a race,
-whatever order they happen to take.
+Streams are simulated by vector clocks (Mattern 1989): every launch gets a time on its stream, and a stream knows only
+those launches of another that it has waited for. Two accesses are a race if neither knows of the other and one is a
+write, whatever order they happen to run in.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ NUM_GROUPS, TENSORS_PER_GROUP = 9, 2
 
 
 class Clock:
-    """A stream, or an event, which is what a stream knew when it was recorded."""
+    """A stream, or an event: what its stream knew when the event was recorded."""
 
     def __init__(self, known=()):
         self.known = dict(known)
@@ -35,16 +35,16 @@ class Clock:
 
 
 class Machine:
-    """What was launched, on which memory, and what races with what."""
+    """Records which memory each launch accessed, and which accesses race."""
 
     def __init__(self, choose: random.Random):
         self.main, self.host, self.choose = Clock(), Clock(), choose
         self.accesses, self.races = {}, []
-        self.let_go = []  # (block, the events after which the allocator may give it away again)
+        self.let_go = []  # (block, the events after which the allocator may reuse it)
         self.num_blocks = 0
 
     def launch(self, stream: Clock, memory, is_write: bool) -> None:
-        stream.wait_stream(self.host)  # a launch comes after all that the host has waited for
+        stream.wait_stream(self.host)  # a launch comes after everything that the host has waited for
         stream.known[stream] = stream.known.get(stream, 0) + 1
         for other, time, was_write in self.accesses.setdefault(memory, []):
             if (is_write or was_write) and stream.known.get(other, 0) < time:
@@ -52,7 +52,7 @@ class Machine:
         self.accesses[memory].append((stream, stream.known[stream], is_write))
 
     def new_block(self):
-        """New memory, or some that was let go of: the allocator looks whether its events have happened."""
+        """New memory, or a released block, whose events the allocator checks before it reuses the block."""
         if self.let_go and self.choose.random() < 0.7:
             block, events = self.let_go.pop(self.choose.randrange(len(self.let_go)))
             for event in events:
@@ -109,7 +109,7 @@ class CopyStream:
 
 
 class Run:
-    """An offload of fake tensors, with what their values must be."""
+    """An offload of fake tensors, with the values that they must have."""
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -125,7 +125,7 @@ class Run:
         return [SimpleNamespace(is_cuda=True, untyped_storage=lambda s=s: s) for s in self.groups[key]]
 
     def step(self, key) -> None:
-        """A kernel that reads and writes the group, as an optimizer's does."""
+        """A kernel that reads and writes the group, like an optimizer's."""
         self.expected[key] += 1
         for storage in self.groups[key]:
             self.machine.launch(self.machine.main, storage.block, is_write=True)
@@ -154,7 +154,7 @@ class Run:
 
 @pytest.fixture
 def a_run(monkeypatch):
-    """a_run(seed) -> a run on a machine of its own."""
+    """a_run(seed) -> a run on its own machine."""
 
     def make(seed: int) -> Run:
         machine = Machine(random.Random(seed))

@@ -1,4 +1,4 @@
-"""Packs by hand, and the actor's packed way against its padded way and against plain PyTorch.
+"""Packs worked out by hand, and the actor's packed batches compared with padded ones and with plain PyTorch.
 
 Legend: as in nemo_aligner/models/nlp/gpt/packing.py.
 """
@@ -21,12 +21,12 @@ from nemo_aligner.utils.target_logprobs import TargetLogprobs, add_piece_
 from tests.tiny import load_actor, save_gpt2_like, with_small_packs
 from tests.unit.test_loss import END_ID, assert_same, make_batch, training_step
 
-# Relative error of float32 gradients between two orders of summation.
+# Relative error of float32 gradients from a different order of summation.
 OTHER_ORDER = 1e-5
-# of the longest row; where packs are small, a micro-batch of n rows has room for n times as much
+# with small packs, a micro-batch of n rows has room for n times ROW_WIDTH tokens; the longest row has LONGEST
 ROW_WIDTH = 24
 LONGEST = 23
-# lengths from 2 to 23 tokens, rows without a response among them
+# lengths from 2 to 23 tokens, including rows without a response
 ROWS = [
     ([5, 6, 7], [8, 9, 10, 11, 12, END_ID]),
     ([13], [14]),
@@ -53,7 +53,7 @@ def test_a_pack_holds_what_the_loss_depends_on():
     mask_BS = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0.0, 0, 0, 0]])
     mask_BS[0, 2] = 0.5
     (pack,) = packing.pack_batch(tokens_BS, mask_BS, 1, multiple=6)
-    assert pack.tokens_1T.tolist() == [[1, 2, 3, 5, 0, 0]]  # up to the last token that predicts one
+    assert pack.tokens_1T.tolist() == [[1, 2, 3, 5, 0, 0]]  # up to the last token that predicts a trained one
     assert pack.position_ids_1T.tolist() == [[0, 1, 2, 0, 0, 0]]
     assert pack.sequences.lengths == [3, 1, 2]
     assert pack.sequences.cu_seqlens.tolist() == [0, 3, 4, 6] and pack.sequences.cu_seqlens.dtype == torch.int32
@@ -84,8 +84,8 @@ def test_as_few_packs_as_hold_the_rows():
     lengths = [7, 5, 0, 4, 4, 3, 0]  # 23 tokens in 5 rows
     assert packing.deal_to_fewest(lengths, 7, 23) == [[0, 1, 3, 4, 5]]
     assert packing.deal_to_fewest(lengths, 7, 12) == packing.deal_to_packs(lengths, 2)
-    assert packing.deal_to_fewest(lengths, 7, 11) == packing.deal_to_packs(lengths, 3)  # two would hold 11 and 12
-    # two would be 15 wide
+    assert packing.deal_to_fewest(lengths, 7, 11) == packing.deal_to_packs(lengths, 3)  # two packs would hold 11 and 12
+    # two packs would be padded to 15
     assert packing.deal_to_fewest(lengths, 7, 12, multiple=5) == packing.deal_to_packs(lengths, 3)
     assert packing.deal_to_fewest(lengths, 7, 1) == packing.deal_to_packs(lengths, 5)  # none is left empty
     assert packing.deal_to_fewest(lengths, 2, 1) == packing.deal_to_packs(lengths, 2)
@@ -129,7 +129,7 @@ def archives(tiny_hf, tiny_nemo, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def actor(request, archives):
-    """Grouped queries, RMSNorm, RoPE and tied embeddings, or learned positions, LayerNorm, biases and none of these."""
+    """Grouped queries, RMSNorm, RoPE, tied embeddings; or none of these, but learned positions, LayerNorm, biases."""
     return with_small_packs(load_actor(archives[request.param]), ROW_WIDTH)
 
 
@@ -155,7 +155,7 @@ def test_packed_equals_padded(actor, monkeypatch, micro_batch_size, num_packs):
 
 
 def test_gradients_are_sent_with_the_last_pack_alone(llama, monkeypatch):
-    """Replicas may have different numbers of packs: what is sent with each would wait for a pack that never comes."""
+    """Replicas may have different numbers of packs: sending with each pack would wait for one that never comes."""
     optimizer = MainParamsOptimizerWrapper.__new__(MainParamsOptimizerWrapper)
     optimizer._async_grad_allreduce = optimizer._require_backward_grad_sync = True
     monkeypatch.setattr(llama, "_optimizer", optimizer)
@@ -168,7 +168,7 @@ def test_gradients_are_sent_with_the_last_pack_alone(llama, monkeypatch):
 
 
 def test_what_the_decoder_is_given(llama, monkeypatch):
-    """Of 8 rows of 60, tokens up to the last that predicts one, and angles that start again with every row."""
+    """Of 8 rows of 60 tokens, those up to the last one that predicts a trained token; angles restart with every row."""
     decode, seen = llama.model.decoder.forward, []
 
     def spy(**kwargs):
@@ -198,7 +198,7 @@ def test_micro_batch_normalization(archives):
 @pytest.mark.parametrize(
     ("recompute", "rel"),
     [
-        ({"granularity": "selective"}, OTHER_ORDER),  # by the layers' modules, as attention is theirs to recompute
+        ({"granularity": "selective"}, OTHER_ORDER),  # through the layers' modules, which recompute the attention
         ({"granularity": "full", "method": "uniform", "num_layers": 2}, 1e-7),
         ({"granularity": "full", "method": "block", "num_layers": 1}, 1e-7),
     ],
@@ -222,7 +222,7 @@ FULL_RECOMPUTATION = {"recompute_granularity": "full", "recompute_method": "unif
 
 @pytest.mark.parametrize(("settings", "factor"), [({}, 2), ({"hidden_dropout": 0.1}, 1), (FULL_RECOMPUTATION, 1)])
 def test_a_pack_holds_twice_a_padded_micro_batch_where_a_token_takes_half(llama, monkeypatch, settings, factor):
-    """With dropout layers are not fused, and keep as much of a token as they did padded; so do those recomputed."""
+    """With dropout, layers are not fused and keep as much per token as in padded batches; so do recomputed layers."""
     for name, value in settings.items():
         monkeypatch.setattr(llama.model.config, name, value)
     given = []
@@ -241,7 +241,7 @@ def test_a_pack_holds_twice_a_padded_micro_batch_where_a_token_takes_half(llama,
 
 
 def test_backward_runs_in_its_caller(llama, monkeypatch):
-    """On a GPU it is another thread's by default, which costs the host more."""
+    """On a GPU, backward runs in another thread by default, which costs the host more."""
     seen, decode = [], llama.model.decoder.forward
 
     def spy(**kwargs):
@@ -296,7 +296,7 @@ def test_what_cannot_be_packed_goes_the_padded_way_with_one_line(llama, archives
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers how many entries the largest floating-point result of an operator has."""
+    """Records the number of entries of the largest floating-point result of any operator."""
 
     def __init__(self):
         super().__init__()
@@ -328,7 +328,7 @@ def test_log_probabilities_of_a_large_vocabulary_in_bounded_memory(llama, monkey
     exact, plain = (plain_logprobs(hidden_RH, weight_VH, targets_R, grad_R, dtype) for dtype in DTYPES)
     for ours_, exact_, plain_ in zip(ours, exact, plain, strict=True):
         assert (ours_ - exact_).norm() <= 1e-4 * exact_.norm()
-        assert (ours_ - exact_).norm() <= 1.5 * (plain_ - exact_).norm()  # long sums are not exact in float32
+        assert (ours_ - exact_).norm() <= 1.5 * (plain_ - exact_).norm()  # long float32 sums are not exact
 
 
 DTYPES = (torch.float64, torch.float32)
@@ -361,7 +361,7 @@ def test_a_frozen_output_layer_gets_no_gradient(llama):
     assert weight_VH.grad is None
 
 
-# torch's kernels, whose place others take on a CPU
+# torch's GPU kernels, which are replaced on a CPU
 
 
 @pytest.mark.parametrize("num_groups", [2, 4])
@@ -384,7 +384,7 @@ def test_the_kernel_is_asked_for_causal_attention_within_sequences(num_groups):
 
 
 def test_the_kernel_has_the_arguments_and_the_gradient_that_we_rely_on():
-    """It is no public name: when this fails, compat/varlen_attention.py has to learn what torch made of it."""
+    """The name is not public: if this fails, adapt compat/varlen_attention.py to torch's change."""
     schema = torch.ops.aten._flash_attention_forward.default._schema
     assert [f"{argument.type} {argument.name}" for argument in schema.arguments if not argument.kwarg_only] == [
         "Tensor query", "Tensor key", "Tensor value", "Optional[Tensor] cum_seq_q", "Optional[Tensor] cum_seq_k",
@@ -413,7 +413,7 @@ def test_the_kernel_has_the_arguments_and_the_gradient_that_we_rely_on():
 
 
 class KernelCalls(TorchDispatchMode):
-    """What the kernel's gradient was called with: tensors by their names among the kernel's inputs and results."""
+    """The arguments of the kernel's gradient; tensors are named as in the kernel's inputs and results."""
 
     def __init__(self, inputs: dict[str, torch.Tensor]):
         super().__init__()
@@ -448,7 +448,7 @@ def test_the_gradient_is_asked_for_as_autograd_does():
 
 
 def test_the_public_way_to_the_kernel_is_still_in_python():
-    """When this fails, see whether it costs the host less now; then compat/varlen_attention.py can go."""
+    """If this fails, check whether it now costs the host less; then compat/varlen_attention.py can be deleted."""
     assert isinstance(varlen._varlen_attn, torch.library.CustomOpDef)
 
 
@@ -459,5 +459,5 @@ def test_products_are_added_in_float32():
         total = torch.full((5, 3), 100.0, dtype=dtype)
         float32_accumulation.add_product_(total, left, right)
         torch.testing.assert_close(total.double(), 100 + left.double() @ right.double(), rtol=rtol, atol=0.05)
-    with pytest.raises(RuntimeError, match="'CPU' backend"):  # when this fails, one call does for all devices
+    with pytest.raises(RuntimeError, match="'CPU' backend"):  # if this fails, one call works on all devices
         torch.addmm(torch.zeros(5, 3), left, right, out_dtype=torch.float32)

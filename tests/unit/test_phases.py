@@ -1,4 +1,4 @@
-"""Phases of a step: every moment belongs to exactly one of them."""
+"""Phases of a step: every moment belongs to exactly one phase."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from nemo_aligner.utils.phases import OTHER, PHASES, TOTAL, PhaseClock, phase_ta
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock whose time is what the test says."""
+    """A clock whose time the test sets."""
     cpu.enable()
     time = [0.0]
     monkeypatch.setattr(phases, "_now", lambda: time[0])

@@ -74,7 +74,7 @@ def test_fit_rows_come_before_better_rewarded_unfit_rows():
     fit = torch.tensor([False, True, False, True, False, False])
     batch = batch_of([1, 1, 1, 1, 2, 2], [9.0, 1.0, NAN, 2.0, 0.0, 1.0], is_fit=fit)
     best = select_topk(batch, 2)
-    # Prompt 2 has no fit row: it keeps its row count.
+    # Prompt 2 has no fit row, but still gets its number of rows.
     assert best["row"].tolist() == [3, 1, 5, 4]
     assert best["is_fit"].tolist() == [True, True, False, False]
     assert select_topk({key: value[:4] for key, value in batch.items()}, 3)["row"].tolist() == [3, 1, 0]
@@ -112,7 +112,7 @@ def test_malformed_batches_name_the_key(change, message):
 
 
 def test_entropy_of_known_distributions():
-    # ln 2 for the fair coin, 0 for the certain one, whose log-probability is -inf elsewhere.
+    # ln 2 for the fair coin, 0 for the certain outcome, whose alternative has the log-probability -inf.
     log_probs = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]]).log().requires_grad_()
     entropy = calculate_entropy(log_probs)
     assert entropy.item() == pytest.approx(math.log(2) / 2)

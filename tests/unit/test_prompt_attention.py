@@ -1,6 +1,6 @@
-"""Attention of packed prompts against its formula, head by head in float64.
+"""Attention of packed prompts compared with its formula, head by head in float64.
 
-Legend: U tokens of prompts, M with padding, G key/value groups, Q query heads per group, D channels per head.
+Legend: U tokens of prompts, M the same with padding, G key/value groups, Q query heads per group, D channels per head.
 """
 
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ LENGTHS, CAPACITY = [5, 0, 17, 1], 32
 
 
 def turned(x_D, position: int, angles_TD):
-    """Channels i and i + A/2 as the complex numbers that rotary positions turn; what is behind A stays."""
+    """Rotate channels i and i + A/2 as complex numbers by the rotary angle; channels from A on are unchanged."""
     if angles_TD is None:
         return x_D
     half = angles_TD.size(1) // 2

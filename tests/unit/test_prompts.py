@@ -49,7 +49,7 @@ def test_a_file_that_changed_after_it_was_opened_is_refused(write, content):
     path = write(b'{"text": "a"}\n{"text": "b"}\n')
     prompts = pickle.loads(pickle.dumps(PromptFile(path)))
     assert prompts[1] == {"text": "b"}
-    os.utime(path, ns=(0, os.stat(path).st_mtime_ns - 1))  # whatever the clock's resolution, the next write differs
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns - 1))  # at any clock resolution, the next write's time differs
     prompts = PromptFile(path)
     write(content)
     with pytest.raises(ConfigError, match=f"^{path}: the prompt file has changed since this run opened it; start"):
@@ -63,7 +63,7 @@ def test_a_file_that_was_only_touched_is_read_on(write):
     assert list(prompts) == [{"text": "a"}, {"text": "b"}]
 
 
-# the second line of each file is at fault, unless the file as a whole is
+# the error is in the second line of each file, unless it concerns the whole file
 BROKEN = [
     (b'{"text": "a"}\n{"text": "b"\n', "line 2: not valid JSON (Expecting ',' delimiter, column 13)"),
     (b'{"text": "a"}\n["b"]\n', "line 2: a list, not an object"),

@@ -1,4 +1,4 @@
-"""A user's reward function: found or refused before the run, called with what it names, never trusted blindly."""
+"""A user's reward function: found or refused before the run, called with the arguments it names, results checked."""
 
 import copy
 import math
@@ -267,7 +267,7 @@ class LetterTokenizer:
 
 def rollouts(**changes):
     batch = {
-        # "ab" + "c" ended by the id 0; "b" + "cde" cut off; "abc" + nothing but the end; "a" + nothing at all
+        # "ab" + "c" ended by id 0; "b" + "cde" cut off; "abc" + only the end; "a" + nothing at all
         "response_tokens": torch.tensor(
             [[1, 2, 3, 0, 0, 0], [2, 3, 4, 5, 0, 0], [1, 2, 3, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
         ),

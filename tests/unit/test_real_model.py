@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, converted to `.nemo`, against transformers reading the same GGUF file itself, in float32.
+"""SmolLM2-135M-Instruct, converted to `.nemo`, compared with transformers reading the same GGUF file, in float32.
 
 Legend: B prompts, S padded width, R rows that are trained on.
 """
@@ -19,10 +19,10 @@ NEMO = ROOT / "models/SmolLM2-135M-Instruct.nemo"
 PROMPTS = ROOT / "examples/quickstart/prompts_heldout.jsonl"
 NUM_PROMPTS = 32
 NUM_NEW_TOKENS = 48
-# How many times transformers' own float32 error, against float64, may be ours. Over 30 layers errors of rounding grow,
-# and of two float32 libraries for matrix products one sums more accurately than the other.
+# How many times larger our float32 error may be than transformers' own, both relative to float64. Rounding errors grow
+# over 30 layers, and one float32 library for matrix products sums more accurately than another.
 TIMES_ITS_ERROR = 3
-END_ID = 2  # what the file's metadata says; transformers alone would read 1
+END_ID = 2  # according to the file's metadata; transformers alone would read 1
 
 pytestmark = pytest.mark.skipif(
     not (GGUF.is_file() and NEMO.is_file()), reason=f"{GGUF.name} or {NEMO.name} is not in models/: run `make model`"
@@ -34,7 +34,7 @@ def reference():
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, torch_dtype=torch.float32)
-    # The end token doubles as padding, and an embedding keeps its padding's gradient at 0: it is content here.
+    # The end token doubles as padding, whose gradient an embedding keeps at 0; but here the token is content.
     model.model.embed_tokens.padding_idx = None
     return model.eval()
 
@@ -92,13 +92,13 @@ def test_greedy_responses_equal_those_of_transformers(reference, actor, prompts)
         assert rollouts["response_tokens"][row, : len(prompt)].tolist() == prompt
         assert bool(rollouts["is_end"][row]) == (response[-1] == END_ID)
         assert response == theirs[row] or _differ_at_a_tie(reference, prompt, response, theirs[row])
-    # ragged prompts, and both kinds of endings, have been seen
+    # the test covered ragged prompts and both kinds of endings
     assert len(set(rollouts["prompt_lengths"].tolist())) > 3
     assert 0 < rollouts["is_end"].sum() < NUM_PROMPTS
 
 
 def _generate(reference, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy responses, each with its end token if it came to one."""
+    """Greedy responses, each including its end token if it reached one."""
     width = max(map(len, prompts))
     tokens_BS = torch.tensor([[END_ID] * (width - len(prompt)) + prompt for prompt in prompts])
     is_content_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -114,7 +114,7 @@ def _generate(reference, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def _differ_at_a_tie(reference, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
-    """Whether the reference's two best logits, where the responses part, are closer than float32 can tell."""
+    """Whether the reference's two best logits where the responses diverge are too close for float32 to tell apart."""
     common = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     with torch.no_grad():
         best, second = reference(torch.tensor([prompt + theirs[:common]])).logits[0, -1].topk(2).values
@@ -151,7 +151,7 @@ def test_loss_and_every_gradient_equal_plain_pytorch(reference, exact, actor, pr
 
 
 def _training_step(model, tokens_RS: torch.Tensor, mask_RS: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss and the gradients by name; only the layers are in the model's precision."""
+    """The loss and the gradients by name; everything after the logits is in float64."""
     logprobs = model(tokens_RS).logits[:, :-1].double().log_softmax(dim=-1)
     logprobs = logprobs.gather(-1, tokens_RS[:, 1:, None]).squeeze(-1)
     loss = -(logprobs * mask_RS).sum() / mask_RS.sum()

@@ -1,4 +1,4 @@
-"""Weights, config and tokenizer come back from `.nemo` archives, our own and those that NeMo wrote."""
+"""Weights, config and tokenizer are restored from `.nemo` archives, both our own and those that NeMo wrote."""
 
 import gzip
 import shutil
@@ -57,7 +57,7 @@ def assert_same(model, expected: dict[str, torch.Tensor]) -> None:
 
 
 def trained_actor(path):
-    """The actor with weights that are in no archive yet."""
+    """The actor with weights that no archive holds yet."""
     actor = load_actor(path)
     with torch.no_grad():
         for value in actor.parameters():
@@ -89,7 +89,7 @@ def test_so_does_the_folder_it_was_extracted_to(saved, tmp_path, strict):
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
     assert_same(restore(tmp_path, strict=strict), parameters)
-    assert (tmp_path / "model_weights").is_dir()  # it is the user's folder, and stays
+    assert (tmp_path / "model_weights").is_dir()  # the folder is the user's, and is kept
 
 
 def test_so_does_the_zarr_format(tiny_hf, tmp_path):
@@ -114,7 +114,7 @@ def test_an_archive_is_read_in_its_own_format_and_written_in_the_configured_one(
 
 @pytest.fixture
 def saved_by_torch(saved, tmp_path):
-    """The folder of an archive whose weights are one file, as NeMo writes those that it does not distribute."""
+    """The folder of an archive whose weights are a single file, as NeMo writes non-distributed weights."""
     with tarfile.open(saved[0]) as archive:
         archive.extractall(tmp_path / "by_torch", filter="data")
     shutil.rmtree(tmp_path / "by_torch/model_weights")
@@ -131,7 +131,7 @@ def test_a_gzipped_archive_restores_and_is_saved_again(saved, tmp_path, temporar
     (tmp_path / "gzipped.nemo").write_bytes(gzip.compress(path.read_bytes(), 1))
     actor = restore(tmp_path / "gzipped.nemo")
     assert_same(actor, parameters)
-    actor.save_to(str(tmp_path / "again.nemo"))  # takes the tokenizer out of the first archive
+    actor.save_to(str(tmp_path / "again.nemo"))  # takes the tokenizer from the first archive
     assert_same(restore(tmp_path / "again.nemo"), parameters)
 
 
@@ -248,7 +248,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where archives are extracted to; nothing may stay there."""
+    """The folder where archives are extracted; nothing may remain there."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -259,10 +259,10 @@ def temporary(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        # before the model is built
+        # refused before the model is built
         ({"num_layers": 3}, ["self_attention.linear_proj.weight has the shape (4, 64, 64)", "num_layers=3"]),
         ({"hidden_size": 128}, ["word_embeddings.weight has the shape (384, 64)", "hidden_size=128"]),
-        # before the weights are loaded
+        # refused before the weights are loaded
         ({"ffn_hidden_size": 256}, ["linear_fc1.weight has the shape (4, 256, 64) in the weights, but (4, 512, 64)"]),
         ({"bias": True}, ["the parameter model.decoder.layers.", "bias is missing from the weights (and"]),
         ({"share_embeddings_and_output_weights": False}, ["model.output_layer.weight is missing from the weights"]),
@@ -326,7 +326,7 @@ def test_a_damaged_tensor(saved, tmp_path, temporary):
         archive.extractall(tmp_path / "folder", filter="data")
     (part,) = (tmp_path / "folder/model_weights").glob("__0_0.distcp")
     data = bytearray(part.read_bytes())
-    start = data.rfind(b"PK\x03\x04", 0, data.index(b"/data/0"))  # what the zip says before a tensor's data
+    start = data.rfind(b"PK\x03\x04", 0, data.index(b"/data/0"))  # the zip header before a tensor's data
     data[start : start + 4] = b"xxxx"
     part.write_bytes(data)
     with pytest.raises(ConfigError, match="the weights cannot be loaded"):
@@ -357,8 +357,8 @@ def test_no_model_is_built_from_an_archive_with_a_program(saved, tmp_path, tempo
 
 @pytest.fixture(scope="module")
 def of_nemo(tiny_hf, tiny_nemo, tmp_path_factory):
-    """Archive, logits and key names of a model that NeMo built out of megatron-core's local layers: LayerNorm, learned
-    positions, GELU, biases, as many key/value as query heads."""
+    """Archive, logits and key names of a model that NeMo built from megatron-core's local layers: LayerNorm, learned
+    positions, GELU, biases, as many key/value heads as query heads."""
     cfg = load_checkpoint_model_config(str(tiny_nemo))
     with open_dict(cfg):
         cfg.pop("target")
@@ -373,7 +373,7 @@ def of_nemo(tiny_hf, tiny_nemo, tmp_path_factory):
         torch.manual_seed(3)
         model = MegatronGPTModel(cfg, make_trainer())
     with torch.no_grad():
-        for value in model.parameters():  # norms and biases would be ones and zeros
+        for value in model.parameters():  # otherwise norms and biases would be ones and zeros
             value.add_(0.1 * torch.randn_like(value))
     path = tmp_path_factory.mktemp("nemo") / "plain.nemo"
     model.save_to(str(path))
@@ -381,7 +381,7 @@ def of_nemo(tiny_hf, tiny_nemo, tmp_path_factory):
 
 
 def logits_of(model) -> torch.Tensor:
-    """Logits [2, 12, V] of fixed tokens, through an explicit causal mask."""
+    """Logits [2, 12, V] of fixed tokens, with an explicit causal mask."""
     gpt = model.get_model_module_list()[0].eval()
     tokens = torch.arange(24).reshape(2, 12) % 300
     blocked = torch.ones(1, 1, 12, 12, dtype=torch.bool).triu(diagonal=1)

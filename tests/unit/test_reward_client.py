@@ -1,4 +1,4 @@
-"""The reward client, alone and against a real Triton server on the loopback."""
+"""The reward client, alone and with a real Triton server on the loopback interface."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ ROLLOUTS = {"response_tokens": TOKENS, "response_lengths": LENGTHS}
 
 
 def serve(port):
-    """A reward server of one process: a row's reward is the sum of its ids, and 66 breaks the forward pass."""
+    """A reward server in one process: a row's reward is the sum of its ids, and id 66 makes the forward pass fail."""
     from nemo_aligner.algorithms.reward_server import RewardModelServer
     from nemo_aligner.compat import cpu
 
@@ -56,7 +56,7 @@ def one_process():
 
 
 def python(code, **options):
-    """Start Python on `code` with the tests importable."""
+    """Start a Python process that runs `code`, with the tests importable."""
     root = Path(__file__).parents[2]
     return subprocess.Popen([sys.executable, "-c", code], cwd=root, text=True, **options)
 
@@ -189,7 +189,7 @@ def test_a_server_that_is_too_slow_gets_twice_as_long_each_time(monkeypatch):
 
 
 class Recorder:
-    """Stands in for the network: ready when asked for the third time; keeps what is sent."""
+    """A stand-in for the network: ready when asked for the third time; records what is sent."""
 
     def __init__(self, monkeypatch, ready_after=3):
         self.asked, self.sent, self.ready_after = [], [], ready_after

@@ -27,7 +27,7 @@ def config(**changes):
 
 
 def head(weight=((2.0, -1.0),), bias=(0.5,), **options):
-    """By default attribute = 2 h0 - h1 + 0.5."""
+    """The default attribute is 2 h0 - h1 + 0.5."""
     made = RewardModelHead(config(), num_attributes=len(weight), **options)
     with torch.no_grad():
         made.weight.copy_(torch.tensor(weight))
@@ -63,7 +63,7 @@ def test_every_position_is_scored():
 
 
 def test_attributes_are_kept_apart_or_merged():
-    # second attribute h0 + h1: 8 and 7
+    # the second attribute is h0 + h1: 8 and 7
     assert head(**TWO_ATTRIBUTES)(HIDDEN, LENGTHS).tolist() == [[1.5, 8.0], [5.5, 7.0]]
     merged = head(**TWO_ATTRIBUTES, merge_attributes=True)
     assert merged(HIDDEN, LENGTHS).tolist() == [[4.75], [6.25]]
@@ -73,7 +73,7 @@ def test_attributes_are_kept_apart_or_merged():
     assert sequence(HIDDEN, LENGTHS)[0].tolist() == [[1.75], [3.25], [4.75]]
 
 
-# 1 + 2**-12 is not a bfloat16: there it would be 1, and so would the reward.
+# 1 + 2**-12 is not representable in bfloat16: it would become 1, and so would the reward.
 FINE = 1 + 2**-12
 
 

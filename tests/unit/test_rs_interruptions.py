@@ -1,4 +1,4 @@
-"""Phases of RSTrainer that end early: what is kept, what is reported, and how the next start goes on."""
+"""Phases of RSTrainer that end early: what is kept, what is reported, and how the next start continues."""
 
 import contextlib
 import gc
@@ -20,7 +20,7 @@ from tests.fake_trainer import EOS, FakeModel, OutOfTimeAfter, Prompts, SecondTo
 @pytest.fixture(autouse=True, scope="module")
 def one_process():
     Utils.initialize_model_parallel()
-    gc.freeze()  # the trainer collects garbage every step, and NeMo's import leaves a lot to look through
+    gc.freeze()  # the trainer collects garbage every step, and NeMo's import leaves many objects to scan
     yield
     gc.unfreeze()
     Utils.destroy_model_parallel()
@@ -36,7 +36,7 @@ def test_the_time_limit_validates_saves_and_stops():
 
 
 class SlowSave:
-    """A save that only ends when somebody waits for it."""
+    """A save that stays pending until it is waited for."""
 
     is_pending = True
     trainer = types.SimpleNamespace(loggers=[])
@@ -54,7 +54,7 @@ def test_a_save_under_way_is_looked_at_often_and_awaited_at_the_end():
     events = trainer.model.events
     trainer.ckpt_callback.background_save = SlowSave(events)
     trainer.fit()
-    # two micro-batches are generated, as on all replicas, then rewards are waited for; one row is trained on at a time
+    # two micro-batches are generated, as on all replicas, then rewards awaited; one row is trained on at a time
     kinds = ("infer", "reward awaited", "loss", "save looked at", "save awaited")
     rollouts = ["save looked at", "infer"] * 2 + ["save looked at"] + ["save looked at", "reward awaited"] * 2
     training = ["loss", "save looked at"] * 2
@@ -99,7 +99,7 @@ def kept_for_later(folder, split, step):
 
 
 class FlakyReward(SecondTokenReward):
-    """Fails for the requests with these numbers, counted from 0."""
+    """Fails the requests with these numbers, counted from 0."""
 
     def __init__(self, failing):
         super().__init__()
@@ -119,7 +119,7 @@ ANSWERS = {0: ([50, EOS], [60, EOS], [70, EOS]), 1: ([71, EOS], [61, EOS], [51, 
 
 
 def run_until_scored(folder, failing, **cfg):
-    """A run whose requests of these numbers fail, and its second start; the two trainers."""
+    """Run until the requests with these numbers fail, and prepare the second start; returns both trainers."""
     cfg = {"k": 2, "val_check_interval": 1, "save_interval": 2, **cfg}
     first = make_trainer(rm=FlakyReward(failing), rollout_dir=folder, answers=ANSWERS, **cfg)
     with pytest.raises(RewardError, match=r"the server is away; the rollouts are in .*unscored_\w+_rank0\.pt"):
@@ -145,7 +145,7 @@ def test_rollouts_that_could_not_be_scored_are_scored_first_by_the_next_start(tm
     # Requests 0 and 1 are those of step 0, 2 its validation's, 3 and 4 those of step 1.
     first, second = run_until_scored(tmp_path / "broken", failing={4})
     assert first.step == 1 and len(first.model.requests) == 5
-    assert [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]  # outside its interval of 2
+    assert [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]  # outside the save interval of 2
     kept = kept_for_later(tmp_path / "broken", "train", 1)
     assert ["rewards" in batch for batch in kept] == [True, False]
     assert len(logged_rollouts(tmp_path / "broken")) == 6, "those of the second micro-batch have no reward yet"
@@ -181,7 +181,7 @@ def test_stored_rollouts_that_were_not_reached_before_sigterm_are_kept(tmp_path,
 
 
 def test_sigterm_is_answered_in_the_middle_of_a_microbatch(tmp_path):
-    """It arrives while the second one is generated: the first is kept, and the next start makes the second."""
+    """It arrives while the second one is generated: the first is kept, the second is left to the next start."""
 
     class Model(FakeModel):
         def infer_each(self, batches, check, on_last_rows):
@@ -199,7 +199,7 @@ def test_sigterm_is_answered_in_the_middle_of_a_microbatch(tmp_path):
 def test_a_save_that_failed_is_tried_again_before_the_end(tmp_path):
     trainer = make_trainer(rm=FlakyReward({3}), rollout_dir=tmp_path, answers=ANSWERS, k=2, val_check_interval=1,
                            save_interval=1)  # fmt: skip
-    trainer.ckpt_callback.has_last_save_failed = True  # on a full disk, say
+    trainer.ckpt_callback.has_last_save_failed = True  # for example, on a full disk
     with pytest.raises(RewardError):
         trainer.fit()
     assert [int(saved["step"]) for saved, _ in trainer.ckpt_callback.saved] == [1, 1]
@@ -216,7 +216,7 @@ def test_a_validation_that_could_not_be_scored_is_finished_first(tmp_path):
     assert first.step == 1 and [int(saved["step"]) for saved, _ in first.ckpt_callback.saved] == [1]
     num_generated = len(first.model.requests)
     second.fit()
-    # two micro-batches of step 1 and its validation; that of step 0 was there
+    # two micro-batches of step 1 and one of its validation; that of step 0 was already there
     assert len(first.model.requests) == num_generated + 3
     assert [step for step, _ in second.logger.of("val_rollouts/")] == [1, 2]
     assert "val_global_rewards" in second.ckpt_callback.saved[0][0]
@@ -275,14 +275,14 @@ def test_rollouts_of_a_step_that_a_run_has_gone_back_from_are_not_taken_for_this
 
 
 def test_rewards_of_another_function_are_not_mixed_with_those_of_this_one(tmp_path, monkeypatch):
-    """Which has the same name, but was mended in between; rollouts that the first has scored are scored again."""
+    """The function was fixed in between under the same name; rollouts that the old one scored are scored again."""
     warnings = []
     monkeypatch.setattr(logging, "warning", warnings.append)
     file = tmp_path / "rewards.py"
     found = []
     for reward in ("[100.0 / (calls.append(0) or 2 - len(calls)) for _ in responses[:1]] * 2", "[0.5, 0.5]"):
         file.write_text(f"calls = []\n\n\ndef reward(prompts, responses):\n    return {reward}\n")
-        python_reward._execute_file.cache_clear()  # as in another process
+        python_reward._execute_file.cache_clear()  # as if in another process
         rm = PythonRewardModel(load_reward_function(f"{file}:reward"), Tokenizer())
         trainer = make_trainer(rm=rm, rollout_dir=tmp_path, max_steps=1)
         with pytest.raises(RewardError, match="ZeroDivisionError") if not found else contextlib.nullcontext():
@@ -387,7 +387,7 @@ class InterruptedModel(FakeModel):
 
 
 class ModelWithoutNumbers(FakeModel):
-    """Its weights are NaN from the third inference call on."""
+    """Its weights are NaN from the third inference call onwards."""
 
     def infer(self, batch):
         if len(self.requests) == 2:

@@ -21,14 +21,14 @@ from tests.fake_trainer import EOS, OutOfTimeAfter, make_trainer
 @pytest.fixture(autouse=True, scope="module")
 def one_process():
     Utils.initialize_model_parallel()
-    gc.freeze()  # the trainer collects garbage every step, and NeMo's import leaves a lot to look through
+    gc.freeze()  # the trainer collects garbage every step, and NeMo's import leaves many objects to scan
     yield
     gc.unfreeze()
     Utils.destroy_model_parallel()
 
 
 def trained_rows(trainer) -> list[tuple[list[int], list[int]]]:
-    """Tokens up to the padding, and positions of the tokens trained on, of every row that reached the loss."""
+    """For every row that reached the loss: its tokens without padding, and the positions of the tokens trained on."""
     rows = []
     for batch in trainer.model.batches:
         for tokens, mask in zip(batch["response_tokens"].tolist(), batch["mask"], strict=True):
@@ -97,7 +97,7 @@ def warnings(monkeypatch):
 
 
 def test_without_a_token_to_train_on_the_weights_stay_as_they_are(warnings):
-    """Momentum and weight decay move them without a gradient, too."""
+    """Momentum and weight decay would change them even without a gradient."""
     trainer = make_trainer()
     weight = trainer.model.weight
     trainer.optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.5)
@@ -117,7 +117,7 @@ def test_without_a_token_to_train_on_the_weights_stay_as_they_are(warnings):
 
     trainer.run_training(iter([nothing, something]))
     assert "1 of 2 optimizer steps had nothing to train on and were left out; 2 of 4 kept" in warnings[1]
-    # counted and logged all the same; the schedule stands still meanwhile
+    # skipped steps are still counted and logged, but do not advance the schedule
     logged = trainer.logger.of("train_optim/")
     assert [(step, metrics["lr"], metrics["loss"], metrics["grad_norm"]) for step, metrics in logged] == [
         (0, 0.5, 0, 0), (1, 0.5, 4, 4), (2, 0.25, 0, 0), (3, 0.25, 4, 4),
@@ -142,7 +142,7 @@ def test_a_replaced_prompt_is_not_trained_on():
 
 
 def test_rows_are_padded_with_the_end_token_and_masks_with_zero():
-    # prompts of 1 and 3 tokens, responses of 3 and 2
+    # prompts of 1 and 3 tokens, responses of 3 and 2 tokens
     trainer = make_trainer(prompts=((1,), (2, 2, 2)), answers={0: ([30, 31, EOS],), 1: ([40, EOS],)})
     trainer.fit()
     (batch,) = trainer.model.batches
@@ -247,7 +247,7 @@ def test_training_and_validation_draw_from_their_own_stream_of_every_step():
 
 
 def test_metrics_by_hand():
-    # rewards 20 (length 2), 30 (3, cut off), unjudged (2), 40 (2); G = 2, N = 2; prompts of 1 and 2 tokens
+    # rewards (lengths): 20 (2), 30 (3, cut off), unjudged (2), 40 (2); G = 2, N = 2; prompts of 1 and 2 tokens
     answers = {0: ([20, EOS], [30, 31, 32]), 1: ([99, EOS], [40, EOS])}
     trainer = make_trainer(prompts=((1,), (2, 2)), answers=answers)
     _, metrics = trainer.generate_rollouts(iter(trainer.train_dataloader), 2)
@@ -259,7 +259,7 @@ def test_metrics_by_hand():
         "fraction_finished": 0.75,
         "fraction_fit": 0.5,
         "fraction_unjudged": 0.25,
-        "selected_rewards_mean": 30,  # 20, because 30 was cut off, and 40
+        "selected_rewards_mean": 30,  # mean of 20, because 30 was cut off, and 40
         "selected_response_lengths_mean": 2,
         "selected_fraction_fit": 1,
         "consumed_samples": 2,
@@ -305,7 +305,7 @@ def test_validation_scores_every_prompt_once_up_to_the_limit(num_val, scored):
     lengths = [2, 2, 3, 2, 3]
     answers = {i: ([10 * i, *[61] * (length - 2), EOS],) for i, length in enumerate(lengths)}
     trainer = make_trainer(val_prompts=((1,),) * 5, val_mbs=2, num_val=num_val, answers=answers)
-    for _ in range(2):  # a fresh pass every time
+    for _ in range(2):  # every validation starts a new pass
         metrics = trainer.run_validation()
         assert metrics["global_rewards"] == sum(range(scored)) * 10 / scored
         assert metrics["global_response_lengths_mean"] == sum(lengths[:scored]) / scored
@@ -348,7 +348,7 @@ def test_optimizer_steps_are_logged_one_by_one():
     assert [metrics["loss"] for _, metrics in logged] == [4, 4, 4, 4]
     assert [metrics["grad_norm"] for _, metrics in logged] == [4, 4, 4, 4]
     assert all(metrics["train_step_time"] > 0 for _, metrics in logged)
-    # clipped to norm 1, and zeroed in between: -(1 + 0.5 + 0.25 + 0.125)
+    # gradients are clipped to norm 1 and zeroed in between: -(1 + 0.5 + 0.25 + 0.125)
     assert trainer.model.weight.item() == pytest.approx(-1.875, rel=1e-5)
     assert trainer.rs_optimization_step == 4
 
@@ -576,7 +576,7 @@ def test_a_resumed_run_takes_the_prompts_that_an_uninterrupted_one_would_have():
     whole = prompts_of(make_trainer(**settings))
     for step in range(7):
         trainer = make_trainer(**settings)
-        # the original counted selected responses, K for each prompt
+        # the original NeMo-Aligner counted selected responses, K per prompt
         trainer.load_state_dict({"step": step, "consumed_samples": 4 * step, "rs_optimization_step": 2 * step})
         assert trainer.consumed_samples == 2 * step
         assert prompts_of(trainer) == whole[2 * step :]
@@ -585,7 +585,7 @@ def test_a_resumed_run_takes_the_prompts_that_an_uninterrupted_one_would_have():
 
 
 def resumed_with(g: int, state: dict, prompts=6, **settings):
-    """A trainer that continues, with steps of g prompts, a run of 6 prompts in steps of two."""
+    """A trainer that continues a run of 6 prompts in steps of two, but in steps of g prompts."""
     trainer = make_trainer(prompts=[(i,) for i in range(1, prompts + 1)], g=g, k=2, **settings)
     stored = {"model.rs.num_rollout_samples": 2, "the number of training prompts": 6}
     trainer.load_state_dict({**state, "settings": stored})
@@ -645,7 +645,7 @@ def test_a_limit_in_steps_counts_those_before_the_change():
 def test_more_prompts_leave_the_place_within_the_epoch():
     trainer = resumed_with(2, AFTER_AN_EPOCH, prompts=9, max_epochs=2)
     trainer.fit()
-    # an epoch is now of 8 prompts, and two of the second are behind it
+    # an epoch now has 8 prompts, and two of the second epoch are already consumed
     assert [request["prompt_index"][0].item() for request in trainer.model.requests] == order_of(9, 1)[2:8]
     assert (trainer.step, trainer.consumed_samples, trainer.epoch) == (7, 16, 2)
 
@@ -674,7 +674,7 @@ def test_a_checkpoint_is_offered_counters_and_metrics():
     assert saved["val_global_rewards"] == 50 and saved["train_global_rewards"] == 50
     assert {"rollout_time", "train_time", "validation_time"} <= set(saved)
     assert all(isinstance(value, torch.Tensor) for value in saved.values())
-    # optimizer states are brought back before the save
+    # optimizer states are loaded back before the save
     assert trainer.model.events[-4:] == ["prepare_for_training", "onload_adam_states", "save", "finish_training"]
 
 

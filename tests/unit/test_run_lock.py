@@ -1,4 +1,4 @@
-"""A log folder belongs to one run as long as that lives."""
+"""A log folder belongs to one run for as long as that run lives."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from nemo_aligner.utils import run_lock
 from nemo_aligner.utils.errors import ConfigError
 from nemo_aligner.utils.run_lock import hold_log_dir
 
-# Holds a folder, and leaves a child behind that was forked meanwhile.
+# Holds a folder, and leaves behind a child process forked while holding it.
 HOLDER = """
 import os, sys, time
 from nemo_aligner.utils.run_lock import hold_log_dir
@@ -26,7 +26,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the folder, and its child's id."""
+    """A process that holds the folder, and that has a child."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         child = int(process.stdout.readline())
@@ -56,7 +56,7 @@ def test_other_ranks_of_the_job_hold_nothing(tmp_path, holder, monkeypatch):
     "function, error",
     [
         ("fcntl.lockf", OSError(errno.ENOLCK, "No locks available")),
-        ("os.open", PermissionError(errno.EACCES, "Permission denied")),  # the file is somebody else's
+        ("os.open", PermissionError(errno.EACCES, "Permission denied")),  # another user owns the file
     ],
 )
 def test_a_lock_that_cannot_be_had_is_warned_of(tmp_path, monkeypatch, function, error):

@@ -1,4 +1,4 @@
-"""Which settings a checkpoint carries, which differences are named, and which refused."""
+"""Which settings a checkpoint stores, which differences are reported, and which are refused."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_spellings_of_one_thing_do_not_differ():
     assert by_alias == settings(peft__lora_tuning__target_modules=["attention_dense", "attention_qkv"])
 
 
-# Of a run with `settings()`, after three steps of four prompts each, of six.
+# The state of a run with `settings()` and six prompts, after three steps of four prompts each.
 COUNTERS = {"step": 3, "consumed_samples": 12, "epoch": 3, "rs_optimization_step": 9}
 STATE = {**COUNTERS, "settings": settings()}
 
@@ -127,8 +127,8 @@ def test_the_state_of_a_trainer_has_the_settings_with_it_and_is_read_at_once(tmp
 @pytest.mark.parametrize(
     "num_prompts, per_step, expected",
     [
-        (6, 4, (12, 0)),  # as it was: three epochs of one step
-        (6, 3, (18, 0)),  # three epochs of two
+        (6, 4, (12, 0)),  # unchanged: three epochs of one step
+        (6, 3, (18, 0)),  # three epochs of two steps
         (6, 1, (18, 0)),
         (20, 4, (60, 0)),
     ],
@@ -149,5 +149,5 @@ def test_the_place_within_an_epoch_is_rounded_up_to_a_whole_step(num_prompts, pe
 
 
 def test_without_settings_the_steps_count():
-    # the original counted selected responses
+    # the original NeMo-Aligner counted selected responses
     assert data_position({"step": 3, "consumed_samples": 48}, 20, 4) == (12, 0)

@@ -9,7 +9,7 @@ LAYOUTS = [(dp, mbs) for dp in (1, 2, 4) for mbs in (1, 2)]
 
 
 def samplers(cls, total, gbs, dp, mbs, consumed=0, drop_last=True, load_gbs=False, **kwargs):
-    """One sampler for each rank."""
+    """One sampler per rank."""
     return [
         cls(
             total_samples=total,
@@ -31,7 +31,7 @@ def random_samplers(*args, seed=7, **kwargs):
 
 
 def two_epochs(ranks) -> list[list[list[int]]]:
-    """Batches of every rank, by rank: the rest of the current epoch and the whole next one."""
+    """Batches by rank: the rest of the current epoch and the whole next one."""
     return [[batch for _ in range(2) for batch in sampler] for sampler in ranks]
 
 
@@ -68,7 +68,7 @@ def test_steps_do_not_depend_on_the_layout_and_resume_anywhere(total):
 
 
 def test_every_prompt_gets_its_turn_in_some_epoch():
-    # the original never shows the last 15 mod 8 rows to anybody
+    # the original NeMo-Aligner never yields the last 15 mod 8 rows
     (sampler,) = random_samplers(15, 8, dp=1, mbs=8)
     assert {row for _ in range(6) for batch in sampler for row in batch} == set(range(15))
 
@@ -140,7 +140,7 @@ def test_sequential_passes_are_all_alike_and_start_at_consumed_samples():
 
 
 def test_sequential_remainder_by_hand():
-    # 5 rows in runs of 4: row 4 goes to rank 0, and rank 1 fills its turn with row 0
+    # 5 rows in groups of 4: row 4 goes to rank 0, and rank 1 pads its turn with row 0
     first, second = (list(sampler) for sampler in samplers(SequentialBatchSampler, 5, 8, dp=2, mbs=2))
     assert (first, second) == ([[0, 1], [4]], [[2, 3], [0]])
     assert [[isinstance(row, PaddingRow) for row in batch] for batch in second] == [[False, False], [True]]
@@ -171,9 +171,9 @@ def test_len_of_sequential_is_what_it_yields():
 @pytest.mark.parametrize(
     ("total", "drop_last", "expected"),
     [
-        (5, True, [[0, 1], [2, 3]]),  # a pass of 4 is full without row 4
+        (5, True, [[0, 1], [2, 3]]),  # a pass of 4 rows is full without row 4
         (5, False, [[0, 1], [2, 3], [4]]),
-        (3, True, [[0, 1], [2]]),  # a pass of 4 would miss row 2
+        (3, True, [[0, 1], [2]]),  # a pass of 4 rows needs row 2
         (3, False, [[0, 1], [2]]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Filters and draws worked by hand on a few logits; draws against the distribution they should come from.
+"""Filters and draws worked out by hand on a few logits; draws tested against their expected distribution.
 
 Legend: B rows, V ids.
 """
@@ -45,7 +45,7 @@ def test_top_k_brings_no_forbidden_id_back():
 @pytest.mark.parametrize(
     ("p", "expected"),
     [
-        (0.1, [1]),  # the first alone exceeds p, and the best is always kept
+        (0.1, [1]),  # the best alone exceeds p, and is always kept
         (0.49, [1]),
         (0.51, [1, 3]),  # 0.5 does not reach p, 0.5 + 0.25 does
         (0.74, [1, 3]),
@@ -56,7 +56,7 @@ def test_top_k_brings_no_forbidden_id_back():
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
     logits = from_probabilities([0.125, 0.5, 0.125, 0.25])
     filtered = keep_top_p(logits, p)
-    if p == 0.76:  # of two equally probable ids one is needed
+    if p == 0.76:  # one of two equally probable ids is needed
         assert len(kept(filtered)[0]) == 3 and {1, 3} <= set(kept(filtered)[0])
     else:
         assert kept(filtered) == [expected]
@@ -89,7 +89,7 @@ def test_greedy_takes_the_best_after_the_penalty_and_ignores_the_rest():
     assert sample(logits, previous, penalized, None).tolist() == [2, 0]
 
 
-# The distribution of draws. With 20,000 of them, the 99.99 % quantile of chi-square decides.
+# The distribution of 20,000 draws, tested against the 99.99 % quantile of chi-square.
 
 NUM_DRAWS = 20_000
 CHI_SQUARE_9999 = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7}
@@ -123,7 +123,7 @@ PROBABILITIES = [0.05, 0.4, 0.15, 0.1, 0.29, 0.01]
         (SamplingParams(), PROBABILITIES),
         (SamplingParams(top_k=2), [0, 0.4 / 0.69, 0, 0, 0.29 / 0.69, 0]),
         (SamplingParams(top_p=0.8), [0, 0.4 / 0.84, 0.15 / 0.84, 0, 0.29 / 0.84, 0]),
-        # top-p counts what top-k left: 0.4 / 0.84 is 0.476, with 0.29 / 0.84 it is 0.82
+        # top-p applies to what top-k left: 0.4 / 0.84 is 0.476, adding 0.29 / 0.84 gives 0.82
         (SamplingParams(top_k=3, top_p=0.8), [0, 0.4 / 0.69, 0, 0, 0.29 / 0.69, 0]),
         # squares of the probabilities
         (SamplingParams(temperature=0.5, top_k=2), [0, 0.16 / 0.2441, 0, 0, 0.0841 / 0.2441, 0]),
@@ -158,7 +158,7 @@ def test_a_draw_is_where_the_cumulated_probability_exceeds_the_number():
 
 
 def test_rare_tokens_of_a_large_vocabulary_are_as_probable_as_they_should_be():
-    """One token with half of the probability before 100,000 that share the rest, where float32 sums would drift."""
+    """One token with half of the probability, then 100,000 that share the rest, where float32 sums would drift."""
     logits = torch.full((1, 100_001), 0.0)
     logits[0, 0] = math.log(100_000)
     numbers = torch.tensor([0.0, 0.25, 0.499999, 0.750002, 1 - 2**-30], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""From which of torch's kernels attention may choose: on a GPU it chooses, but the limits are set on a CPU too."""
+"""Which of torch's kernels attention may choose from: the choice is made on a GPU, but limits are set on a CPU too."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def allowed() -> list[str]:
 
 @pytest.fixture
 def choices(monkeypatch):
-    """What every call of torch's operator could choose from."""
+    """The kernels that each call of torch's operator could choose from."""
     found, operator = [], F.scaled_dot_product_attention
 
     def recording(*args, **more):

@@ -15,7 +15,7 @@ def ascending(scores: torch.Tensor) -> list[int]:
 def test_fit_rows_outrank_unfit_rows_whatever_the_rewards():
     rewards = torch.tensor([INF, -INF, NAN, 5.0, -7.0, NAN])
     fit = torch.tensor([False, True, False, False, True, True])
-    # unfit: NaN (2), 5 (3), inf (0); fit: NaN (5), -inf (1), -7 (4)
+    # reward (row), ascending; unfit: NaN (2), 5 (3), inf (0); fit: NaN (5), -inf (1), -7 (4)
     assert ascending(selection_scores(rewards, fit)) == [2, 3, 0, 5, 1, 4]
 
 

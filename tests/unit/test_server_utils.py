@@ -1,4 +1,4 @@
-"""Requests of the reward server: let in, checked, padded, stripped; its configuration; and the small helpers."""
+"""Requests to the reward server: admitted, checked, padded, stripped; its configuration; and small helpers."""
 
 import json
 import socket

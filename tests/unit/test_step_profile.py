@@ -1,4 +1,4 @@
-"""Traces of a few steps: which steps, how large, and what is said when it does not work out."""
+"""Traces of a few steps: which steps, how large, and what is reported when tracing fails."""
 
 import gzip
 import json
@@ -86,6 +86,6 @@ def test_the_flag_is_an_override():
     assert with_profile_as_override(["--profile", "-c", "job"]) == ["++trainer.rs.profile=true", "-c", "job"]
     assert with_profile_as_override(["--profile", "three"]) == [
         "++trainer.rs.profile=three"
-    ]  # and check_profile refuses
+    ]  # which check_profile refuses
     assert with_profile_as_override(["--profile", "~b"]) == ["++trainer.rs.profile=true", "~b"]
     assert with_profile_as_override(["--profiles", "x=--profile"]) == ["--profiles", "x=--profile"]

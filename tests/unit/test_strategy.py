@@ -1,4 +1,4 @@
-"""Where responses end, by the rules of the generation strategy, and the checks of finished responses."""
+"""Where responses end according to the generation strategy, and the checks of finished responses."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def ids(actor):
 def run(actor):
     """run(rows, prompt lengths, ...) -> (flags of every position, final lengths, which rows ended).
 
-    The rows are shown position by position from the shortest prompt on, as the decoding loop does.
+    Rows are presented position by position from the end of the shortest prompt, as in the decoding loop.
     """
 
     def show(rows, prompt_lengths, max_length, end_strings=(), min_length=0):
@@ -139,11 +139,11 @@ def test_a_text_is_found_at_the_end_only(actor, ids):
 
 
 def test_a_character_split_over_several_tokens(actor, ids):
-    tokens = ids("x\u20ac")  # the euro sign has three bytes
+    tokens = ids("x\u20ac")  # the euro sign is three bytes long
     assert len(tokens) == 4
     found = [ends_with_text(torch.tensor(tokens[:n]), "\u20ac", actor.tokenizer) for n in range(1, 5)]
     assert found == [False, False, False, True]
-    # the window of tokens that is decoded may begin in the middle of a character
+    # the window of tokens that is decoded to text may begin in the middle of a character
     assert ends_with_text(torch.tensor(ids("\u20ac" * 20)), "\u20ac\u20ac", actor.tokenizer)
     assert not ends_with_text(torch.tensor(ids("\u20ac" * 20)[:-1]), "\u20ac", actor.tokenizer)
 
@@ -181,7 +181,7 @@ def test_only_rows_that_end_are_valid(actor, ids):
     stop = ids("STOP")
     rows = [[5, 6, E, E, E, E], [5, 6, 7, E, E, E], [5, *stop, E], [5, *stop, 6], [5, E, 6, 7, 8, 9], [5, *stop, 6]]
     lengths = torch.tensor([3, 3, 5, 6, 6, 5])
-    # the second row stops without an end, though end-of-document padding follows
+    # the second row stops without an end token, although end-of-document padding follows
     assert verify(actor, torch.tensor(rows), lengths, ["STOP"]) == [True, False, True, False, False, True]
     assert verify(actor, torch.tensor(rows), lengths) == [True, False, False, False, False, False]
     assert verify(actor, torch.tensor([[E, E], [5, E]]), torch.tensor([0, 0])) == [False, False]

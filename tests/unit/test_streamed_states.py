@@ -1,4 +1,4 @@
-"""The optimizer state that stays on the host while training: who asks for what, and when. Its copies: tests/gpu."""
+"""Optimizer state that stays on the host in training: who requests what, and when. tests/gpu tests the copies."""
 
 from types import SimpleNamespace
 

@@ -54,7 +54,7 @@ def test_masked_mean_gradient_is_an_equal_share_of_the_selected():
 def test_masked_std_has_the_n_minus_1_of_torch():
     values = torch.tensor([[1.0, 3.0, NAN], [5.0, 7.0, 12.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    # (1, 3, 5): squared deviations 4 + 0 + 4 over 2
+    # (1, 3, 5): squared deviations 4 + 0 + 4, divided by 2
     assert masked_std(values, mask).item() == 2.0
     rows = masked_std(values, mask, dim=1)
     assert rows[0].item() == pytest.approx(math.sqrt(2)) and rows[1].isnan()

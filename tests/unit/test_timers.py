@@ -9,7 +9,7 @@ from nemo_aligner.utils.timers import ScopedTimer, SyncTimer, Timer
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is told to move."""
+    """A clock that stands still until the test advances it."""
 
     class Clock:
         now = 1000.0

@@ -32,7 +32,7 @@ def test_compute_limit_batches_refuses_other_types():
         (16, 4, 1.0, 4),
         (3, 4, 1.0, 0),
         (40, 4, None, 10),
-        (40, 4, 2.5, 10),  # a float above 1 is no fraction
+        (40, 4, 2.5, 10),  # a float above 1 is not a fraction
         (40, 4, 0.25, 2),  # 2.5 truncated
         (40, 4, 3, 3),
         (40, 4, 0, 0),
@@ -62,15 +62,15 @@ def test_num_steps_refuses_a_limit_of_another_type():
         (1, 2, 4, 1.0, False, (False, False, False)),
         (2, 2, 4, 1.0, False, (True, False, False)),
         (4, 2, 4, 1.0, False, (True, True, False)),
-        (9, 2, 4, 1.0, False, (True, True, True)),  # the end, off every interval
+        (9, 2, 4, 1.0, False, (True, True, True)),  # the last step, at no interval
         (1, 2, 4, 1.0, True, (True, True, False)),  # out of time
         (4, 0, 4, 1.0, False, (False, True, False)),  # no validation
         (4, -1, 4, 1.0, False, (False, True, False)),
         (4, 2, 4, 0, False, (False, True, False)),
         (4, 2, 4, 0.0, False, (False, True, False)),
-        (9, 0, 0, 1.0, True, (False, False, True)),  # nothing enabled, whatever the occasion
-        (4, 2, 0, 1.0, False, (True, False, False)),  # a save interval of 0 is a multiple of anything
-        (3, 0, 3, 1.0, False, (False, True, False)),  # without validation no multiple is needed
+        (9, 0, 0, 1.0, True, (False, False, True)),  # nothing is enabled, whatever the reason
+        (4, 2, 0, 1.0, False, (True, False, False)),  # any validation interval goes with a save interval of 0
+        (3, 0, 3, 1.0, False, (False, True, False)),  # without validation, any save interval is allowed
         (3, 2, 3, 0, False, (False, True, False)),
     ],
 )

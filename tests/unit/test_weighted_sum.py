@@ -1,4 +1,4 @@
-"""Several rewards: their weighted sum is selected by, and each is on record by its name."""
+"""Several rewards: selection uses their weighted sum, and each one is recorded under its name."""
 
 import json
 
@@ -19,7 +19,7 @@ def one_process():
 
 
 class Fixed(FutureResult):
-    """A reward that answers with given numbers, or fails."""
+    """A reward that returns given numbers, or fails."""
 
     def __init__(self, *rewards, is_there=True, failure=None):
         self.rewards, self.is_there, self.failure = rewards, is_there, failure
