@@ -121,12 +121,6 @@ def load_actor(nemo_path: Path, world_size: int = 1, rs: dict | None = None, **m
     return load_from_nemo(MegatronGPTRSModel, cfg, trainer, restore_path=str(nemo_path))
 
 
-def with_small_packs(actor, tokens_of_a_row: int):
-    """The actor, its packs limited to `tokens_of_a_row` per row of a micro-batch, so a small batch makes several."""
-    actor._max_tokens_of_a_pack = lambda width: actor.cfg.micro_batch_size * tokens_of_a_row
-    return actor
-
-
 def prompt_batch(rows: list[list[int]], eos_id: int, max_length: int) -> dict[str, torch.Tensor]:
     """Input for `infer`: ragged prompts, right-padded, with room for `max_length` tokens."""
     width = max(map(len, rows)) + max_length

@@ -78,17 +78,17 @@ def _decode(at_work: dict[int, "_Group"], pipeline: Pipeline, check: Callable[[]
     tick, last_sampling, hidden_SRH = 0, 0, None
     # Stages learn of the last group's end one after another, but stop at the same tick: all call `check` equally often.
     while at_work or tick < last_sampling + pipeline.num_stages:
-        drawing = pipeline.sampling_group(tick)
+        sampling = pipeline.sampling_group(tick)
         turn, output = pipeline.turn(tick), None
         group = _unless_done(at_work, turn)
         if group is not None:
             output = group.forward(turn.chunk, hidden_SRH)
-            if pipeline.is_last_stage and turn.group == drawing:
+            if pipeline.is_last_stage and turn.group == sampling:
                 group.sample(output)
                 output = None
         hidden_SRH = pipeline.send_recv(output, _shape_of_next(at_work, pipeline, tick + 1))
-        if drawing in at_work:
-            at_work[drawing].broadcast_tokens()
+        if sampling in at_work:
+            at_work[sampling].broadcast_tokens()
             last_sampling = tick
         tick += 1
         if check is not None and tick % (TURNS_BETWEEN_CHECKS * pipeline.ticks_per_position) == 0:

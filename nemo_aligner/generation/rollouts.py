@@ -120,7 +120,7 @@ class RolloutGenerator:
             return reason or "what another pipeline stage has"
         return reason
 
-    def _strategy(self, lengths_B: torch.Tensor) -> TrackLengthGPTModelTextGenerationStrategy:
+    def strategy(self, lengths_B: torch.Tensor) -> TrackLengthGPTModelTextGenerationStrategy:
         lengths = self._model._length_params
         return TrackLengthGPTModelTextGenerationStrategy(
             self._model, lengths_B, lengths["max_length"], lengths["min_length"]
@@ -157,7 +157,7 @@ class RolloutGenerator:
         return self._model.tokenizer.vocab_size
 
     def _decoding(self, lengths_B: torch.Tensor) -> tuple[Decoding, EndStrings]:
-        model, strategy = self._model, self._strategy(lengths_B)
+        model, strategy = self._model, self.strategy(lengths_B)
         end_ids, texts = strategy.end_ids_and_strings(model.tokenizer.eos_id, model._sampling_params["end_strings"])
         decoding = Decoding(
             sampling=SamplingParams.of(model._sampling_params),
@@ -232,7 +232,7 @@ class RolloutGenerator:
 
     def _generate(self, batch: PromptBatch, check: Callable[[], object] | None) -> dict[str, torch.Tensor]:
         lengths_B = batch.lengths_B.to(current_device())
-        strategy = self._strategy(lengths_B)
+        strategy = self.strategy(lengths_B)
         tokens_BW = generate(
             self._model,
             batch.prompts_BP.to(current_device()),

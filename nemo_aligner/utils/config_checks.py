@@ -141,8 +141,9 @@ def _check_keys(cfg: DictConfig) -> None:
         for key in settings or ():
             if key in known:
                 continue
-            for near in difflib.get_close_matches(key, known, n=1, cutoff=0.8 if is_open else 0.0):
-                raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near}?")
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8 if is_open else 0.0)
+            if near:
+                raise ConfigError(f"{section}.{key} is not a known key; did you mean {section}.{near[0]}?")
             logging.warning(f"{section}.{key} is not a key of this library and is ignored, unless your code reads it")
     for key in set(cfg) - TOP_LEVEL_KEYS:  # scripts may add their own sections
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.8)

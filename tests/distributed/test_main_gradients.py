@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.distributed.launch import run_ranks
-from tests.tiny import load_actor, with_small_packs
+from tests.tiny import load_actor
 
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]}
 WAYS = {
@@ -44,10 +44,9 @@ def main_gradients(nemo_path: str, world_size: int, way: str) -> tuple[int, floa
 
     model = load_actor(
         nemo_path, world_size, precision="bf16", megatron_amp_O2=True, micro_batch_size=1, global_batch_size=4,
-        gradient_as_bucket_view=True,
+        gradient_as_bucket_view=True, rs={"training.max_tokens_per_pack": 12},
         **{key: OmegaConf.create(value) if key == "optim" else value for key, value in WAYS[way].items()},
     )  # fmt: skip
-    with_small_packs(model, tokens_of_a_row=12)
     init_using_ptl(model.trainer, model, None, [])
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     generator = torch.Generator().manual_seed(5)

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.distributed.launch import run_ranks
-from tests.tiny import load_actor, prompt_batch, save_gpt2_like, with_small_packs
+from tests.tiny import load_actor, prompt_batch, save_gpt2_like
 
 PROMPTS = ["the quick brown", "one two three four five six", "a good", "kind and it ends"]
 # prompt and response lengths of the training rows; the longest row has 23 tokens, an odd width
@@ -42,11 +42,11 @@ class Layout:
         virtual = self.overrides.get("virtual_pipeline_model_parallel_size")
         parallel_state.initialize_model_parallel(self.tp, self.pp, virtual)
         AppState().data_parallel_rank = parallel_state.get_data_parallel_rank()  # as NeMo does when creating groups
-        actor = load_actor(
-            archives[self.model], world_size, tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
+        return load_actor(
+            archives[self.model], world_size, rs={"training.max_tokens_per_pack": ROW_WIDTH},
+            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
             micro_batch_size=1, global_batch_size=len(ROW_LENGTHS), **self.overrides,
         )  # fmt: skip
-        return with_small_packs(actor, ROW_WIDTH)
 
 
 VPP = {"virtual_pipeline_model_parallel_size": 2}

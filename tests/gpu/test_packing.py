@@ -17,7 +17,7 @@ from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences
 from nemo_aligner.models.nlp.gpt.rotary import apply_rotary_, qkv_gradient
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils import logprobs
-from tests.tiny import load_actor, with_small_packs
+from tests.tiny import load_actor
 from tests.unit.test_layer_spec import layer_norm_formula, norm, rms_formula
 from tests.unit.test_loss import hf_logprobs, hf_training_step, make_batch, token_loss
 from tests.unit.test_packing import ROW_WIDTH, ROWS
@@ -29,7 +29,7 @@ NUM_PACKS = 2
 
 @pytest.fixture(scope="module")
 def float32(tiny_nemo):
-    return with_small_packs(load_actor(tiny_nemo, **SETTINGS), ROW_WIDTH)
+    return load_actor(tiny_nemo, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def of_rounded_weights(tiny_nemo):
 
 def training_step(actor, packing: bool):
     """(loss, {parameter: gradient}) of one training step without its update."""
-    actor._training = TrainingSettings(packing=packing)
+    actor._training = TrainingSettings(packing=packing, max_tokens_per_pack=2 * ROW_WIDTH)
     actor.zero_grad()
     actor.prepare_for_training()
     actor.prepare_for_training_step()
@@ -100,14 +100,14 @@ def load_in_bfloat16(tiny_nemo, kind: str):
     from nemo_aligner.utils.train_script_utils import init_using_ptl
 
     if kind == "autocast":
-        return with_small_packs(load_actor(tiny_nemo, precision="bf16", **SETTINGS), ROW_WIDTH)
+        return load_actor(tiny_nemo, precision="bf16", **SETTINGS)
     optim = {"name": "mcore_distributed_optim", "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]}
     actor = load_actor(
         tiny_nemo, precision="bf16", megatron_amp_O2=True, gradient_as_bucket_view=True,
         gradient_accumulation_fusion=kind == "O2 fused", optim=OmegaConf.create(optim), **SETTINGS,
     )  # fmt: skip
     init_using_ptl(actor.trainer, actor, None, [])
-    return with_small_packs(actor, ROW_WIDTH)
+    return actor
 
 
 @pytest.mark.usefixtures("own_layers")

@@ -16,7 +16,7 @@ from nemo_aligner.models.nlp.gpt import embedding
 from nemo_aligner.models.nlp.gpt.embedding import embed
 from nemo_aligner.utils import logprobs
 from nemo_aligner.utils.target_logprobs import TargetLogprobs
-from tests.tiny import load_actor, save_gpt2_like, with_small_packs
+from tests.tiny import load_actor, save_gpt2_like
 from tests.unit.test_loss import make_batch
 from tests.unit.test_packing import ROW_WIDTH, ROWS
 
@@ -122,10 +122,10 @@ def test_a_model_in_bf16(tiny_hf, tiny_nemo, tmp_path, optimizer, model):
     for fuses in (False, True):
         optim = {"name": optimizer, "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]}
         actor = load_actor(
-            path, precision="bf16", megatron_amp_O2=True, micro_batch_size=1, global_batch_size=8,
-            gradient_as_bucket_view=True, gradient_accumulation_fusion=fuses, optim=OmegaConf.create(optim),
+            path, rs={"training.max_tokens_per_pack": ROW_WIDTH}, precision="bf16", megatron_amp_O2=True,
+            micro_batch_size=1, global_batch_size=8, gradient_as_bucket_view=True, gradient_accumulation_fusion=fuses,
+            optim=OmegaConf.create(optim),
         )  # fmt: skip
-        with_small_packs(actor, ROW_WIDTH)
         assert actor.cfg.gradient_accumulation_fusion == fuses
         init_using_ptl(actor.trainer, actor, None, [])
         actor.prepare_for_training()

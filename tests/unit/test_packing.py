@@ -18,7 +18,7 @@ from nemo_aligner.models.nlp.gpt.packed_attention import PackedSequences, packed
 from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils import logprobs
 from nemo_aligner.utils.target_logprobs import TargetLogprobs, add_piece_
-from tests.tiny import load_actor, save_gpt2_like, with_small_packs
+from tests.tiny import load_actor, save_gpt2_like
 from tests.unit.test_loss import END_ID, assert_same, make_batch, training_step
 
 # Relative error of float32 gradients from a different order of summation.
@@ -37,6 +37,12 @@ ROWS = [
     ([31, 32], [33] * 9),
     ([34], None),
 ]
+
+
+def with_small_packs(actor, tokens_of_a_row: int):
+    """The actor, its packs limited to `tokens_of_a_row` per row of a micro-batch, so a small batch makes several."""
+    actor._max_tokens_of_a_pack = lambda width: actor.cfg.micro_batch_size * tokens_of_a_row
+    return actor
 
 
 # Packs

@@ -42,10 +42,7 @@ from nemo_aligner.models.nlp.gpt.training_settings import TrainingSettings
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.masks import attention_mask_and_position_ids
 from nemo_aligner.utils.optimizer_offload import OptimizerOffload, state_tensors
-from nemo_aligner.utils.text_generation_utils import (
-    TrackLengthGPTModelTextGenerationStrategy,
-    verify_is_valid_and_clamp_range_,
-)
+from nemo_aligner.utils.text_generation_utils import verify_is_valid_and_clamp_range_
 from nemo_aligner.utils.train_utils import (
     finish_param_sync,
     grad_reductions,
@@ -486,13 +483,13 @@ class MegatronGPTRSModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenera
         """The rollouts of an overridden `infer`; if it returns no `is_end`, that is derived from the last tokens."""
         if "is_end" in rollouts:
             return rollouts
-        strategy = TrackLengthGPTModelTextGenerationStrategy(
-            self, rollouts["prompt_lengths"], self._length_params["max_length"], self._length_params["min_length"]
-        )
         is_end = verify_is_valid_and_clamp_range_(
-            rollouts["response_tokens"], rollouts["response_lengths"], strategy, self.tokenizer,
+            rollouts["response_tokens"],
+            rollouts["response_lengths"],
+            self._rollout_generator.strategy(rollouts["prompt_lengths"]),
+            self.tokenizer,
             self._sampling_params["end_strings"],
-        )  # fmt: skip
+        )
         return {**rollouts, "is_end": is_end}
 
     def _prompt_batch(self, inference_batch: dict) -> PromptBatch:
